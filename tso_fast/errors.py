@@ -1,0 +1,24 @@
+"""Errors meant for the person at the keyboard; the command line prints them without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input: the message says where, what was given, what was expected and what to do."""
+
+
+class OutputError(OSError):
+    """A file could not be written; what was complete before is kept."""
+
+
+class TrainingError(RuntimeError):
+    """Training was stopped because going on would waste the run."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'beta'?`` or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

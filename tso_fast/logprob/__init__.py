@@ -1,0 +1,329 @@
+"""The public ops: log-probs and preference losses straight from hidden states and the output head.
+
+    hidden, head -> linear_logprobs -> sums per sequence -> PairLogprobs -> loss
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from tso_fast.logprob import reference
+from tso_fast.losses import Loss, clipped_sides, loss_options, resolve_loss
+from tso_fast.types import PairLogprobs, PreferenceOutput
+
+logger = logging.getLogger(__name__)
+
+_IMPLS = {"reference": reference.linear_logprobs}
+# The event that empties this table: the fused ops arriving in _IMPLS.
+_MISSING = {
+    "cpu": "this release has no C++ log-prob op",
+    "triton": "this release has no Triton kernels",
+}
+
+
+@functools.cache
+def _log_choice(device: str, chosen: str) -> None:
+    logger.info("linear_logprobs: impl='auto' chose %r for tensors on %s", chosen, device)
+
+
+def _resolve_impl(impl: str, device: torch.device) -> Any:
+    if impl == "auto":
+        _log_choice(device.type, "reference")
+        impl = "reference"
+    if impl in _MISSING:
+        raise ValueError(f"impl={impl!r} is not available: {_MISSING[impl]}; use impl='auto' or impl='reference'")
+    if impl not in _IMPLS:
+        raise ValueError(f"unknown impl {impl!r}; known: auto, {', '.join([*_IMPLS, *_MISSING])}")
+    return _IMPLS[impl]
+
+
+def _check_head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = ""
+) -> None:
+    if not hidden.is_floating_point():
+        raise ValueError(f"{prefix}hidden must be a floating-point tensor, got {hidden.dtype}")
+    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight must be [V, D] with D = {hidden.shape[-1] if hidden.dim() else '?'} "
+            f"as in {prefix}hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"{prefix}weight is {weight.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them")
+    if weight.device != hidden.device:
+        raise ValueError(f"{prefix}weight is on {weight.device} but {prefix}hidden is on {hidden.device}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
+        raise ValueError(
+            f"{prefix}bias must be [{weight.shape[0]}] on {hidden.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+
+
+def _check_targets(targets: torch.Tensor, hidden: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
+    """Checks the targets and returns which of them count, bool of their shape."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if targets.device != hidden.device:
+        raise ValueError(f"targets are on {targets.device} but hidden is on {hidden.device}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])} as hidden without its last dimension, "
+                         f"got {tuple(targets.shape)}")  # fmt: skip
+    is_valid = targets != ignore_index
+    is_bad = is_valid & ((targets < 0) | (targets >= vocab))
+    if is_bad.any():
+        where = is_bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"targets{where} is {targets[tuple(where)].item()}; expected 0 <= target < {vocab} "
+            f"or ignore_index {ignore_index}"
+        )
+    return is_valid
+
+
+def _check_scalars(softcap: float | None, temperature: float) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Log-probs of target tokens under ``softmax(softcap(hidden @ weight.T + bias) / temperature)``.
+
+    Full logits are never held; rows whose target is ``ignore_index`` enter no matrix product.
+
+    Args:
+        hidden: [..., D] float16, bfloat16, float32 or float64.
+        weight: [V, D], dtype and device of ``hidden``.
+        targets: [...] int64, already shifted: targets[t] is predicted from hidden[t].
+        bias: [V] or None.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None: as they are.
+        temperature: divides the logits, after the softcap.
+        ignore_index: target value that does not count.
+        impl: ``reference`` (plain torch), ``cpu``, ``triton``, or ``auto``, which logs what it chose.
+
+    Returns:
+        Shape of ``targets``, float32 (float64 for float64 inputs), nats, 0.0 where ignored. Differentiable in
+        ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a target outside [0, V), an ``impl`` not available.
+    """
+    _check_head(hidden, weight, bias)
+    _check_scalars(softcap, temperature)
+    is_valid = _check_targets(targets, hidden, weight.shape[0], ignore_index)
+    compute = _resolve_impl(impl, hidden.device)
+    rows = is_valid.reshape(-1).nonzero()[:, 0]
+    logprobs_T = compute(
+        hidden.reshape(-1, hidden.shape[-1])[rows],
+        weight,
+        targets.reshape(-1)[rows],
+        bias_V=bias,
+        softcap=softcap,
+        temperature=temperature,
+    )
+    out = logprobs_T.new_zeros(targets.numel())
+    return out.index_copy(0, rows, logprobs_T).reshape(targets.shape)
+
+
+def preference_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    pairs: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_weight: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    loss: str | Loss = "dual_clip",
+    scale: torch.Tensor | None = None,
+    soft_label: torch.Tensor | None = None,
+    margin: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    **loss_options: Any,
+) -> PreferenceOutput:
+    """A preference loss from hidden states: policy log-probs, reference log-probs and the loss in one call.
+
+    Padded input has one sequence a row; packed input has all tokens in a row, bounded by ``cu_seqlens``.
+
+    Args:
+        hidden: [S, L, D] padded or [T, D] packed, of the policy.
+        weight: [V, D] output head of the policy.
+        targets: [S, L] or [T] int64, already shifted, ``ignore_index`` outside the completion.
+        pairs: [N, 2] int64 (chosen, rejected) sequences; default: the first half against the second half.
+        cu_seqlens: [S+1] int, cumulative lengths; packed input only.
+        ref_logprobs: [S] sums of reference log-probs, nats.
+        ref_hidden: shape of ``hidden``, to compute them here; one of the two is needed.
+        ref_weight: [V, D], default ``weight``; ``ref_bias``: [V], default ``bias`` when ``ref_weight`` is not given.
+        loss: a name in ``LOSSES`` or a function from ``PairLogprobs`` to [N] losses.
+        scale: [N] >= 0, weight of a pair; default 1. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
+        token_weights: shape of ``targets``, weight of a token inside its sequence's sum, for policy and reference.
+        loss_options: options of the loss, e.g. ``beta=0.1``, ``clip_chosen``, ``clip_rejected`` of ``dual_clip``.
+
+    Returns:
+        ``PreferenceOutput``; ``loss`` is sum(scale * losses) / sum(scale), 0 when every scale is 0.
+
+    Raises:
+        ValueError: arguments that do not fit, a sequence of a pair without a completion token, an unknown loss or
+            option.
+    """
+    _check_head(hidden, weight, bias)
+    _check_scalars(softcap, temperature)
+    loss_function = resolve_loss(loss, loss_options)
+    is_valid = _check_targets(targets, hidden, weight.shape[0], ignore_index)
+    sequence = _sequence_index(targets, cu_seqlens)
+    num_sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    pairs = _check_pairs(pairs, num_sequences, hidden.device)
+    num_pairs = pairs.shape[0]
+
+    def sums(values: torch.Tensor) -> torch.Tensor:
+        out = values.new_zeros(num_sequences)
+        return out.index_add(0, sequence.reshape(-1), values.reshape(-1))
+
+    num_tokens = sums(is_valid.to(torch.int64))
+    if (is_empty := num_tokens[pairs.reshape(-1)] == 0).any():
+        empty = pairs.reshape(-1)[is_empty][0].item()
+        raise ValueError(f"sequence {empty} belongs to a pair but has no completion token: "
+                         f"every target is ignore_index ({ignore_index})")  # fmt: skip
+    if token_weights is not None and token_weights.shape != targets.shape:
+        raise ValueError(f"token_weights must be {tuple(targets.shape)}, got {tuple(token_weights.shape)}")
+    scale = _check_pair_scalars("scale", scale, num_pairs, hidden.device, 0.0, None)
+    soft_label = _check_pair_scalars("soft_label", soft_label, num_pairs, hidden.device, 0.0, 1.0)
+    margin = _check_pair_scalars("margin", margin, num_pairs, hidden.device, 0.0, None)
+
+    def sequence_logprobs(
+        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        logprobs = linear_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            softcap=softcap,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            impl=impl,
+        )
+        return sums(logprobs if token_weights is None else logprobs * token_weights)
+
+    if (ref_logprobs is None) == (ref_hidden is None):
+        raise ValueError("give exactly one of ref_logprobs and ref_hidden: "
+                         + ("neither was given" if ref_logprobs is None else "both were given"))  # fmt: skip
+    if ref_hidden is not None:
+        if ref_weight is None:
+            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+        _check_head(ref_hidden, ref_weight, ref_bias, "ref_")
+        if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')} like hidden, "
+                             f"got {tuple(ref_hidden.shape)}")  # fmt: skip
+        with torch.no_grad():
+            ref_logprobs = sequence_logprobs(ref_hidden, ref_weight, ref_bias)
+    elif ref_weight is not None or ref_bias is not None:
+        raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave them out")
+    assert ref_logprobs is not None
+    if ref_logprobs.shape != (num_sequences,):
+        raise ValueError(f"ref_logprobs must be [{num_sequences}], one sum a sequence, got {tuple(ref_logprobs.shape)}")
+    logprobs = sequence_logprobs(hidden, weight, bias)
+    ref_logprobs = ref_logprobs.detach().to(logprobs)
+
+    chosen, rejected = pairs[:, 0], pairs[:, 1]
+    records = PairLogprobs(
+        chosen=logprobs[chosen],
+        rejected=logprobs[rejected],
+        ref_chosen=ref_logprobs[chosen],
+        ref_rejected=ref_logprobs[rejected],
+        num_chosen_tokens=num_tokens[chosen],
+        num_rejected_tokens=num_tokens[rejected],
+        soft_label=None if soft_label is None else soft_label.to(logprobs),
+        margin=None if margin is None else margin.to(logprobs),
+    )
+    losses = loss_function(records)
+    if losses.shape != (num_pairs,):
+        raise ValueError(f"the loss must return one value a pair, [{num_pairs}], got {tuple(losses.shape)}")
+    weights = torch.ones_like(losses) if scale is None else scale.to(losses)
+    total = (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+    log_ratio = (logprobs - ref_logprobs).detach()
+    options = _reward_options(loss, loss_options)
+    chosen_rewards, rejected_rewards = options["beta"] * log_ratio[chosen], options["beta"] * log_ratio[rejected]
+    clips = {name: options[name] for name in ("clip_chosen", "clip_rejected") if name in options}
+    return PreferenceOutput(
+        loss=total,
+        losses=losses.detach(),
+        logprobs=logprobs.detach(),
+        ref_logprobs=ref_logprobs,
+        num_tokens=num_tokens,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        clipped=clipped_sides(chosen_rewards, rejected_rewards, **clips),
+    )
+
+
+def _reward_options(loss: str | Loss, given: dict[str, Any]) -> dict[str, Any]:
+    """Options that the reported rewards and clips depend on; a loss without ``beta`` reports rewards at its default."""
+    return {"beta": 0.1, **(loss_options(loss) if isinstance(loss, str) else {}), **given}
+
+
+def _sequence_index(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """Sequence of every target, int64 of its shape."""
+    if cu_seqlens is None:
+        if targets.dim() != 2:
+            raise ValueError(f"padded input needs hidden [S, L, D] and targets [S, L], got targets "
+                             f"{tuple(targets.shape)}; packed input needs cu_seqlens")  # fmt: skip
+        return torch.arange(targets.shape[0], device=targets.device)[:, None].expand_as(targets)
+    if targets.dim() != 1:
+        raise ValueError(f"cu_seqlens goes with packed targets [T], got {tuple(targets.shape)}")
+    lengths = cu_seqlens.diff()
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or (lengths < 0).any() or cu_seqlens[0] != 0 \
+            or cu_seqlens[-1] != targets.shape[0]:  # fmt: skip
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {targets.shape[0]}, got {cu_seqlens.tolist()}")
+    index = torch.arange(lengths.numel(), device=targets.device)
+    return index.repeat_interleave(lengths.to(device=targets.device, dtype=torch.int64))
+
+
+def _check_pairs(pairs: torch.Tensor | None, num_sequences: int, device: torch.device) -> torch.Tensor:
+    if pairs is None:
+        if num_sequences % 2 or not num_sequences:
+            raise ValueError(f"without pairs the sequences are halved into chosen and rejected; {num_sequences} are "
+                             "no even, positive number")  # fmt: skip
+        half = num_sequences // 2
+        return torch.stack([torch.arange(half, device=device), torch.arange(half, num_sequences, device=device)], 1)
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.shape[0] == 0 or pairs.dtype != torch.int64:
+        raise ValueError(f"pairs must be [N, 2] int64 with N > 0, got {tuple(pairs.shape)} {pairs.dtype}")
+    if (is_bad := (pairs < 0) | (pairs >= num_sequences)).any():
+        row = is_bad.any(dim=1).nonzero()[0].item()
+        raise ValueError(f"pairs[{row}] is {pairs[row].tolist()}; expected sequences in [0, {num_sequences})")
+    return pairs.to(device)
+
+
+def _check_pair_scalars(
+    name: str, values: torch.Tensor | None, num_pairs: int, device: torch.device, low: float, high: float | None
+) -> torch.Tensor | None:
+    if values is None:
+        return None
+    if values.shape != (num_pairs,):
+        raise ValueError(f"{name} must be [{num_pairs}], one value a pair, got {tuple(values.shape)}")
+    is_good = (values >= low) & (values <= (torch.inf if high is None else high)) & values.isfinite()
+    if not is_good.all():
+        row = (~is_good).nonzero()[0].item()
+        expected = f"finite and >= {low:g}" if high is None else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}[{row}] is {values[row].item()}; expected {expected}")
+    return values.to(device)

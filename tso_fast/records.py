@@ -1,0 +1,361 @@
+"""JSONL rows to records and back, with errors that name file:line:field.
+
+Formats are those of TRL where it has one: pairs load there unchanged. ``.gz`` is read too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tso_fast.errors import InputError, did_you_mean
+from tso_fast.types import HUMAN, Candidates, Message, PreferencePair, Prompt, Response, Verdict
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+PROMPT_FIELDS = ("id", "prompt", "human_response", "answer", "responses")
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass
+class BadRows:
+    """What happens to a row that cannot be used: ``raise`` its error, or ``skip`` it, counted and set aside."""
+
+    policy: str = "raise"
+    rows: list[Row] = field(default_factory=list)
+
+    def handle(self, error: InputError, row: Any) -> None:
+        if self.policy == "raise":
+            raise InputError(f"{error} (--on_bad_row skip sets such rows aside)") from error
+        self.rows.append({"error": str(error), "row": row})
+
+
+def read_rows(path: str | Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
+    """Yields ``("file:line", row)`` of a JSONL file; blank lines are passed over."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected JSONL, plain or .gz")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as lines:
+        number = 0
+        while True:
+            number += 1
+            where = f"{path}:{number}"
+            try:
+                line = lines.readline()
+            except (OSError, EOFError) as error:
+                raise InputError(f"{where}: cannot be read: {error}") from error
+            if not line:
+                return
+            if not line.strip():
+                continue
+            try:
+                yield where, _parse_line(line, where)
+            except InputError as error:
+                bad.handle(error, line.decode("utf-8", "replace").rstrip("\n"))
+
+
+def _parse_line(line: bytes, where: str) -> Row:
+    try:
+        text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
+                         "convert the file, for example: iconv -f latin1 -t utf-8") from error  # fmt: skip
+
+    def refuse(constant: str) -> float:
+        raise InputError(f"{where}: got {constant}, expected a finite number or null")
+
+    try:
+        row = json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected one JSON object a line, got {_kind(row)}")
+    return row
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    shown = json.dumps(value, ensure_ascii=False)
+    return "null" if value is None else f"{names[type(value)]} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
+
+
+def _get(row: Row, name: str, where: str, types: type | tuple[type, ...], expected: str, required: bool = False) -> Any:
+    value = row.get(name)
+    if value is None:
+        if required:
+            given = "null" if name in row else f"missing{did_you_mean(name, row)}"
+            raise InputError(f"{where}: field {name!r} is {given}; expected {expected}")
+        return None
+    is_bool = isinstance(value, bool) and bool not in (types if isinstance(types, tuple) else (types,))
+    if is_bool or not isinstance(value, types):
+        raise InputError(f"{where}: field {name!r} is {_kind(value)}; expected {expected}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: field {name!r} is {value}; expected a finite number")
+    return value
+
+
+def _text(row: Row, name: str, where: str, required: bool = False) -> str | None:
+    value: str | None = _get(row, name, where, str, "a string", required)
+    if required and value is not None and not value.strip():
+        raise InputError(f"{where}: field {name!r} is empty; expected some text")
+    return value
+
+
+def _number(row: Row, name: str, where: str, required: bool = False) -> float | None:
+    value = _get(row, name, where, (int, float), "a number", required)
+    return None if value is None else float(value)
+
+
+def _messages(value: list[Any], where: str, name: str) -> tuple[Message, ...]:
+    messages = []
+    for i, item in enumerate(value):
+        place = f"{where}: field '{name}[{i}]'"
+        if not isinstance(item, dict) or not isinstance(item.get("role"), str) \
+                or not isinstance(item.get("content"), str):  # fmt: skip
+            raise InputError(f'{place} is {_kind(item)}; expected {{"role": ..., "content": ...}} with two strings')
+        if item["role"] not in ROLES:
+            raise InputError(f"{place} has role {item['role']!r}; expected one of {', '.join(ROLES)}")
+        messages.append(Message(role=item["role"], content=item["content"]))
+    return tuple(messages)
+
+
+def _prompt_value(row: Row, where: str) -> str | tuple[Message, ...]:
+    value = _get(row, "prompt", where, (str, list), "a string or a list of messages", required=True)
+    if isinstance(value, str):
+        _text(row, "prompt", where, required=True)
+        return value
+    messages = _messages(value, where, "prompt")
+    if not messages or not any(m.content.strip() for m in messages):
+        raise InputError(f"{where}: field 'prompt' is empty; expected at least one message with content")
+    if messages[-1].role == "assistant":
+        raise InputError(f"{where}: field 'prompt' ends with an assistant message; expected a turn to answer")
+    return messages
+
+
+def parse_candidates(row: Row, where: str, default_id: str) -> Candidates:
+    """A row of a prompts file or of a responses file; the human response is a candidate like any other."""
+    row_id = row.get("id")
+    if isinstance(row_id, int) and not isinstance(row_id, bool):
+        row_id = str(row_id)
+    if row_id is not None and (not isinstance(row_id, str) or not row_id):
+        raise InputError(f"{where}: field 'id' is {_kind(row_id)}; expected a non-empty string")
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = json.dumps(answer)
+    elif answer is not None and not isinstance(answer, str):
+        raise InputError(f"{where}: field 'answer' is {_kind(answer)}; expected a string or a number")
+    prompt = Prompt(
+        id=row_id or default_id,
+        prompt=_prompt_value(row, where),
+        human_response=_text(row, "human_response", where, required=row.get("human_response") is not None),
+        answer=answer,
+        where=where,
+    )
+    given = _get(row, "responses", where, list, "a list of responses") or []
+    responses = [_response(item, f"{where}: field 'responses[{i}]'") for i, item in enumerate(given)]
+    keys: dict[tuple[str, int], int] = {}
+    for i, response in enumerate(responses):
+        count = sum(key[0] == response.model for key in keys)
+        if "sample" not in given[i] and count:  # several samples of a model, not numbered in the file
+            responses[i] = response = replace(response, sample=count)
+        if (key := (response.model, response.sample)) in keys:
+            raise InputError(f"{where}: field 'responses[{i}]' repeats model {key[0]!r}, sample {key[1]} of "
+                             f"responses[{keys[key]}]; expected distinct samples")  # fmt: skip
+        keys[key] = i
+    if prompt.human_response is not None and not any(r.is_human for r in responses):
+        responses.append(human_response(prompt))
+    return Candidates(prompt=prompt, responses=tuple(responses))
+
+
+def human_response(prompt: Prompt) -> Response:
+    assert prompt.human_response is not None
+    return Response(model=HUMAN, text=prompt.human_response)
+
+
+def _response(item: Any, where: str) -> Response:
+    if not isinstance(item, dict):
+        raise InputError(f"{where} is {_kind(item)}; expected an object with 'model' and 'text'")
+    scores = _get(item, "scores", where, dict, "an object of name: number") or {}
+    model = _text(item, "model", where, required=True)
+    text = _get(item, "text", where, str, "a string", required=True)
+    assert model is not None
+    finish_reason = _text(item, "finish_reason", where)
+    if finish_reason not in (None, "stop", "length"):
+        raise InputError(f"{where}: field 'finish_reason' is {finish_reason!r}; expected 'stop' or 'length'")
+    token_ids = _get(item, "token_ids", where, list, "a list of token ids")
+    if token_ids is not None and not all(type(t) is int and t >= 0 for t in token_ids):
+        raise InputError(f"{where}: field 'token_ids' has an item that is no token id; expected integers >= 0")
+    return Response(
+        model=model,
+        text=text,
+        size_b=_number(item, "size_b", where),
+        version=_text(item, "version", where),
+        version_rank=_get(item, "version_rank", where, int, "an integer"),
+        sample=_get(item, "sample", where, int, "an integer") or 0,
+        token_ids=None if token_ids is None else tuple(token_ids),
+        finish_reason=finish_reason,  # type: ignore[arg-type]
+        seed=_get(item, "seed", where, int, "an integer"),
+        weight_hash=_text(item, "weight_hash", where),
+        logprob=_number(item, "logprob", where),
+        scores={name: value for name in scores
+                if (value := _number(scores, name, f"{where}, 'scores'")) is not None},  # fmt: skip
+    )
+
+
+def read_candidates(path: str | Path, bad: BadRows) -> list[Candidates]:
+    """Reads a prompts or responses file; ids are unique, and a file without a usable row is an error."""
+    seen: dict[str, str] = {}
+
+    def parse(row: Row, where: str) -> Candidates:
+        candidates = parse_candidates(row, where, default_id=f"row-{where.rsplit(':', 1)[1]}")
+        if (first := seen.setdefault(candidates.prompt.id, where)) != where:
+            raise InputError(f"{where}: field 'id' is {candidates.prompt.id!r}, as at {first}; expected unique ids")
+        return candidates
+
+    return _read(path, parse, bad, "prompts")
+
+
+def _read(path: str | Path, parse: Callable[[Row, str], T], bad: BadRows, what: str) -> list[T]:
+    out, skipped = [], len(bad.rows)
+    for where, row in read_rows(path, bad):
+        try:
+            out.append(parse(row, where))
+        except InputError as error:
+            bad.handle(error, row)
+    if not out:
+        skipped = len(bad.rows) - skipped
+        raise InputError(f"{path}: holds no {what}" + (f" ({skipped} bad rows were skipped)" if skipped else "")
+                         + "; expected one JSON object a line")  # fmt: skip
+    return out
+
+
+def _no_none(row: Row) -> Row:
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def prompt_row(prompt: Prompt) -> Row:
+    value = prompt.prompt
+    return _no_none({
+        "id": prompt.id,
+        "prompt": value if isinstance(value, str) else [{"role": m.role, "content": m.content} for m in value],
+        "human_response": prompt.human_response,
+        "answer": prompt.answer,
+    })  # fmt: skip
+
+
+def candidates_row(candidates: Candidates) -> Row:
+    return {**prompt_row(candidates.prompt), "responses": [_response_row(r) for r in candidates.responses]}
+
+
+def _response_row(response: Response) -> Row:
+    row = {name: getattr(response, name) for name in response.__dataclass_fields__}
+    row["token_ids"] = None if response.token_ids is None else list(response.token_ids)
+    row["scores"] = dict(response.scores) or None
+    return _no_none(row)
+
+
+def verdict_row(verdict: Verdict) -> Row:
+    return {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
+
+
+def read_verdicts(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Verdict]:
+    """Reads verdicts; each must name a response of ``candidates``."""
+    sizes = {c.prompt.id: len(c.responses) for c in candidates}
+
+    def parse(row: Row, where: str) -> Verdict:
+        prompt_id = _text(row, "prompt_id", where, required=True)
+        index = _get(row, "response", where, int, "the index of a response", required=True)
+        judge = _text(row, "judge", where, required=True)
+        assert prompt_id is not None and judge is not None
+        if prompt_id not in sizes:
+            raise InputError(f"{where}: field 'prompt_id' is {prompt_id!r}; no such prompt among the responses")
+        if not 0 <= index < sizes[prompt_id]:
+            raise InputError(f"{where}: field 'response' is {index}; prompt {prompt_id!r} has {sizes[prompt_id]} "
+                             "responses")  # fmt: skip
+        return Verdict(
+            prompt_id=prompt_id,
+            response=index,
+            judge=judge,
+            score=_number(row, "score", where),
+            reason=_text(row, "reason", where) or "",
+        )
+
+    return _read(path, parse, bad, "verdicts")
+
+
+def pair_row(pair: PreferencePair) -> Row:
+    """TRL's explicit conversational form, plus flat columns."""
+    row: Row = {
+        "prompt": [{"role": m.role, "content": m.content} for m in pair.prompt.messages],
+        "chosen": [{"role": "assistant", "content": pair.chosen.text}],
+        "rejected": [{"role": "assistant", "content": pair.rejected.text}],
+        "score_chosen": pair.score_chosen,
+        "score_rejected": pair.score_rejected,
+        "margin": pair.margin,
+        "scale": pair.scale,
+        "soft_label": pair.soft_label,
+        "prompt_id": pair.prompt.id,
+        # Two pairs files load alike in TRL, but not alike here: a plain string prompt is not a chat of one message.
+        "prompt_text": pair.prompt.prompt if isinstance(pair.prompt.prompt, str) else None,
+        "answer": pair.prompt.answer,
+        "prior": pair.prior,
+        "decision": pair.decision,
+        "reason": pair.reason,
+    }
+    for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        row[f"{side}_model"] = response.model
+        row[f"{side}_sample"] = response.sample
+        row[f"{side}_version_rank"] = response.version_rank
+        row[f"{side}_size_b"] = response.size_b
+        row[f"{side}_finish_reason"] = response.finish_reason
+        row[f"{side}_token_ids"] = None if response.token_ids is None else list(response.token_ids)
+    return row
+
+
+def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
+    """A row of a pairs file, ours or any in TRL's explicit form (conversational or plain strings)."""
+    prompt_value = _prompt_value({**row, "prompt": row.get("prompt_text") or row.get("prompt")}, where)
+    prompt = Prompt(id=_text(row, "prompt_id", where) or default_id, prompt=prompt_value,
+                    answer=_text(row, "answer", where), where=where)  # fmt: skip
+
+    def side(name: str) -> Response:
+        value = _get(row, name, where, (str, list), "a string or a list of one assistant message", required=True)
+        if isinstance(value, list):
+            messages = _messages(value, where, name)
+            if len(messages) != 1 or messages[0].role != "assistant":
+                raise InputError(f"{where}: field {name!r} has {len(messages)} messages; expected one assistant message")
+            value = messages[0].content
+        fields = ("model", "sample", "version_rank", "size_b", "finish_reason", "token_ids")
+        item = {key: row[f"{name}_{key}"] for key in fields if row.get(f"{name}_{key}") is not None}
+        return _response({"model": name, **item, "text": value}, f"{where}: field {name!r}")
+
+    def scalar(name: str, default: float, high: float) -> float:
+        value = _number(row, name, where)
+        if value is not None and not 0 <= value <= high:
+            raise InputError(f"{where}: field {name!r} is {value}; expected a number in [0, {high:g}]")
+        return default if value is None else value
+
+    return PreferencePair(
+        prompt=prompt,
+        chosen=side("chosen"),
+        rejected=side("rejected"),
+        score_chosen=_number(row, "score_chosen", where),
+        score_rejected=_number(row, "score_rejected", where),
+        scale=scalar("scale", 1.0, math.inf),
+        soft_label=scalar("soft_label", 1.0, 1.0),
+        margin=scalar("margin", 0.0, math.inf),
+        prior=_text(row, "prior", where) or "none",
+        decision=_text(row, "decision", where) or "keep",  # type: ignore[arg-type]
+        reason=_text(row, "reason", where) or "",
+    )
+
+
+def read_pairs(path: str | Path, bad: BadRows) -> list[PreferencePair]:
+    return _read(path, lambda row, where: parse_pair(row, where, f"row-{where.rsplit(':', 1)[1]}"), bad, "pairs")
