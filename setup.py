@@ -13,7 +13,8 @@ setup(
             ["csrc/bindings.cpp", "csrc/scoring.cpp"],
             depends=["csrc/scoring.h"],
             cxx_std=17,
-            extra_compile_args=["-O3"],
+            extra_compile_args=["-O3", "-pthread"],
+            extra_link_args=["-pthread"],
         )
     ],
     cmdclass={"build_ext": build_ext},

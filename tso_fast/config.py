@@ -303,7 +303,6 @@ def _check_judge(config: JudgeConfig) -> None:
 
 
 def _check_train(config: TrainConfig) -> None:
-    _require(bool(config.cells), "cells", config.cells, "at least one cell with a path")
     if config.ref_model_mixup_alpha is not None:
         if config.reference != "ema":
             raise InputError(f"ref_model_mixup_alpha: it has no effect with reference {config.reference!r}; "

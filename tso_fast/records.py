@@ -222,14 +222,16 @@ def read_candidates(path: str | Path, bad: BadRows) -> list[Candidates]:
     return _read(path, parse, bad, "prompts")
 
 
-def _read(path: str | Path, parse: Callable[[Row, str], T], bad: BadRows, what: str) -> list[T]:
+def _read(
+    path: str | Path, parse: Callable[[Row, str], T], bad: BadRows, what: str, may_be_empty: bool = False
+) -> list[T]:
     out, skipped = [], len(bad.rows)
     for where, row in read_rows(path, bad):
         try:
             out.append(parse(row, where))
         except InputError as error:
             bad.handle(error, row)
-    if not out:
+    if not out and not may_be_empty:
         skipped = len(bad.rows) - skipped
         raise InputError(f"{path}: holds no {what}" + (f" ({skipped} bad rows were skipped)" if skipped else "")
                          + "; expected one JSON object a line")  # fmt: skip
@@ -265,7 +267,9 @@ def verdict_row(verdict: Verdict) -> Row:
     return {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
 
 
-def read_verdicts(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Verdict]:
+def read_verdicts(
+    path: str | Path, candidates: Iterable[Candidates], bad: BadRows, may_be_empty: bool = False
+) -> list[Verdict]:
     """Reads verdicts; each must name a response of ``candidates``."""
     sizes = {c.prompt.id: len(c.responses) for c in candidates}
 
@@ -287,7 +291,7 @@ def read_verdicts(path: str | Path, candidates: Iterable[Candidates], bad: BadRo
             reason=_text(row, "reason", where) or "",
         )
 
-    return _read(path, parse, bad, "verdicts")
+    return _read(path, parse, bad, "verdicts", may_be_empty)
 
 
 def pair_row(pair: PreferencePair) -> Row:

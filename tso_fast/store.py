@@ -120,7 +120,7 @@ def _files_of(path: Path) -> list[Path]:
 class Run:
     """One run folder. ``with Run.open(...) as run`` holds its lock."""
 
-    def __init__(self, folder: Path, state: dict[str, Any], lock: IO[str]) -> None:
+    def __init__(self, folder: Path, state: dict[str, Any], lock: IO[str] | None) -> None:
         self.folder = folder
         self.state = state
         self._lock = lock
@@ -168,17 +168,25 @@ class Run:
             raise
         return run
 
+    @classmethod
+    def follow(cls, folder: str | Path) -> Run:
+        """The run that another process has open, for reading."""
+        return cls(Path(folder), read_run(folder), None)
+
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
     def info(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage recorded; None when it is not complete."""
+        if self._lock is None:
+            self.state = _read_state(self.folder)
         return next((s["info"] for s in self.state["stages"] if s["name"] == stage), None)
 
     def commit(self, stage: str, paths: Iterable[Path], info: dict[str, Any]) -> None:

@@ -1,0 +1,154 @@
+"""The command line: ``tso-fast COMMAND [CONFIG.yaml] [--key value ...]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tso_fast.config import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
+
+USAGE = """usage: tso-fast COMMAND [CONFIG.yaml] [--key value ...]
+
+Self-Training with Scaled Preference Optimization, from a model family's own outputs.
+
+  train      the whole loop; without a configuration: the quickstart, entire, in minutes
+  generate   prompts in, responses of every cell out
+  score      responses in, verdicts out
+  pairs      responses in, preference pairs out
+  eval       accuracy of models on prompts
+  report     write report.html of a run folder and print its table
+
+  tso-fast COMMAND --help           every setting of a command, with its default
+  tso-fast COMMAND --print_config   the resolved configuration as YAML
+  tso-fast --version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 2 bad input, 3 stopped by an error that is not the input's."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from tso_fast import __version__
+
+        print(__version__)
+        return 0
+    from tso_fast.errors import InputError, OutputError, TrainingError, did_you_mean
+
+    try:
+        if arguments[0] not in COMMANDS:
+            raise InputError(f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; "
+                             f"expected one of {', '.join(COMMANDS)}")  # fmt: skip
+        COMMANDS[arguments[0]](arguments[1:])
+    except (InputError, OutputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 3
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    from tso_fast.config import TrainConfig
+    from tso_fast.options import is_given, parse
+
+    if is_given(arguments, "config", "cells", "prompts", "help"):
+        _run_training(parse("train", TrainConfig, arguments))
+        return
+    from pathlib import Path
+
+    import tso_fast.quickstart
+
+    settings = Path(tso_fast.quickstart.__file__).with_name("quickstart.yaml")
+    # Placeholders for what the quickstart makes itself.
+    made = ["--cells", "[]", "--prompts", "", "--output_dir", ""]
+    config: TrainConfig = parse("train", TrainConfig, ["--config", str(settings), *made, *arguments])
+    config.output_dir = config.output_dir or f"tso-runs/quickstart-seed{config.seed}"
+
+    from tso_fast.quickstart.build import Recipe, prepare
+
+    prepare(config, Recipe(seed=config.seed))
+    _run_training(config)
+
+
+def _run_training(config: TrainConfig) -> None:
+    from tso_fast.report import print_summary, write_report
+    from tso_fast.trainer import train_and_compare
+
+    runs = train_and_compare(config)
+    write_report(runs[0], runs[1:])
+    print_summary(runs)
+
+
+def _generate(arguments: list[str]) -> None:
+    from tso_fast.config import GenerateConfig
+    from tso_fast.options import parse
+
+    config: GenerateConfig = parse("generate", GenerateConfig, arguments)
+    from tso_fast.single import generate
+
+    generate(config)
+
+
+def _score(arguments: list[str]) -> None:
+    from tso_fast.config import ScoreConfig
+    from tso_fast.options import parse
+
+    config: ScoreConfig = parse("score", ScoreConfig, arguments)
+    from tso_fast.single import score
+
+    score(config)
+
+
+def _pairs(arguments: list[str]) -> None:
+    from tso_fast.config import PairsConfig
+    from tso_fast.options import parse
+
+    config: PairsConfig = parse("pairs", PairsConfig, arguments)
+    from tso_fast.single import pairs
+
+    pairs(config)
+
+
+def _eval(arguments: list[str]) -> None:
+    from tso_fast.config import EvalConfig
+    from tso_fast.options import parse
+
+    config: EvalConfig = parse("eval", EvalConfig, arguments)
+    from tso_fast.single import evaluate
+
+    evaluate(config)
+
+
+def _report(arguments: list[str]) -> None:
+    from tso_fast.errors import InputError
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        if arguments in (["-h"], ["--help"]):
+            print("usage: tso-fast report RUN\n\nWrites RUN/report.html and prints the run's table.")
+            return
+        raise InputError(f"report: got {' '.join(arguments) or 'nothing'}, expected one run folder")
+    from tso_fast.report import print_summary, write_report
+    from tso_fast.report.summary import comparisons
+
+    runs = [arguments[0], *comparisons(arguments[0])]
+    write_report(runs[0], runs[1:])
+    print_summary(runs)
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "train": _train,
+    "generate": _generate,
+    "score": _score,
+    "pairs": _pairs,
+    "eval": _eval,
+    "report": _report,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Programs that check a response against the known answer."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+
+from tso_fast.errors import InputError
+from tso_fast.records import BadRows, prompt_row
+from tso_fast.types import Candidates, Prompt, Response, Verdict
+
+Check = Callable[[Prompt, Response], "float | None"]
+
+# A currency sign may stand before the number and thousands may be grouped: "-$1,234.50".
+_NUMBER = re.compile(r"(?<![\w.])[-−]?\s?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\.\d+")
+_MARKERS = re.compile(r"####|\bA:|\b[Aa]nswer(?: is|:)")
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number that a text ends in: the first after the last ``####``, ``A:`` or ``answer is``, else the last one.
+
+    Calculator annotations ``<<48/2=24>>`` are not read.
+    """
+    text = _CALCULATOR.sub("", text)
+    markers = list(_MARKERS.finditer(text))
+    tail = text[markers[-1].end() :] if markers else ""
+    found = _NUMBER.search(tail) or next(reversed(list(_NUMBER.finditer(text))), None)
+    if found is None:
+        return None
+    digits = re.sub(r"[\s$€£,]", "", found.group()).replace("−", "-")
+    try:
+        return Decimal(digits)
+    except InvalidOperation:
+        return None
+
+
+def _expected(prompt: Prompt, verifier: str) -> str:
+    if prompt.answer is None:
+        raise InputError(f"{prompt.where or prompt.id}: field 'answer' is missing; verifier {verifier!r} needs it")
+    return prompt.answer
+
+
+def _exact(prompt: Prompt, response: Response) -> float:
+    return float(response.text.strip() == _expected(prompt, "exact").strip())
+
+
+def _numeric(prompt: Prompt, response: Response) -> float:
+    expected = final_number(_expected(prompt, "numeric"))
+    if expected is None:
+        raise InputError(f"{prompt.where or prompt.id}: field 'answer' is {prompt.answer!r}; verifier 'numeric' "
+                         "expects a number")  # fmt: skip
+    return float(final_number(response.text) == expected)
+
+
+def _regex(pattern: str) -> Check:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"verifier_pattern: {pattern!r} is no regular expression: {error}") from error
+
+    def check(prompt: Prompt, response: Response) -> float:
+        expected = _expected(prompt, "regex").strip()
+        matches = list(compiled.finditer(response.text))
+        if not matches:
+            return 0.0
+        found = matches[-1].group(1 if compiled.groups else 0)
+        return float(found is not None and found.strip() == expected)
+
+    return check
+
+
+def _callable(name: str) -> Check:
+    module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"verifier: {name!r} cannot be imported: {error}; expected package.module:function") from error
+
+    def check(prompt: Prompt, response: Response) -> float | None:
+        place = f"{prompt.where or prompt.id}: verifier {name!r}"
+        value = prompt.prompt if isinstance(prompt.prompt, str) else [vars(m) for m in prompt.prompt]
+        try:
+            score = function(value, response.text, prompt.answer)
+        except Exception as error:
+            raise InputError(f"{place} raised {type(error).__name__}: {error} on response "
+                             f"{response.text[:60]!r}; expected a number, a boolean or None") from error  # fmt: skip
+        if score is None:
+            return None
+        if not isinstance(score, bool | int | float) or not math.isfinite(score):
+            raise InputError(f"{place} returned {score!r}; expected a finite number, a boolean or None")
+        return float(score)
+
+    return check
+
+
+def make_verifier(name: str, pattern: str | None = None) -> Check:
+    """``exact``, ``numeric``, ``regex``, or ``package.module:function``, called as f(prompt, response, answer).
+
+    Raises:
+        InputError: unknown, or cannot be imported.
+    """
+    if name == "exact":
+        return _exact
+    if name == "numeric":
+        return _numeric
+    if name == "regex":
+        return _regex(pattern or "")
+    return _callable(name)
+
+
+def verify(candidates: Sequence[Candidates], check: Check, bad: BadRows) -> list[Verdict]:
+    """One verdict a response, 1.0 right to 0.0 wrong; a prompt that cannot be judged is a bad row, and abstained on."""
+    verdicts = []
+    for item in candidates:
+        try:
+            scores = [check(item.prompt, response) for response in item.responses]
+            reason = ""
+        except InputError as error:
+            bad.handle(error, prompt_row(item.prompt))
+            scores, reason = [None] * len(item.responses), str(error)
+        verdicts += [
+            Verdict(prompt_id=item.prompt.id, response=i, judge="verifier", score=score, reason=reason)
+            for i, score in enumerate(scores)
+        ]
+    return verdicts

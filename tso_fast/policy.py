@@ -1,0 +1,159 @@
+"""Models on disk and in memory: loading, saving, and the hidden states that enter the output head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tso_fast.errors import InputError
+from tso_fast.logprob import linear_logprobs, preference_loss
+from tso_fast.types import PairBatch
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Raises InputError when the folder has no usable tokenizer."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{path}: no tokenizer can be loaded from here: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no eos_token; responses could not end. Set it in "
+                         "tokenizer_config.json")  # fmt: skip
+    return tokenizer
+
+
+def load_model(path: str | Path, *, dtype: str, attn_implementation: str, device: torch.device | str) -> PreTrainedModel:
+    """A causal language model from a local folder of safetensors, on ``device``.
+
+    Raises:
+        InputError: no model there, or one that cannot be loaded.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:
+        raise InputError(f"{path}: no causal language model can be loaded from here: {error}") from error
+    return model.to(device)
+
+
+def load_config(path: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{path}: config.json cannot be read: {error}") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def device_of(use_cpu: bool) -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+
+
+class Policy(nn.Module):
+    """A language model whose forward pass is a preference loss.
+
+    The loss is computed inside ``forward``, so that wrappers which gather weights there (DDP, FSDP) also gather
+    the output head. Logits are not computed by the model: its head only hands over what enters it.
+
+    Raises:
+        InputError: the model does something between head and logits that the op does not know.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model: Any = model
+        config = model.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Granite divides its logits, Cohere multiplies them.
+        self.temperature = float(getattr(config, "logits_scaling", 1.0)) / float(getattr(config, "logit_scale", 1.0))
+        self._check_head()
+
+    @property
+    def head(self) -> Any:
+        return self.model.get_output_embeddings()
+
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """What enters the output head, [S, L, D]."""
+        with _capture_head_input(self.head) as captured:
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return captured[0]
+
+    def forward(self, batch: PairBatch, *, impl: str, loss: str | None = None, **options: Any) -> Any:
+        """The loss of a batch as ``PreferenceOutput``, or, without a ``loss``, its sums of log-probs, [S] nats."""
+        hidden = self.hidden(batch.input_ids, batch.attention_mask)
+        # Under autocast the model hands over bf16 while the weight stays float32.
+        weight = self.head.weight.to(hidden.dtype)
+        bias = None if self.head.bias is None else self.head.bias.to(hidden.dtype)
+        head: dict[str, Any] = {"bias": bias, "softcap": self.softcap, "temperature": self.temperature, "impl": impl}
+        if loss is None:
+            return linear_logprobs(hidden, weight, batch.targets, **head).sum(dim=1)
+        return preference_loss(
+            hidden,
+            weight,
+            batch.targets,
+            loss=loss,
+            ref_logprobs=batch.ref_logprobs,
+            scale=batch.scale,
+            soft_label=batch.soft_label,
+            margin=batch.margin,
+            **head,
+            **options,
+        )
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        name = type(self.model).__name__
+        if not isinstance(self.head, nn.Linear):
+            raise InputError(f"{name}: its output head is {type(self.head).__name__}, expected a Linear")
+        ids = torch.tensor([[1, 2, 3]], device=self.model.device) % self.head.weight.shape[0]
+        was_training = self.model.training
+        self.model.eval()
+        logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        ours = self.head(self.hidden(ids, torch.ones_like(ids))).float()
+        self.model.train(was_training)
+        if self.softcap is not None:
+            ours = self.softcap * torch.tanh(ours / self.softcap)
+        ours = ours / self.temperature
+        if not torch.allclose(ours, logits, rtol=2e-2, atol=2e-2):
+            raise InputError(f"{name}: its logits differ from head(hidden) by {(ours - logits).abs().max():.3g}; this "
+                             "architecture changes its logits in a way that is not supported")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _capture_head_input(head: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Within, the head keeps its input and returns one column, so that no full logits exist."""
+    captured: list[torch.Tensor] = []
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        captured.append(hidden)
+        return hidden[..., :1]
+
+    head.forward = forward  # type: ignore[method-assign]
+    try:
+        yield captured
+    finally:
+        del head.forward
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0, those in attention functions included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

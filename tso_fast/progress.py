@@ -1,0 +1,28 @@
+"""Progress for people: bars on a terminal, one line a stage elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+# Not on stdout, which carries results and can be piped.
+console = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def stage(title: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[Callable[[int], None]]:
+    """Shows a stage of ``total`` items; yields ``advance(n)``. ``note()`` is appended when it ends."""
+    start = time.perf_counter()
+    if console.is_terminal:
+        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(title, total=total)
+            yield lambda n: progress.advance(task, n)
+    else:
+        yield lambda n: None
+    seconds = time.perf_counter() - start
+    console.print(f"{title:<44} {seconds:7.1f} s  {note()}", highlight=False)

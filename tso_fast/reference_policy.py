@@ -1,0 +1,68 @@
+"""Which weights are the reference of an iteration, and their log-probs of its pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tso_fast.batching import EncodedPair, collate
+from tso_fast.config import TrainConfig
+from tso_fast.matrix import ModelMatrix
+from tso_fast.policy import Policy, load_model, save_model
+
+DEFAULT_EMA_ALPHA = 0.6  # TRL's ref_model_mixup_alpha
+
+
+def reference_path(config: TrainConfig, matrix: ModelMatrix, folder: Path, iteration: int) -> Path:
+    """Folder of the reference's weights: ``previous`` is TSO's hard copy of the policy at the iteration's start."""
+    if config.reference == "previous" or iteration == 1:
+        return matrix.policy.path
+    return matrix.initial.path if config.reference == "initial" else folder / f"iter-{iteration - 1}" / "reference"
+
+
+@torch.no_grad()
+def save_ema(config: TrainConfig, policy: Any, tokenizer: Any, old: Path, target: Path) -> None:
+    """reference <- alpha policy + (1 - alpha) reference."""
+    alpha = DEFAULT_EMA_ALPHA if config.ref_model_mixup_alpha is None else config.ref_model_mixup_alpha
+    model = load_model(old, dtype=config.dtype, attn_implementation=config.attn_implementation, device="cpu")
+    new = policy.state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(new[name].to(value), alpha)
+    save_model(model, tokenizer, target)
+
+
+@torch.no_grad()
+def reference_logprobs(
+    policy: Any,
+    pairs: Sequence[EncodedPair],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+    rank: int,
+    world: int,
+    impl: str,
+    advance: Callable[[int], None] = lambda n: None,
+) -> torch.Tensor:
+    """Sums of log-probs, [pairs, 2] float32 (chosen, rejected), nats.
+
+    Batches of like length are dealt to the processes; each fills in its own and leaves zeros elsewhere.
+    """
+    out = torch.zeros(len(pairs), 2)
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
+    for start in range(rank * batch_size, len(order), batch_size * world):
+        index = order[start : start + batch_size]
+        batch = collate(pairs, index, pad_token_id=pad_token_id, device=device)
+        logprobs = policy(batch, impl=impl)
+        out[index] = logprobs.reshape(2, len(index)).T.float().cpu()
+        advance(len(index) * world)
+    return out
+
+
+def load_reference(config: TrainConfig, path: Path, device: torch.device) -> Policy:
+    model = load_model(path, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
+    return Policy(model).eval()

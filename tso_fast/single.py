@@ -1,0 +1,159 @@
+"""Single stages from the command line: a file in, a file out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tso_fast.config import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig
+from tso_fast.errors import InputError
+from tso_fast.progress import console, stage
+from tso_fast.records import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
+from tso_fast.store import SKIPPED_FILE, write_json, write_jsonl
+from tso_fast.types import Candidates
+
+stdout = Console()
+
+
+def _new_file(path: str) -> Path:
+    """The output file; refuses early what could not be written after hours of work."""
+    file = Path(path)
+    if file.exists():
+        raise InputError(f"output: {path} exists already; choose another name or remove it")
+    write_jsonl(file.with_name(f"{file.name}.probe"), [])
+    file.with_name(f"{file.name}.probe").unlink()
+    return file
+
+
+def _finish(file: Path, what: str, bad: BadRows) -> None:
+    console.print(f"{what} in {file}", highlight=False)
+    if bad.rows:
+        aside = file.with_name(f"{file.name}.{SKIPPED_FILE}")
+        write_jsonl(aside, bad.rows)
+        console.print(f"{len(bad.rows)} bad rows set aside in {aside}", highlight=False)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Every cell answers every prompt; responses that the file holds already stay in front."""
+    from tso_fast.matrix import ModelMatrix, answer, check_fits, merge
+    from tso_fast.policy import device_of
+
+    bad = BadRows(config.on_bad_row)
+    candidates = read_candidates(config.prompts, bad)
+    file = _new_file(config.output)
+    matrix = ModelMatrix(config.cells)
+    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, config.max_completion_length, bad)
+    answers = []
+    for cell in matrix.cells:
+        with stage(f"generate: {cell.name}", len(candidates) * config.num_generations) as advance:
+            answers.append(answer(cell, candidates, matrix.tokenizer, config, config,
+                                  num_generations=config.num_generations, device=device_of(config.use_cpu),
+                                  advance=advance))  # fmt: skip
+    answered = merge(candidates, answers)
+    write_jsonl(file, map(candidates_row, answered))
+    _finish(file, f"{sum(len(c.responses) for c in answered)} responses to {len(answered)} prompts", bad)
+
+
+def score(config: ScoreConfig) -> None:
+    """Verdicts on every response, and the mean score of each model."""
+    from tso_fast import stages
+
+    if config.verifier is None:
+        raise InputError("verifier: missing; `tso-fast score` needs a judge")
+    bad = BadRows(config.on_bad_row)
+    candidates = read_candidates(config.responses, bad)
+    file = _new_file(config.output)
+    verdicts = stages.judge(candidates, config, bad)
+    write_jsonl(file, map(verdict_row, verdicts))
+    stdout.print(_scores_table(candidates, verdicts))
+    _finish(file, f"{len(verdicts)} verdicts", bad)
+
+
+def _scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Any]) -> Table:
+    model_of = {(c.prompt.id, i): r.model for c in candidates for i, r in enumerate(c.responses)}
+    scores: dict[str, list[float | None]] = {}
+    for verdict in verdicts:
+        scores.setdefault(model_of[verdict.prompt_id, verdict.response], []).append(verdict.score)
+    table = Table("model", title="Verdicts")
+    for name in ("responses", "mean score", "abstained"):
+        table.add_column(name, justify="right")
+    for model, values in sorted(scores.items()):
+        given = [v for v in values if v is not None]
+        mean = f"{sum(given) / len(given):.3f}" if given else "-"
+        table.add_row(model, str(len(values)), mean, str(len(values) - len(given)))
+    return table
+
+
+def pairs(config: PairsConfig) -> None:
+    """Corrects the prior order by the evidence, selects pairs, and prints what was kept, swapped and dropped."""
+    from tso_fast import stages
+
+    bad = BadRows(config.on_bad_row)
+    candidates = read_candidates(config.responses, bad)
+    if config.verdicts is not None and config.verifier is not None:
+        raise InputError("verdicts: give either a file of verdicts or a verifier, not both")
+    file = _new_file(config.output)
+    if config.verdicts is None:
+        verdicts = stages.judge(candidates, config, bad)
+    else:
+        verdicts = read_verdicts(config.verdicts, candidates, bad)
+    made, info = stages.make_pairs(candidates, verdicts, config, config, config.seed)
+    write_jsonl(file, map(pair_row, made))
+    stdout.print(decisions_table(info))
+    reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
+    stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)
+    stdout.print(f"used      {len(made)} pairs of {info['prompts_with_pairs']} of {info['prompts']} prompts "
+                 f"({info['used']['keep']} kept, {info['used']['swap']} swapped)", highlight=False)  # fmt: skip
+    _finish(file, f"{len(made)} pairs", bad)
+
+
+def decisions_table(info: dict[str, Any]) -> Table:
+    """Pairs kept, swapped and dropped, by the rule that gave the prior order."""
+    table = Table("prior order", title="Evaluation correction")
+    for name in ("kept", "swapped", "dropped", "prior wrong"):
+        table.add_column(name, justify="right")
+    totals = {"keep": 0, "swap": 0, "drop": 0}
+    for rule, counts in info["decisions"].items():
+        kept, swapped, dropped = (counts.get(name, 0) for name in totals)
+        for name in totals:
+            totals[name] += counts.get(name, 0)
+        wrong = f"{swapped / (kept + swapped):.1%}" if rule != "none" and kept + swapped else "-"
+        table.add_row(rule, f"{kept:,}", f"{swapped:,}", f"{dropped:,}", wrong)
+    table.add_section()
+    table.add_row("all", *(f"{n:,}" for n in totals.values()), "")
+    return table
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Accuracy of each cell with its 95 % interval."""
+    from tso_fast import stages
+    from tso_fast.matrix import ModelMatrix, check_fits
+    from tso_fast.policy import device_of
+
+    if config.verifier is None:
+        raise InputError("verifier: missing; `tso-fast eval` needs one")
+    bad = BadRows(config.on_bad_row)
+    candidates = read_candidates(config.prompts, bad)
+    file = None if config.output is None else _new_file(config.output)
+    matrix = ModelMatrix(config.cells)
+    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, config.max_completion_length, bad)
+    candidates = [dataclasses.replace(c, responses=()) for c in candidates]
+    table = Table("model", title=f"{len(candidates)} prompts, verifier {config.verifier}")
+    for name in ("accuracy", "95 % interval", "tokens"):
+        table.add_column(name, justify="right")
+    results = []
+    for cell in matrix.cells:
+        with stage(f"evaluate: {cell.name}", len(candidates) * config.num_generations) as advance:
+            info = stages.evaluate(cell, candidates, matrix.tokenizer, config, device_of(config.use_cpu), bad, advance)
+        results.append(info)
+        interval = f"{info['low']:.1%} – {info['high']:.1%}"
+        table.add_row(cell.name, f"{info['accuracy']:.1%}", interval, f"{info['mean_tokens']:.1f}")
+    stdout.print(table)
+    if file is not None:
+        write_json(file, results)
+        _finish(file, "accuracies", bad)
