@@ -99,7 +99,7 @@ def correct(
 def _decide(
     chosen: Response, rejected: Response, sign: int, gap: float, config: PairingConfig
 ) -> tuple[Decision, str]:
-    if chosen.text == rejected.text:
+    if chosen.text.strip() == rejected.text.strip():
         return "drop", "same text"
     if np.isnan(gap):
         if sign == 0:

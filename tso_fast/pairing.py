@@ -34,7 +34,7 @@ def select(item: Candidates, decided: Sequence[Corrected], config: PairingConfig
 
 
 def _texts(item: Candidates, pair: Corrected) -> tuple[str, str]:
-    return item.responses[pair.chosen].text, item.responses[pair.rejected].text
+    return item.responses[pair.chosen].text.strip(), item.responses[pair.rejected].text.strip()
 
 
 def to_pair(

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tso_fast.errors import InputError
 from tso_fast.logprob import linear_logprobs, preference_loss
 from tso_fast.types import PairBatch
+
+transformers.utils.logging.disable_progress_bar()  # stages show their own
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
