@@ -28,10 +28,10 @@ def save_ema(config: TrainConfig, policy: Any, tokenizer: Any, old: Path, target
     """reference <- alpha policy + (1 - alpha) reference."""
     alpha = DEFAULT_EMA_ALPHA if config.ref_model_mixup_alpha is None else config.ref_model_mixup_alpha
     model = load_model(old, dtype=config.dtype, attn_implementation=config.attn_implementation, device="cpu")
-    new = policy.state_dict()
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            value.lerp_(new[name].to(value), alpha)
+    # Parameters, not the state dict: that names tied weights twice, and they must move once.
+    new = dict(policy.named_parameters())
+    for name, value in model.named_parameters():
+        value.lerp_(new[name].to(value), alpha)
     save_model(model, tokenizer, target)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import platform
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from accelerate.utils import set_seed
 import tso_fast
 from tso_fast import stages, store
 from tso_fast.batching import encode_pairs
-from tso_fast.config import EvalConfig, TrainConfig, check, to_dict
+from tso_fast.config import EvalConfig, TrainConfig, check, loss_options_of, to_dict
 from tso_fast.errors import InputError, TrainingError
+from tso_fast.losses import resolve_loss
 from tso_fast.matrix import ModelMatrix, check_fits, merge
 from tso_fast.monitors import drift_warnings
 from tso_fast.optimization import optimise
@@ -52,6 +54,10 @@ def train(config: TrainConfig) -> Run:
         TrainingError: training was stopped because going on would waste the run.
     """
     check(config)
+    try:
+        resolve_loss(config.loss_type, loss_options_of(config))
+    except ValueError as error:
+        raise InputError(str(error)) from error
     accelerator = Accelerator(
         cpu=config.use_cpu,
         mixed_precision="bf16" if config.bf16 else "no",
@@ -146,11 +152,11 @@ def _generate(
     t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, mini_batch: Sequence[Candidates], config: TrainConfig
 ) -> None:
     """The cells answer mini-batch t, the policy as it is now among them; human responses come with the data."""
+    parts = run / f"iter-{t}/parts"
 
     def produce() -> Produced:
         of_policy = config.num_generations if config.policy_num_generations is None else config.policy_num_generations
         counts = [(cell, of_policy if cell is matrix.policy else config.num_generations) for cell in matrix.cells]
-        parts = run / f"iter-{t}/{store.TMP}parts"
         answers = stages.answer_with_parts(
             [(cell, count) for cell, count in counts if count], mini_batch, matrix.tokenizer, config,
             accelerator.device, parts, lambda title, total: stage(f"iteration {t}: {title}", total),
@@ -162,6 +168,8 @@ def _generate(
         return [file], {**info, **stages.policy_statistics(answered, matrix.policy.name)}
 
     _once(run, accelerator, f"iter-{t}/generate", produce)
+    if accelerator.is_main_process:
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 def _score(t: int, run: Run, accelerator: Accelerator, config: TrainConfig) -> None:
@@ -203,9 +211,16 @@ def _pair(t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, confi
 
 def _train(t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, config: TrainConfig) -> None:
     """policy_t <- dual clip on the pairs, against the reference of iteration t."""
-    if run.info(name := f"iter-{t}/train") is not None:
-        return
     folder = run / f"iter-{t}"
+    if run.info(f"iter-{t}/train") is None:
+        _optimise_and_save(t, folder, run, accelerator, matrix, config)
+    if accelerator.is_main_process:
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+def _optimise_and_save(
+    t: int, folder: Path, run: Run, accelerator: Accelerator, matrix: ModelMatrix, config: TrainConfig
+) -> None:
     pairs, too_long = encode_pairs(matrix.tokenizer, read_pairs(folder / "pairs.jsonl", BadRows()), matrix.context)
     if not pairs:
         raise TrainingError(f"iteration {t}: every pair is longer than the context of {matrix.context} tokens")
@@ -228,7 +243,7 @@ def _train(t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, conf
         info |= {"too_long": len(too_long), **{k: generated[k] for k in ("generated_tokens", "distinct_responses")}}
         history = [*(i for k in range(1, t) if (i := run.info(f"iter-{k}/train"))), info]
         info["warnings"] = drift_warnings(history)
-        run.commit(name, files, info)
+        run.commit(f"iter-{t}/train", files, info)
         for warning in info["warnings"]:
             console.print(f"[yellow]warning[/]: iteration {t}: {warning}", highlight=False)
     accelerator.wait_for_everyone()

@@ -1,0 +1,108 @@
+"""Run by path from test_resume.py: trains in forked children that are killed at every file that becomes visible.
+
+Forking from one process that has imported torch but computed nothing makes a start cost milliseconds instead of
+seconds, so every boundary can be tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from tso_fast import store
+from tso_fast.config import CellConfig, TrainConfig
+from tso_fast.quickstart.build import Recipe, Size, build
+from tso_fast.trainer import train
+
+SMALL = Recipe(
+    seed=0,
+    sizes={"s": Size(hidden=32, layers=1, ffn=64, steps=20), "m": Size(hidden=32, layers=2, ffn=64, steps=20)},
+    versions=(0.5, 1.0),
+    demonstrations=200,
+    prompts=24,
+    held_out=12,
+    development=12,
+)
+
+
+def config(output_dir: Path) -> TrainConfig:
+    folder = build(SMALL)
+    return TrainConfig(
+        output_dir=str(output_dir),
+        prompts=str(folder / "prompts.jsonl"),
+        eval_prompts=str(folder / "held_out.jsonl"),
+        cells=[CellConfig(path=str(folder / name), version_rank=int(name[-1])) for name in ("s.v2", "m.v1", "m.v2")],
+        verifier="toy_verifier:letters",
+        num_iterations=2,
+        max_completion_length=8,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_steps=2,
+        reference="ema",
+        use_cpu=True,
+    )
+
+
+def key_of(source: Path, target: Path) -> str:
+    """What becomes visible: run.json appears often, each time with other content."""
+    content = hashlib.sha256(source.read_bytes()).hexdigest()[:12] if source.is_file() else ""
+    return f"{target.name} {target.parent.name} {content}"
+
+
+def killing_replace(seen_file: Path, moment: str) -> None:
+    """From now on this process kills itself at the first file that no earlier process was killed at."""
+    replace = os.replace
+    seen = set(seen_file.read_text().splitlines()) if seen_file.exists() else set()
+
+    def patched(source: Path, target: Path) -> None:
+        key = key_of(Path(source), Path(target))
+        if key in seen:
+            return replace(source, target)
+        with open(seen_file, "a") as handle:
+            handle.write(key + "\n")
+        if moment == "after":
+            replace(source, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store.os.replace = patched
+
+
+def run_child(output_dir: Path, seen_file: Path | None, moment: str) -> int:
+    """Trains in a child; 0 when it finished, 9 when it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            if seen_file is not None:
+                killing_replace(seen_file, moment)
+            train(config(output_dir))
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def main(folder: Path) -> None:
+    kills = {}
+    if (status := run_child(folder / "whole", None, "")) != 0:
+        sys.exit(f"the uninterrupted run ended with status {status}")
+    for moment in ("before", "after"):
+        kills[moment] = 0
+        while (status := run_child(folder / moment, folder / f"seen-{moment}", moment)) != 0:
+            if status != signal.SIGKILL:
+                sys.exit(f"{moment}: ended with status {status} after {kills[moment]} kills")
+            kills[moment] += 1
+    print(json.dumps(kills))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

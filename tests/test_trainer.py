@@ -1,0 +1,302 @@
+"""The loop on small real models: what it writes, what it refuses, and that its parts mean what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from resume_chain import SMALL, config
+from tso_fast.cli import main
+from tso_fast.config import CellConfig, TrainConfig
+from tso_fast.errors import InputError, TrainingError
+from tso_fast.quickstart.build import make_tokenizer
+from tso_fast.store import read_run
+from tso_fast.trainer import train, train_and_compare
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    return dataclasses.replace(config(tmp_path_factory.mktemp("trainer") / "run"), save_steps=0, reference="previous")
+
+
+@pytest.fixture(scope="module")
+def run(base: TrainConfig) -> Path:
+    train(base)
+    return Path(base.output_dir)
+
+
+def test_run_folder_loads_and_holds_the_newest_policy(run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run)
+    AutoTokenizer.from_pretrained(run)
+    newest = load_file(run / "iter-2/policy/model.safetensors")
+    assert all(torch.equal(value, newest[name]) for name, value in model.state_dict().items() if name in newest)
+    old = load_file(run / "iter-1/policy/model.safetensors")
+    assert any(not torch.equal(newest[name], old[name]) for name in newest)
+
+
+def test_manifest_lists_every_stage_in_order(run: Path) -> None:
+    names = [stage["name"] for stage in read_run(run)["stages"]]
+    per_iteration = ["generate", "score", "pairs", "train", "eval"]
+    assert names == ["iter-0/eval"] + [f"iter-{t}/{name}" for t in (1, 2) for name in per_iteration]
+
+
+def test_every_response_is_of_a_cell_or_a_person_and_new_versions_join(run: Path) -> None:
+    for t, cells in ((1, {"s.v2", "m.v1", "m.v2"}), (2, {"s.v2", "m.v1", "m.v2", "tso-1"})):
+        seen = {r["model"] for row in rows_of(run / f"iter-{t}/responses.jsonl") for r in row["responses"]}
+        assert seen - {"human"} == cells
+
+
+def test_mini_batches_are_disjoint_and_complete(run: Path, base: TrainConfig) -> None:
+    batches = [{row["id"] for row in rows_of(run / f"iter-{t}/responses.jsonl")} for t in (1, 2)]
+    assert not batches[0] & batches[1]
+    assert batches[0] | batches[1] == {row["id"] for row in rows_of(Path(base.prompts))}
+
+
+def test_metrics_carry_trl_names_and_a_first_loss_of_ln_2(run: Path) -> None:
+    rows = rows_of(run / "metrics.jsonl")
+    for t in (1, 2):
+        first = next(row for row in rows if row["iteration"] == t)
+        assert first["step"] == 1
+        assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+        assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+        assert {"rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+                "clip/chosen", "clip/rejected", "grad_norm", "learning_rate"} <= set(first)  # fmt: skip
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(run: Path, base: TrainConfig, tmp_path: Path) -> None:
+    train(dataclasses.replace(base, output_dir=str(tmp_path / "again")))
+    train(dataclasses.replace(base, output_dir=str(tmp_path / "other"), seed=1))
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run, tmp_path / "again", tmp_path / "other")]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_finished_run_is_not_trained_again(run: Path, base: TrainConfig) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("iter-*/**/*") if p.is_file()}
+    train(base)
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("iter-*/**/*") if p.is_file()} == before
+
+
+def test_resume_refuses_another_configuration_by_key(base: TrainConfig, run: Path) -> None:
+    with pytest.raises(InputError, match=r"beta: the run has None, given 0\.2"):
+        train(dataclasses.replace(base, beta=0.2))
+
+
+def test_resume_refuses_changed_prompts(base: TrainConfig, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(Path(base.prompts).read_text())
+    changed = dataclasses.replace(base, output_dir=str(tmp_path / "run"), prompts=str(prompts), num_iterations=1)
+    train(changed)
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="prompts: its content changed"):
+        train(changed)
+
+
+def test_a_damaged_file_is_found_and_its_stage_done_again(
+    base: TrainConfig, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    again = dataclasses.replace(base, output_dir=str(tmp_path / "run"))
+    train(again)
+    whole = (tmp_path / "run/model.safetensors").read_bytes()
+    file = tmp_path / "run/iter-2/pairs.jsonl"
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(content)
+    train(again)
+    assert "iter-2/pairs is damaged" in caplog.text
+    assert "sha256" in caplog.text
+    assert (tmp_path / "run/model.safetensors").read_bytes() == whole
+    assert file.read_bytes() == (run / "iter-2/pairs.jsonl").read_bytes()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(base: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(InputError, match="not empty"):
+        train(dataclasses.replace(base, output_dir=str(tmp_path)))
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["thesis.txt"]
+
+
+def test_two_processes_cannot_share_a_run(base: TrainConfig, run: Path) -> None:
+    import fcntl
+
+    with open(run / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="in use by another process"):
+            train(base)
+
+
+def test_an_interrupted_checkpoint_goes_on_bitwise(
+    base: TrainConfig, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped inside iteration 1 after a checkpoint: the steps before it are not made again, the weights are equal."""
+    import tso_fast.optimization as optimization
+
+    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), per_device_train_batch_size=1, save_steps=1)
+    train(dataclasses.replace(settings, output_dir=str(tmp_path / "whole")))
+    real, calls = optimization.backward, itertools.count(1)
+
+    def stop_at_third(*args, **kwargs):  # type: ignore[no-untyped-def]
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(optimization, "backward", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    steps: list[int] = []
+    monkeypatch.setattr(optimization, "backward", lambda *a, **k: (steps.append(1), real(*a, **k))[1])
+    train(settings)
+    total = sum(s["info"]["steps"] for s in read_run(tmp_path / "run")["stages"] if s["name"].endswith("train"))
+    assert len(steps) == total - 2
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_accumulation_gives_the_trajectory_of_one_batch(base: TrainConfig, tmp_path: Path) -> None:
+    scaled = dataclasses.replace(base, scale_by="gap", num_iterations=1, num_train_epochs=2)
+    train(dataclasses.replace(scaled, output_dir=str(tmp_path / "4"), per_device_train_batch_size=4))
+    train(dataclasses.replace(scaled, output_dir=str(tmp_path / "2x2"), per_device_train_batch_size=2,
+                              gradient_accumulation_steps=2))  # fmt: skip
+    one, two = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("4", "2x2"))
+    assert len(one) == len(two) > 1
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "rewards/margins", "grad_norm", "logps/chosen", "clip/chosen"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("reference", ["initial", "ema"])
+def test_reference_policies(base: TrainConfig, tmp_path: Path, reference: str) -> None:
+    """iter-2's reference log-probs are those of the weights that the setting names."""
+    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), reference=reference)
+    train(settings)
+    second = [row for row in rows_of(tmp_path / "run/metrics.jsonl") if row["iteration"] == 2]
+    assert abs(second[0]["rewards/chosen"]) + abs(second[0]["rewards/rejected"]) > 1e-5  # not its own reference
+    if reference == "ema":
+        mean = load_file(tmp_path / "run/iter-1/reference/model.safetensors")
+        policy = load_file(tmp_path / "run/iter-1/policy/model.safetensors")
+        initial = load_file(Path(base.cells[2].path) / "model.safetensors")
+        for name, value in mean.items():
+            assert torch.allclose(value, 0.6 * policy[name] + 0.4 * initial[name], atol=1e-6)
+
+
+def test_compare_runs_dpo_and_sft_with_the_same_settings(base: TrainConfig, tmp_path: Path) -> None:
+    # A low bound, so that the clip is reached and dual_clip is not dpo.
+    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), compare=True, clip_rejected=0.001)
+    folders = train_and_compare(settings)
+    assert [Path(f).name for f in folders] == ["run", "compare-dpo", "compare-sft"]
+    states = [read_run(f) for f in folders]
+    assert [s["config"]["loss_type"] for s in states] == ["dual_clip", "dpo", "sft"]
+    # Before the first update all three see the same responses.
+    assert len({(Path(f) / "iter-1/pairs.jsonl").read_bytes() for f in folders}) == 1
+    assert len({(Path(f) / "model.safetensors").read_bytes() for f in folders}) == 3
+
+
+def test_an_option_that_the_loss_does_not_take_is_refused_before_work(base: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss 'dpo' has no option 'clip_chosen'"):
+        train(dataclasses.replace(base, output_dir=str(tmp_path / "run"), loss_type="dpo", clip_chosen=1.0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_pair_at_all_stops_with_the_reasons(base: TrainConfig, tmp_path: Path) -> None:
+    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), min_margin=10.0)
+    with pytest.raises(TrainingError, match=r"none of 12 prompts gave a pair.*tie"):
+        train(settings)
+    assert (tmp_path / "run/iter-1/responses.jsonl").exists()
+
+
+def test_a_raising_verifier_names_the_prompt_and_keeps_the_responses(base: TrainConfig, tmp_path: Path) -> None:
+    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), verifier="toy_verifier:breaks",
+                                   eval_prompts=None)  # fmt: skip
+    with pytest.raises(InputError, match="raised RuntimeError: out of patience"):
+        train(settings)
+    assert (tmp_path / "run/iter-1/responses.jsonl").exists()
+
+
+def test_scores_that_come_with_the_data_need_no_verifier_and_no_generation(base: TrainConfig, tmp_path: Path) -> None:
+    """Responses made and scored elsewhere are enough to train on."""
+    rows = rows_of(Path(base.prompts))
+    for i, row in enumerate(rows):
+        row.pop("human_response", None)
+        row["responses"] = [{"model": "other", "text": f" {j}", "scores": {"elsewhere": float(j == i % 3)}}
+                            for j in range(3)]  # fmt: skip
+    prompts = tmp_path / "scored.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(dataclasses.replace(base, output_dir=str(tmp_path / "run"), prompts=str(prompts), verifier=None,
+                              eval_prompts=None, num_generations=0))  # fmt: skip
+    pairs = rows_of(tmp_path / "run/iter-1/pairs.jsonl")
+    assert len(pairs) == 12
+    index = {row["id"]: i for i, row in enumerate(rows)}
+    assert all(p["chosen"][0]["content"] == f" {index[p['prompt_id']] % 3}" for p in pairs)
+
+
+def test_gsm8k_with_human_solutions_from_a_config_file(
+    gsm8k_train: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real questions and human solutions, two full iterations, from the command line."""
+    with gzip.open(gsm8k_train, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, 48)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[40:]))
+    recipe = dataclasses.replace(SMALL, vocab_size=500, context=768)
+    tokenizer = make_tokenizer([(row["prompt"], row["human_response"]) for row in rows], recipe)
+    cells = []
+    for i, (name, layers) in enumerate((("small", 1), ("large", 2), ("large-new", 2))):
+        torch.manual_seed(i)
+        shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=layers,
+                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=768,
+                            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+                            pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        LlamaForCausalLM(shape).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        cells.append(f"- {{path: {tmp_path / name}, version_rank: {int(name.endswith('new'))}}}")
+    (tmp_path / "config.yaml").write_text(
+        "cells:\n" + "\n".join(cells) + f"\nprompts: {tmp_path}/prompts.jsonl\neval_prompts: {tmp_path}/held_out.jsonl\n"
+        f"output_dir: {tmp_path}/run\nverifier: numeric\nnum_iterations: 2\nnum_generations: 1\n"
+        "max_completion_length: 24\nlearning_rate: 1.0e-3\nuse_cpu: true\nper_device_train_batch_size: 4\n"
+    )
+    status = main(["train", str(tmp_path / "config.yaml"), "--max_pairs", "2"])
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    pairs = rows_of(tmp_path / "run/iter-2/pairs.jsonl")
+    assert len(pairs) > 20
+    human = {row["prompt"]: row["human_response"] for row in rows}
+    assert all(p["chosen"][0]["content"] == human[p["prompt_text"]] for p in pairs if p["chosen_model"] == "human")
+    assert sum(p["chosen_model"] == "human" for p in pairs) > 0.9 * len(pairs)
+    first, last = (next(r for r in rows_of(tmp_path / "run/metrics.jsonl") if r["iteration"] == t) for t in (1, 2))
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert last["rewards/accuracies"] >= 0
+    assert "report" in out.out
+    assert (tmp_path / "run/report.html").exists()
+
+
+def test_config_fields_are_really_used_by_training(base: TrainConfig, run: Path, tmp_path: Path) -> None:
+    """Turning a field changes the weights, or for those that must not, leaves them as they are."""
+    weights = (run / "model.safetensors").read_bytes()
+    changing = {"beta": 0.5, "learning_rate": 2e-3, "weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.9,
+                "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "warmup_steps": 3, "lr_scheduler_type": "constant",
+                "num_train_epochs": 2, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "max_pairs": 2,
+                "scale_by": "gap", "margin_weight": 1.0, "soft_label_kappa": 1.0, "num_generations": 3,
+                "policy_num_generations": 3, "pair_strategy": "best_worst", "score_normalize": "z",
+                "max_versions": 1, "clip_rejected": 0.0, "clip_chosen": 0.0, "policy": "m.v1"}  # fmt: skip
+    unchanged = {"generation_batch_size": 3, "gradient_checkpointing": True, "logging_steps": 7, "impl": "reference"}
+    same = {"score_normalize": "scale_by", "max_versions": None}
+    for name, value in {**changing, **unchanged}.items():
+        extra = {"scale_by": "gap"} if same.get(name) == "scale_by" else {}
+        folder = tmp_path / name
+        train(dataclasses.replace(base, output_dir=str(folder), eval_prompts=None, **{name: value}, **extra))
+        got = (folder / "model.safetensors").read_bytes()
+        if name == "max_versions":  # takes effect once two versions were trained
+            assert got == weights
+        else:
+            assert (got != weights) == (name in changing), name
