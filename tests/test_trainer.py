@@ -261,7 +261,9 @@ def test_gsm8k_with_human_solutions_from_a_config_file(
         tokenizer.save_pretrained(tmp_path / name)
         cells.append(f"- {{path: {tmp_path / name}, version_rank: {int(name.endswith('new'))}}}")
     (tmp_path / "config.yaml").write_text(
-        "cells:\n" + "\n".join(cells) + f"\nprompts: {tmp_path}/prompts.jsonl\neval_prompts: {tmp_path}/held_out.jsonl\n"
+        "cells:\n"
+        + "\n".join(cells)
+        + f"\nprompts: {tmp_path}/prompts.jsonl\neval_prompts: {tmp_path}/held_out.jsonl\n"
         f"output_dir: {tmp_path}/run\nverifier: numeric\nnum_iterations: 2\nnum_generations: 1\n"
         "max_completion_length: 24\nlearning_rate: 1.0e-3\nuse_cpu: true\nper_device_train_batch_size: 4\n"
     )

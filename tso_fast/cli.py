@@ -59,21 +59,28 @@ def _train(arguments: list[str]) -> None:
 
     if is_given(arguments, "config", "cells", "prompts", "help"):
         _run_training(parse("train", TrainConfig, arguments))
-        return
+    else:
+        _run_training(quickstart_config(arguments))
+
+
+def quickstart_config(arguments: list[str], eval_set: str = "held_out") -> TrainConfig:
+    """The quickstart's settings with overrides, its matrix made or taken from the cache."""
     from pathlib import Path
 
     import tso_fast.quickstart
+    from tso_fast.config import TrainConfig
+    from tso_fast.options import parse
 
     settings = Path(tso_fast.quickstart.__file__).with_name("quickstart.yaml")
     # Placeholders for what the quickstart makes itself.
     made = ["--cells", "[]", "--prompts", "", "--output_dir", ""]
-    config: TrainConfig = parse("train", TrainConfig, ["--config", str(settings), *made, *arguments])
+    config = parse("train", TrainConfig, ["--config", str(settings), *made, *arguments])
     config.output_dir = config.output_dir or f"tso-runs/quickstart-seed{config.seed}"
 
     from tso_fast.quickstart.build import Recipe, prepare
 
-    prepare(config, Recipe(seed=config.seed))
-    _run_training(config)
+    prepare(config, Recipe(seed=config.seed), eval_set)
+    return config
 
 
 def _run_training(config: TrainConfig) -> None:

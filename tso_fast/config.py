@@ -158,9 +158,7 @@ class OptimizationConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(
-    OptimizationConfig, PairingConfig, JudgeConfig, GenerationConfig, ModelConfig, RowsConfig
-):
+class TrainConfig(OptimizationConfig, PairingConfig, JudgeConfig, GenerationConfig, ModelConfig, RowsConfig):
     """The whole loop."""
 
     output_dir: str

@@ -96,9 +96,7 @@ def correct(
     return decided
 
 
-def _decide(
-    chosen: Response, rejected: Response, sign: int, gap: float, config: PairingConfig
-) -> tuple[Decision, str]:
+def _decide(chosen: Response, rejected: Response, sign: int, gap: float, config: PairingConfig) -> tuple[Decision, str]:
     if chosen.text.strip() == rejected.text.strip():
         return "drop", "same text"
     if np.isnan(gap):

@@ -94,16 +94,18 @@ LOSSES: dict[str, Loss] = {"dual_clip": dual_clip, "dpo": dpo, "sft": sft}
 """Loss name -> function(PairLogprobs, *, options) -> [N] losses."""
 
 
-def loss_options(name: str) -> dict[str, Any]:
-    """Options of a named loss and their defaults.
+def loss_options(loss: str | Loss) -> dict[str, Any]:
+    """Keyword-only options of a loss and their defaults.
 
     Raises:
-        ValueError: ``name`` is not in ``LOSSES``.
+        ValueError: a name that is not in ``LOSSES``.
     """
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}; known: {', '.join(sorted(LOSSES))}")
-    parameters = inspect.signature(LOSSES[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}; known: {', '.join(sorted(LOSSES))}")
+        loss = LOSSES[loss]
+    parameters = inspect.signature(loss).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
 def resolve_loss(loss: str | Loss, options: dict[str, Any]) -> Loss:

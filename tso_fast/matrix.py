@@ -20,8 +20,8 @@ from tso_fast.generators import Completion, Request, Sampling
 from tso_fast.generators.hf import HFGenerator
 from tso_fast.policy import load_config, load_model, load_tokenizer
 from tso_fast.records import BadRows, prompt_row
-from tso_fast.store import sha256_file
 from tso_fast.seeds import seed_of
+from tso_fast.store import sha256_file
 from tso_fast.types import HUMAN, Candidates, Response
 
 
@@ -211,5 +211,3 @@ def merge(candidates: Sequence[Candidates], answers: Sequence[Sequence[tuple[Res
         dataclasses.replace(item, responses=item.responses + tuple(r for cell in of_prompt for r in cell))
         for item, *of_prompt in zip(candidates, *answers, strict=True)
     ]
-
-

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jsonargparse
 import yaml
@@ -95,5 +95,7 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
 def _plain(message: str, command: str) -> str:
     """jsonargparse's message in our words."""
     message = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message.strip())
-    message = re.sub(r'Key "([^"]+)" is required.*', rf"\1: missing; see tso-fast {command} --help", message, flags=re.S)
+    message = re.sub(
+        r'Key "([^"]+)" is required.*', rf"\1: missing; see tso-fast {command} --help", message, flags=re.S
+    )
     return re.sub(r"\s*\n\s*", " ", message).replace("<class '", "").replace("'>", "")

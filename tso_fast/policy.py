@@ -31,7 +31,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, *, dtype: str, attn_implementation: str, device: torch.device | str) -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: str, attn_implementation: str, device: torch.device | str
+) -> PreTrainedModel:
     """A causal language model from a local folder of safetensors, on ``device``.
 
     Raises:

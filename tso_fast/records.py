@@ -5,21 +5,23 @@ Formats are those of TRL where it has one: pairs load there unchanged. ``.gz`` i
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tso_fast.errors import InputError, did_you_mean
+from tso_fast.errors import InputError
 from tso_fast.types import HUMAN, Candidates, Message, PreferencePair, Prompt, Response, Verdict
 
 Row = dict[str, Any]
 T = TypeVar("T")
 
-PROMPT_FIELDS = ("id", "prompt", "human_response", "answer", "responses")
+FLOAT32_MAX = 3.4028234663852886e38
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -41,24 +43,27 @@ def read_rows(path: str | Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected JSONL, plain or .gz")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as lines:
-        number = 0
-        while True:
-            number += 1
-            where = f"{path}:{number}"
-            try:
-                line = lines.readline()
-            except (OSError, EOFError) as error:
-                raise InputError(f"{where}: cannot be read: {error}") from error
-            if not line:
-                return
-            if not line.strip():
-                continue
-            try:
-                yield where, _parse_line(line, where)
-            except InputError as error:
-                bad.handle(error, line.decode("utf-8", "replace").rstrip("\n"))
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = _parse_line(line, where)
+        except InputError as error:
+            bad.handle(error, line.decode("utf-8", "replace").rstrip("\r\n"))
+        else:
+            yield where, row
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
+            while line := lines.readline():
+                number += 1
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
 def _parse_line(line: bytes, where: str) -> Row:
@@ -68,16 +73,43 @@ def _parse_line(line: bytes, where: str) -> Row:
         raise InputError(f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
                          "convert the file, for example: iconv -f latin1 -t utf-8") from error  # fmt: skip
 
-    def refuse(constant: str) -> float:
-        raise InputError(f"{where}: got {constant}, expected a finite number or null")
+    not_finite: list[str] = []
+
+    def number(literal: str) -> float:
+        if not math.isfinite(value := float(literal)):
+            not_finite.append(literal)
+        return value
 
     try:
-        row = json.loads(text, parse_constant=refuse)
+        row = json.loads(text, parse_float=number, parse_constant=number)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from error
+        raise InputError(f"{where}: broken JSON: {error.msg} at column {error.colno}; expected one JSON object a "
+                         "line") from error  # fmt: skip
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
+        raise InputError(f"{where}: JSON that cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected one JSON object a line, got {_kind(row)}")
+    for name, leaf in _leaves(row) if not_finite or "\\u" in text else ():
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise InputError(f"{where}: field {name!r} is {leaf}; expected a finite number or null")
+        if isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf):
+            raise InputError(f"{where}: field {name!r} has half of a surrogate pair ({leaf!r:.60}), which is no "
+                             "character; expected text that UTF-8 can hold")  # fmt: skip
     return row
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values inside, each with a name such as ``responses[0].scores.judge``."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            inner = f"{name}.{key}" if name else key
+            yield inner, key
+            yield from _leaves(child, inner)
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from _leaves(child, f"{name}[{i}]")
+    else:
+        yield name, value
 
 
 def _kind(value: Any) -> str:
@@ -90,7 +122,8 @@ def _get(row: Row, name: str, where: str, types: type | tuple[type, ...], expect
     value = row.get(name)
     if value is None:
         if required:
-            given = "null" if name in row else f"missing{did_you_mean(name, row)}"
+            close = difflib.get_close_matches(name, row, n=1)
+            given = "null" if name in row else f"missing, but there is {close[0]!r}" if close else "missing"
             raise InputError(f"{where}: field {name!r} is {given}; expected {expected}")
         return None
     is_bool = isinstance(value, bool) and bool not in (types if isinstance(types, tuple) else (types,))
@@ -110,6 +143,8 @@ def _text(row: Row, name: str, where: str, required: bool = False) -> str | None
 
 def _number(row: Row, name: str, where: str, required: bool = False) -> float | None:
     value = _get(row, name, where, (int, float), "a number", required)
+    if value is not None and abs(value) > FLOAT32_MAX:
+        raise InputError(f"{where}: field {name!r} is {_kind(value)}; expected a number that float32 can hold")
     return None if value is None else float(value)
 
 
@@ -204,8 +239,9 @@ def _response(item: Any, where: str) -> Response:
         seed=_get(item, "seed", where, int, "an integer"),
         weight_hash=_text(item, "weight_hash", where),
         logprob=_number(item, "logprob", where),
-        scores={name: value for name in scores
-                if (value := _number(scores, name, f"{where}, 'scores'")) is not None},  # fmt: skip
+        scores={
+            name: value for name in scores if (value := _number(scores, name, f"{where}, 'scores'")) is not None
+        },  # fmt: skip
     )
 
 
@@ -232,9 +268,9 @@ def _read(
         except InputError as error:
             bad.handle(error, row)
     if not out and not may_be_empty:
-        skipped = len(bad.rows) - skipped
-        raise InputError(f"{path}: holds no {what}" + (f" ({skipped} bad rows were skipped)" if skipped else "")
-                         + "; expected one JSON object a line")  # fmt: skip
+        errors = [row["error"] for row in bad.rows[skipped:]]
+        skipped_too = f" ({len(errors)} bad rows were skipped, the first: {errors[0]})" if errors else ""
+        raise InputError(f"{path}: holds no {what}{skipped_too}; expected one JSON object a line")
     return out
 
 
@@ -272,6 +308,7 @@ def read_verdicts(
 ) -> list[Verdict]:
     """Reads verdicts; each must name a response of ``candidates``."""
     sizes = {c.prompt.id: len(c.responses) for c in candidates}
+    seen: dict[tuple[str, int, str], str] = {}
 
     def parse(row: Row, where: str) -> Verdict:
         prompt_id = _text(row, "prompt_id", where, required=True)
@@ -283,6 +320,9 @@ def read_verdicts(
         if not 0 <= index < sizes[prompt_id]:
             raise InputError(f"{where}: field 'response' is {index}; prompt {prompt_id!r} has {sizes[prompt_id]} "
                              "responses")  # fmt: skip
+        if (first := seen.setdefault((prompt_id, index, judge), where)) != where:
+            raise InputError(f"{where}: judge {judge!r} has a verdict on response {index} of {prompt_id!r} already at "
+                             f"{first}; expected one")  # fmt: skip
         return Verdict(
             prompt_id=prompt_id,
             response=index,
@@ -334,7 +374,9 @@ def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
         if isinstance(value, list):
             messages = _messages(value, where, name)
             if len(messages) != 1 or messages[0].role != "assistant":
-                raise InputError(f"{where}: field {name!r} has {len(messages)} messages; expected one assistant message")
+                raise InputError(
+                    f"{where}: field {name!r} has {len(messages)} messages; expected one assistant message"
+                )
             value = messages[0].content
         fields = ("model", "sample", "version_rank", "size_b", "finish_reason", "token_ids")
         item = {key: row[f"{name}_{key}"] for key in fields if row.get(f"{name}_{key}") is not None}

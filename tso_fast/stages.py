@@ -65,7 +65,11 @@ def consensus_of(matrix: ScoreMatrix, config: JudgeConfig) -> np.ndarray:
 
 
 def make_pairs(
-    candidates: Sequence[Candidates], verdicts: Sequence[Verdict], judging: JudgeConfig, config: PairingConfig, seed: int
+    candidates: Sequence[Candidates],
+    verdicts: Sequence[Verdict],
+    judging: JudgeConfig,
+    config: PairingConfig,
+    seed: int,
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
     """Corrects the prior order by the evidence and selects pairs; the second value counts what happened."""
     matrix = score_matrix(candidates, verdicts)

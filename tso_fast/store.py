@@ -220,7 +220,9 @@ class Run:
             problem = next((p for name in stage["files"] if (p := self._problem(name, manifest[name]))), None)
             if problem is None:
                 continue
-            logger.warning("resume: stage %s is damaged (%s); it and what follows is done again", stage["name"], problem)
+            logger.warning(
+                "resume: stage %s is damaged (%s); it and what follows is done again", stage["name"], problem
+            )
             self.state["stages"] = stages[:i]
             kept = {name for s in self.state["stages"] for name in s["files"]}
             self.state["manifest"] = {name: entry for name, entry in manifest.items() if name in kept}

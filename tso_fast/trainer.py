@@ -129,7 +129,9 @@ def _read(path: str, matrix: ModelMatrix, config: TrainConfig, bad: BadRows) -> 
 def _open_run(config: TrainConfig, matrix: ModelMatrix, accelerator: Accelerator) -> Run:
     versions = {"tso_fast": tso_fast.__version__, "torch": torch.__version__, "accelerate": accelerate.__version__,
                 "transformers": transformers.__version__, "python": platform.python_version()}  # fmt: skip
-    inputs = {key: store.sha256_file(Path(path)) for key in ("prompts", "eval_prompts") if (path := getattr(config, key))}
+    inputs = {
+        key: store.sha256_file(Path(path)) for key in ("prompts", "eval_prompts") if (path := getattr(config, key))
+    }
     inputs |= {f"cells.{cell.name}": cell.weight_hash for cell in matrix.cells}
     if accelerator.is_main_process:
         run = Run.open(config.output_dir, to_dict(config), inputs, versions)
@@ -149,7 +151,12 @@ def _once(run: Run, accelerator: Accelerator, name: str, produce: Callable[[], P
 
 
 def _generate(
-    t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, mini_batch: Sequence[Candidates], config: TrainConfig
+    t: int,
+    run: Run,
+    accelerator: Accelerator,
+    matrix: ModelMatrix,
+    mini_batch: Sequence[Candidates],
+    config: TrainConfig,
 ) -> None:
     """The cells answer mini-batch t, the policy as it is now among them; human responses come with the data."""
     parts = run / f"iter-{t}/parts"

@@ -1,6 +1,6 @@
 """Generators: token ids in, sampled token ids out.
 
-    Request[] + Sampling -> Generator.generate -> Completion[]
+Request[] + Sampling -> Generator.generate -> Completion[]
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tso_fast.types import Candidates, Prompt, Response, Verdict
 Check = Callable[[Prompt, Response], "float | None"]
 
 # A currency sign may stand before the number and thousands may be grouped: "-$1,234.50".
-_NUMBER = re.compile(r"(?<![\w.])[-−]?\s?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\.\d+")
+_NUMBER = re.compile(r"(?<![\w.])[-−]?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\.\d+")
 _MARKERS = re.compile(r"####|\bA:|\b[Aa]nswer(?: is|:)")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
@@ -23,7 +23,8 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 def final_number(text: str) -> Decimal | None:
     """The number that a text ends in: the first after the last ``####``, ``A:`` or ``answer is``, else the last one.
 
-    Calculator annotations ``<<48/2=24>>`` are not read.
+    Calculator annotations ``<<48/2=24>>`` are not read. A minus sign touches its number. ``1/2``, ``1 000`` and
+    ``1.000,50`` are several numbers; a percent sign and an exponent are passed over.
     """
     text = _CALCULATOR.sub("", text)
     markers = list(_MARKERS.finditer(text))
@@ -77,8 +78,11 @@ def _callable(name: str) -> Check:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"verifier: {name!r} cannot be imported: {error}; expected package.module:function") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise InputError(f"verifier: {name!r} cannot be imported: {type(error).__name__}: {error}; expected "
+                         "package.module:function, with the package's folder on PYTHONPATH") from error  # fmt: skip
+    if not callable(function):
+        raise InputError(f"verifier: {name!r} is {function!r:.60}; expected a function")
 
     def check(prompt: Prompt, response: Response) -> float | None:
         place = f"{prompt.where or prompt.id}: verifier {name!r}"

@@ -1,6 +1,6 @@
 """The public ops: log-probs and preference losses straight from hidden states and the output head.
 
-    hidden, head -> linear_logprobs -> sums per sequence -> PairLogprobs -> loss
+hidden, head -> linear_logprobs -> sums per sequence -> PairLogprobs -> loss
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def _resolve_impl(impl: str, device: torch.device) -> Any:
     return _IMPLS[impl]
 
 
-def _check_head(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = ""
-) -> None:
+def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = "") -> None:
     if not hidden.is_floating_point():
         raise ValueError(f"{prefix}hidden must be a floating-point tensor, got {hidden.dtype}")
     if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
@@ -209,9 +207,7 @@ def preference_loss(
     soft_label = _check_pair_scalars("soft_label", soft_label, num_pairs, hidden.device, 0.0, 1.0)
     margin = _check_pair_scalars("margin", margin, num_pairs, hidden.device, 0.0, None)
 
-    def sequence_logprobs(
-        hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+    def sequence_logprobs(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         logprobs = linear_logprobs(
             hidden,
             weight,
@@ -279,7 +275,7 @@ def preference_loss(
 
 def _reward_options(loss: str | Loss, given: dict[str, Any]) -> dict[str, Any]:
     """Options that the reported rewards and clips depend on; a loss without ``beta`` reports rewards at its default."""
-    return {"beta": 0.1, **(loss_options(loss) if isinstance(loss, str) else {}), **given}
+    return {"beta": 0.1, **loss_options(loss), **given}
 
 
 def _sequence_index(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
@@ -291,10 +287,11 @@ def _sequence_index(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> t
         return torch.arange(targets.shape[0], device=targets.device)[:, None].expand_as(targets)
     if targets.dim() != 1:
         raise ValueError(f"cu_seqlens goes with packed targets [T], got {tuple(targets.shape)}")
-    lengths = cu_seqlens.diff()
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or (lengths < 0).any() or cu_seqlens[0] != 0 \
-            or cu_seqlens[-1] != targets.shape[0]:  # fmt: skip
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {targets.shape[0]}, got {cu_seqlens.tolist()}")
+    is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2 and not cu_seqlens.is_floating_point()
+    lengths = cu_seqlens.diff() if is_list else None
+    if lengths is None or (lengths < 0).any() or cu_seqlens[0] != 0 or cu_seqlens[-1] != targets.shape[0]:
+        raise ValueError(f"cu_seqlens must be [S+1] integers that rise from 0 to T = {targets.shape[0]}, "
+                         f"got {cu_seqlens.tolist()}")  # fmt: skip
     index = torch.arange(lengths.numel(), device=targets.device)
     return index.repeat_interleave(lengths.to(device=targets.device, dtype=torch.int64))
 
@@ -309,7 +306,7 @@ def _check_pairs(pairs: torch.Tensor | None, num_sequences: int, device: torch.d
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.shape[0] == 0 or pairs.dtype != torch.int64:
         raise ValueError(f"pairs must be [N, 2] int64 with N > 0, got {tuple(pairs.shape)} {pairs.dtype}")
     if (is_bad := (pairs < 0) | (pairs >= num_sequences)).any():
-        row = is_bad.any(dim=1).nonzero()[0].item()
+        row = int(is_bad.any(dim=1).nonzero()[0])
         raise ValueError(f"pairs[{row}] is {pairs[row].tolist()}; expected sequences in [0, {num_sequences})")
     return pairs.to(device)
 
@@ -323,7 +320,7 @@ def _check_pair_scalars(
         raise ValueError(f"{name} must be [{num_pairs}], one value a pair, got {tuple(values.shape)}")
     is_good = (values >= low) & (values <= (torch.inf if high is None else high)) & values.isfinite()
     if not is_good.all():
-        row = (~is_good).nonzero()[0].item()
+        row = int((~is_good).nonzero()[0])
         expected = f"finite and >= {low:g}" if high is None else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name}[{row}] is {values[row].item()}; expected {expected}")
     return values.to(device)

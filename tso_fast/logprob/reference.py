@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 ROWS, VOCAB = 1024, 8192  # one float32 tile is at most 32 MiB
 
@@ -22,7 +23,8 @@ def _tiles(length: int, size: int) -> Iterator[slice]:
 def _logits(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, softcap: float | None, scale: float
 ) -> torch.Tensor:
-    logits_TV = hidden_TD @ weight_VD.T
+    with torch.autocast(hidden_TD.device.type, enabled=False):  # it would round the product to its own dtype
+        logits_TV = hidden_TD @ weight_VD.T
     if bias_V is not None:
         logits_TV += bias_V
     if softcap is not None:
@@ -45,7 +47,8 @@ class LinearLogprobs(torch.autograd.Function):
     ) -> torch.Tensor:
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         T, V = hidden_TD.shape[0], weight_VD.shape[0]
-        max_T = hidden_TD.new_full((T,), -torch.inf, dtype=dtype)
+        # Not -inf: the difference of two of them is NaN, and a bias may mask out a whole tile.
+        max_T = hidden_TD.new_full((T,), torch.finfo(dtype).min, dtype=dtype)
         sumexp_T = hidden_TD.new_zeros(T, dtype=dtype)
         target_logit_T = hidden_TD.new_zeros(T, dtype=dtype)
         for vocab in _tiles(V, VOCAB):
@@ -67,6 +70,7 @@ class LinearLogprobs(torch.autograd.Function):
         return target_logit_T - lse_T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dlogprob_T,) = grads
         hidden_TD, weight_VD, bias_V, targets_T, lse_T = ctx.saved_tensors
@@ -115,5 +119,5 @@ def linear_logprobs(
     temperature: float,
 ) -> torch.Tensor:
     """Log-probs [T] of checked arguments; see ``tso_fast.linear_logprobs``."""
-    out: torch.Tensor = LinearLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, softcap, temperature)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = LinearLogprobs.apply(hidden_TD, weight_VD, bias_V, targets_T, softcap, temperature)
     return out

@@ -56,7 +56,7 @@ class Recipe:
         }
     )
     versions: tuple[float, ...] = (0.35, 0.6, 1.0)
-    demonstrations: int = 8000
+    demonstrations: int = 16000
     batch_size: int = 32
     learning_rate: float = 3e-3
     vocab_size: int = 384
@@ -109,8 +109,13 @@ def build(recipe: Recipe) -> Path:
         r = random.Random(f"demonstrations {recipe.seed}")
         texts = [(task.question, demonstrate(task, r)) for task in tasks["demonstrations"]]
         tokenizer = make_tokenizer(texts, recipe)
+        prompts = [Prompt(id="", prompt=question) for question, _ in texts]
+        examples = [
+            (encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, answer))
+            for prompt, (_, answer) in zip(prompts, texts, strict=True)
+        ]
         for name, size in recipe.sizes.items():
-            _train_size(name, size, texts, tokenizer, recipe, tmp)
+            _train_size(name, size, examples, tokenizer, recipe, tmp)
         write_json(tmp / "recipe.json", dataclasses.asdict(recipe))
     return folder
 
@@ -168,8 +173,12 @@ def make_tokenizer(texts: list[tuple[str, str]], recipe: Recipe) -> PreTrainedTo
     )
 
 
+Example = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of prompt and answer."""
+
+
 def _train_size(
-    name: str, size: Size, texts: list[tuple[str, str]], tokenizer: Any, recipe: Recipe, folder: Path
+    name: str, size: Size, examples: list[Example], tokenizer: Any, recipe: Recipe, folder: Path
 ) -> None:
     """Next-token training on the demonstrations' answers, saving a version at each mark."""
     torch.manual_seed(seed_of(recipe.seed, name))
@@ -190,11 +199,6 @@ def _train_size(
         )
     )
     policy = Policy(model)
-    prompts = [Prompt(id=str(i), prompt=question) for i, (question, _) in enumerate(texts)]
-    examples = [
-        (encode_prompt(tokenizer, prompt), encode_response(tokenizer, prompt, answer))
-        for prompt, (_, answer) in zip(prompts, texts, strict=True)
-    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     scheduler = get_scheduler("cosine_with_min_lr", optimizer, 50, size.steps, {"min_lr_rate": 0.1})
     marks = {round(size.steps * share): f"{name}.v{i}" for i, share in enumerate(recipe.versions, start=1)}
@@ -217,8 +221,7 @@ def _train_size(
                 save_model(model, tokenizer, folder / marks[step])
 
 
-def _mean_logprob(policy: Policy, batch: list[tuple[tuple[int, ...], tuple[int, ...]]], pad: int) -> torch.Tensor:
+def _mean_logprob(policy: Policy, batch: list[Example], pad: int) -> torch.Tensor:
     ids, mask, targets = pad_sequences(batch, pad)
     logprobs = linear_logprobs(policy.hidden(ids, mask), policy.head.weight, targets)
     return logprobs.sum() / (targets != IGNORE).sum()
-

@@ -10,8 +10,8 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-NAMES = "Sam Ana Leo Mia Tom Zoe Max Eva".split()
-THINGS = "pears coins books cards shells stamps".split()
+NAMES = ("Sam", "Ana", "Leo", "Mia", "Tom", "Zoe", "Max", "Eva")
+THINGS = ("pears", "coins", "books", "cards", "shells", "stamps")
 LETTERS = "abcdefghij"
 LAZY_RATES = (0.3, 0.65)
 """Share of lazy demonstrations; which of the two depends on skill and phrasing."""

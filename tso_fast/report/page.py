@@ -1,1 +1,199 @@
-def write_report(*a): ...
+"""``report.html``: one file that needs nothing else, to read on a laptop, print or send."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tso_fast.records import BadRows, read_pairs
+from tso_fast.report.summary import (
+    COMPARISON_COLUMNS,
+    VERSION_COLUMNS,
+    Summary,
+    comparison_rows,
+    percent,
+    summarise,
+    version_rows,
+)
+from tso_fast.store import REPORT_FILE, atomic_file
+from tso_fast.types import PreferencePair
+
+NUM_PAIRS = 8
+FOLD = 280
+"""Characters after which a text of a pair is folded."""
+
+CSS = """
+:root { --ink: #222; --soft: #666; --rule: #ddd; --chosen: #0072B2; --rejected: #D55E00; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: var(--ink);
+  background: #fff; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; font-weight: 600; margin: 2.4rem 0 .4rem; break-after: avoid; }
+p, figcaption { margin: .3rem 0; }
+.soft, figcaption, th { color: var(--soft); }
+figcaption { font-size: .88rem; max-width: 46rem; }
+figure { margin: 0; break-inside: avoid; }
+svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: .8rem 2.8rem; margin: 1.2rem 0 .4rem; }
+.tiles b { display: block; font-size: 1.55rem; font-weight: 600; line-height: 1.25; }
+.tiles span { color: var(--soft); font-size: .88rem; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100%; }
+th { white-space: pre-line; font-weight: 500; text-align: right; vertical-align: bottom; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--rule); }
+td { text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 5rem; white-space: normal; overflow-wrap: anywhere; }
+table.narrow { width: auto; }
+.scroll { overflow-x: auto; }
+.warnings { border-left: 3px solid #E69F00; padding: .1rem 0 .1rem .9rem; margin: 1rem 0; list-style: none; }
+.pair { border-top: 1px solid var(--rule); padding: .6rem 0; break-inside: avoid; }
+.pair .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .15rem 0; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; margin-top: .3rem; }
+.side { border-left: 3px solid var(--chosen); padding-left: .7rem; min-width: 0; }
+.side.rejected { border-color: var(--rejected); }
+.who { font-size: .82rem; color: var(--soft); }
+.side .who b { color: var(--chosen); } .side.rejected .who b { color: var(--rejected); }
+summary { cursor: pointer; }
+.settings { columns: 3 16rem; column-gap: 2rem; font-size: .82rem; }
+.settings div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid #eee;
+  break-inside: avoid; }
+.settings span { overflow-wrap: anywhere; text-align: right; min-width: 0; }
+.settings .wide { column-span: all; }
+@media print { body { font-size: 10pt; margin: 0; max-width: none; padding: 0; } .scroll { overflow: visible; }
+  details::details-content { content-visibility: visible; } }
+"""
+
+
+def write_report(folder: str | Path, others: Sequence[str | Path] = ()) -> Path:
+    """Writes ``report.html`` of a run, complete or not; ``others`` are runs to compare with.
+
+    Raises:
+        InputError: a folder holds no run.
+        OutputError: the file cannot be written.
+    """
+    run = summarise(folder)
+    file = run.folder / REPORT_FILE
+    page = "\n".join(_page(run, [summarise(other) for other in others]))
+    with atomic_file(file) as handle:
+        handle.write(page)
+    return file
+
+
+def _page(run: Summary, others: Sequence[Summary]) -> Iterable[str]:
+    from tso_fast.report import figures
+
+    title = escape(run.folder.resolve().name)
+    yield f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title} – tso-fast report</title><style>{CSS}</style></head><body>
+<h1>{title}</h1>
+<p class="soft">tso-fast {escape(str(run.libraries.get("tso_fast", "")))} · {escape(run.loss_name)} · reference:
+{escape(str(run.config.get("reference")))} · {run.progress} ·
+seed {run.config.get("seed")}</p>"""
+    yield _tiles(run)
+    if run.warnings:
+        yield '<ul class="warnings">' + "".join(f"<li>{escape(w)}</li>" for w in run.warnings) + "</ul>"
+    yield "<h2>Versions</h2>" + _table(VERSION_COLUMNS, version_rows(run))
+    yield """<p class="soft">Kept, swapped, dropped: candidate pairs. Used: pairs selected for training. Clip and loss:
+means over the iteration.</p>"""
+    if others:
+        yield "<h2>The same loop by loss</h2>" + _table(COMPARISON_COLUMNS, comparison_rows([run, *others]), "narrow")
+    for heading, svg, caption in (
+        ("Accuracy", figures.accuracy(run, others),
+         "Greedy answers to held-out prompts by each version of the policy; bars are 95 % intervals (Wilson)."),
+        ("Evaluation correction", figures.decisions(run),
+         "All pairs of candidate responses by the rule that gave their prior order (human over model, newer over "
+         "older, larger over smaller), and what the evidence made of it. Kept: confirmed; swapped: contradicted; "
+         "dropped: a tie or the same text. Without a prior the evidence alone decides. Above the bars: pairs."),
+        ("Loss and reward margin", figures.loss_and_margin(run),
+         "Means between log rows. Each iteration starts at its own reference."),
+        ("Rewards and clipping", figures.rewards_and_clips(run),
+         "Rewards before clipping, of chosen and rejected responses. A clipped response has no gradient: a chosen one "
+         "is liked enough, a rejected one disliked enough."),
+        ("Lengths", figures.lengths(run),
+         "Mean tokens of the responses in the iteration's pairs, and of what the policy generated at its start."),
+    ):  # fmt: skip
+        if svg is not None:
+            label = f'<svg role="img" aria-label="{escape(heading)}"'
+            svg = svg.replace("<svg", label, 1)
+            yield f"<figure><h2>{heading}</h2><figcaption>{caption}</figcaption>{svg}</figure>"
+    yield from _pairs(run)
+    yield "<h2>Configuration</h2>" + _settings(run.config)
+    yield "<h2>Software</h2>" + _settings(run.libraries)
+    yield "</body></html>\n"
+
+
+def _tiles(run: Summary) -> str:
+    tiles = [
+        (percent(v.accuracy), f"{when}: {v.name}, {v.interval}")
+        for when, v in (("before", run.before), ("after", run.after))
+        if v is not None
+    ]
+    if run.gain is not None:
+        tiles.append((f"{run.gain:+.1f}", "points gained"))
+    if used := sum(v.num_used or 0 for v in run.versions):
+        tiles.append((f"{used:,}", "pairs, all iterations"))
+    return (
+        '<div class="tiles">' + "".join(f"<div><b>{b}</b><span>{escape(s)}</span></div>" for b, s in tiles) + "</div>"
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _pairs(run: Summary) -> Iterable[str]:
+    iteration = max((v.iteration for v in run.versions if v.used), default=0)
+    file = run.folder / f"iter-{iteration}/pairs.jsonl"
+    if not iteration or not file.is_file():
+        return
+    yield f'<h2>Pairs of iteration {iteration}</h2><p class="soft">A sample over priors and decisions; all are in ' \
+          f"{escape(file.relative_to(run.folder).as_posix())}.</p>"  # fmt: skip
+    for pair in _sample(read_pairs(file, BadRows("skip"))):
+        about = f"prior: {pair.prior} · {pair.decision} ({pair.reason})"
+        if pair.prompt.answer is not None:
+            about += f" · answer: {pair.prompt.answer}"
+        yield f'<div class="pair"><div class="who">{escape(about)}</div>{_text(pair.prompt.text)}<div class="sides">'
+        for side, response, score in (("chosen", pair.chosen, pair.score_chosen),
+                                      ("rejected", pair.rejected, pair.score_rejected)):  # fmt: skip
+            scored = "" if score is None else f" · score {score:.3g}"
+            yield f'<div class="side {side}"><div class="who"><b>{side}</b> · {escape(response.model)}{scored}</div>' \
+                  f"{_text(response.text)}</div>"  # fmt: skip
+        yield "</div></div>"
+
+
+def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """A few pairs, each kind (prior, decision) in turn, a prompt once while others are left."""
+    kinds: dict[tuple[str, str], list[PreferencePair]] = {}
+    for pair in pairs:
+        kinds.setdefault((pair.prior, pair.decision), []).append(pair)
+    sample: list[PreferencePair] = []
+    while len(sample) < min(NUM_PAIRS, len(pairs)):
+        for _, of in sorted(kinds.items()):
+            if of and len(sample) < NUM_PAIRS:
+                seen = {pair.prompt.id for pair in sample}
+                fresh = next((i for i, pair in enumerate(of) if pair.prompt.id not in seen), 0)
+                sample.append(of.pop(fresh))
+    return sample
+
+
+def _text(text: str) -> str:
+    if len(text) <= FOLD:
+        return f'<div class="text">{escape(text)}</div>'
+    start = f"{escape(text[:FOLD].rsplit(' ', 1)[0])} …"
+    return f'<details class="text"><summary>{start}</summary>{escape(text)}</details>'
+
+
+def _settings(values: Any) -> str:
+    rows = []
+    for key, value in values.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        kind = ' class="wide"' if len(text) > 40 else ""
+        rows.append((bool(kind), f"<div{kind}>{escape(key)}<span>{escape(text)}</span></div>"))
+    return f'<div class="settings">{"".join(row for _, row in sorted(rows, key=lambda row: row[0]))}</div>'

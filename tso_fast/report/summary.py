@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from rich.text import Text
 from tso_fast.store import METRICS_FILE, REPORT_FILE, RUN_FILE, read_run
 
 LOSS_NAMES = {"dual_clip": "dual clip (TSO)", "dpo": "plain DPO", "sft": "chosen-only NLL"}
+
+# Field of Version -> its name among the means of a train stage.
+_MEANS = {"loss": "loss", "clip_chosen": "clip/chosen", "clip_rejected": "clip/rejected",
+          "chosen_tokens": "num_tokens/chosen", "rejected_tokens": "num_tokens/rejected"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +40,10 @@ class Version:
     decisions: Mapping[str, Mapping[str, int]] | None = None
     """Candidate pairs by rule of the prior order, then by decision: keep, swap, drop."""
     used: Mapping[str, int] | None = None
-    """Pairs that were trained on, by decision."""
+    """Pairs that were selected for training, by decision."""
     is_trained: bool = False
     loss: float | None = None
-    """Mean over the iteration, as the clip fractions and token counts."""
+    """Mean over the iteration's pairs, as are the clip fractions and token counts."""
     clip_chosen: float | None = None
     clip_rejected: float | None = None
     chosen_tokens: float | None = None
@@ -56,6 +60,10 @@ class Version:
     @property
     def num_used(self) -> int | None:
         return None if self.used is None else sum(self.used.values())
+
+    @property
+    def interval(self) -> str:
+        return "-" if self.low is None or self.high is None else f"{100 * self.low:.1f}–{100 * self.high:.1f}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +85,9 @@ class Summary:
         return LOSS_NAMES.get(loss, loss)
 
     @property
-    def trained(self) -> int:
-        """Iterations that are complete."""
-        return sum(v.is_trained for v in self.versions)
-
-    @property
-    def newest(self) -> Version:
-        """The newest version that exists."""
-        return [v for v in self.versions if v.is_trained or v.iteration == 0][-1]
+    def progress(self) -> str:
+        """``3 of 4 iterations``."""
+        return f"{sum(v.is_trained for v in self.versions)} of {self.config.get('num_iterations', '?')} iterations"
 
     @property
     def before(self) -> Version | None:
@@ -97,25 +100,20 @@ class Summary:
         return next((v for v in reversed(self.versions[1:]) if v.accuracy is not None), None)
 
     @property
-    def gain_text(self) -> str | None:
-        """Before and after in words, as they are: a loss is called a loss, and noise noise."""
-        if (before := self.before) is None or (after := self.after) is None:
-            return None
-        text = (f"{before.name} {percent(before.accuracy)} -> {after.name} {percent(after.accuracy)}: "
-                f"{points(before, after)} points; the 95 % intervals ")  # fmt: skip
-        is_apart = _number(after.low) > _number(before.high) or _number(after.high) < _number(before.low)
-        return text + ("do not overlap" if is_apart else "overlap")
+    def gain(self) -> float | None:
+        """Percentage points."""
+        before, after = self.before, self.after
+        return 100 * (_known(after.accuracy) - _known(before.accuracy)) if before and after else None
 
     @property
     def warnings(self) -> list[str]:
-        found = [f"iteration {v.iteration}: {w}" for v in self.versions for w in v.warnings]
+        found = [f"iteration {v.iteration}: {warning}" for v in self.versions for warning in v.warnings]
         evaluated = [v for v in self.versions if v.accuracy is not None]
-        if evaluated and (best := max(evaluated, key=lambda v: _number(v.accuracy))) is not evaluated[-1]:
-            found.append(f"{best.name} answered more of the held-out prompts ({percent(best.accuracy)}) than the newest "
-                         f"evaluated version, {evaluated[-1].name} ({percent(evaluated[-1].accuracy)})")  # fmt: skip
-        planned = self.config.get("num_iterations", self.trained)
-        if self.trained < planned:
-            found.append(f"{self.trained} of {planned} iterations are complete; the command that started the run goes on")
+        if evaluated and (best := max(evaluated, key=lambda v: _known(v.accuracy))).accuracy != evaluated[-1].accuracy:
+            found.append(f"{best.name} answered more held-out prompts ({percent(best.accuracy)}) than "
+                         f"{evaluated[-1].name}, which came after it ({percent(evaluated[-1].accuracy)})")  # fmt: skip
+        if sum(v.is_trained for v in self.versions) < self.config.get("num_iterations", 0):
+            found.append(f"{self.progress} are complete; the command that started the run goes on from there")
         return found
 
 
@@ -127,55 +125,46 @@ def summarise(folder: str | Path) -> Summary:
     """
     folder = Path(folder)
     state = read_run(folder)
-    infos: dict[int, dict[str, Any]] = {0: {}}
+    stages: dict[int, dict[str, Any]] = {0: {}}
     for item in state["stages"]:
         iteration, stage = item["name"].removeprefix("iter-").split("/")
-        infos.setdefault(int(iteration), {})[stage] = item["info"]
-    policy = state["config"].get("policy") or "before training"
-    versions = (_version(iteration, infos[iteration], policy) for iteration in sorted(infos))
+        stages.setdefault(int(iteration), {})[stage] = item["info"]
+    start = state["config"].get("policy") or "before training"
     return Summary(
         folder=folder,
         config=state["config"],
         libraries=state["versions"],
-        versions=tuple(versions),
+        versions=tuple(_version(t, stages[t], f"tso-{t}" if t else start) for t in sorted(stages)),
         metrics=tuple(_read_metrics(folder / METRICS_FILE)),
     )
 
 
-def _version(iteration: int, infos: Mapping[str, Mapping[str, Any]], policy: str) -> Version:
-    evaluated, paired, trained = (infos.get(stage, {}) for stage in ("eval", "pairs", "train"))
-    means = trained.get("means", {})
+def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str) -> Version:
+    evaluated, paired, trained = (stages.get(stage, {}) for stage in ("eval", "pairs", "train"))
     asides = (
+        (stages.get("score", {}).get("skipped_prompts"), "prompts could not be judged and were set aside"),
         (paired.get("abstained"), "verdicts abstained"),
-        (infos.get("score", {}).get("skipped_prompts"), "prompts could not be judged and were set aside"),
         (trained.get("too_long"), "pairs were longer than the context and left out"),
     )
     return Version(
-        name=evaluated.get("model") or (f"tso-{iteration}" if iteration else policy),
+        name=evaluated.get("model", name),
         iteration=iteration,
         **{key: evaluated.get(key) for key in ("accuracy", "low", "high")},
-        decisions=paired.get("decisions"),
-        used=paired.get("used"),
-        is_trained="train" in infos,
-        loss=means.get("loss"),
-        clip_chosen=means.get("clip/chosen"),
-        clip_rejected=means.get("clip/rejected"),
-        chosen_tokens=means.get("num_tokens/chosen"),
-        rejected_tokens=means.get("num_tokens/rejected"),
-        generated_tokens=infos.get("generate", {}).get("generated_tokens"),
+        **{key: paired.get(key) for key in ("decisions", "used")},
+        **{key: trained.get("means", {}).get(mean) for key, mean in _MEANS.items()},
+        is_trained="train" in stages,
+        generated_tokens=stages.get("generate", {}).get("generated_tokens"),
         skipped_steps=trained.get("skipped_steps"),
         warnings=(*trained.get("warnings", ()), *(f"{count:,} {what}" for count, what in asides if count)),
     )
 
 
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    rows = []
+def _read_metrics(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
-            rows.append(json.loads(line))
+            yield json.loads(line)
         except ValueError:  # a line that a kill cut off
             continue
-    return rows
 
 
 def comparisons(folder: str | Path) -> list[str]:
@@ -187,31 +176,44 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def points(before: Version, after: Version) -> str:
-    """Gain in percentage points, signed."""
-    return f"{100 * (_number(after.accuracy) - _number(before.accuracy)):+.1f}"
+def gain_text(run: Summary) -> str:
+    """Before and after in words, as they are: a loss is called a loss, and noise noise."""
+    before, after = run.before, run.after
+    if before is None or after is None:
+        return "not known: there is no evaluation both before and after training"
+    is_apart = _known(after.low) > _known(before.high) or _known(after.high) < _known(before.low)
+    return (f"{before.name} {percent(before.accuracy)} -> {after.name} {percent(after.accuracy)}, {run.gain:+.1f} points "
+            f"(95 % intervals {'do not overlap' if is_apart else 'overlap'})")  # fmt: skip
 
 
-def interval(version: Version) -> str:
-    if version.low is None or version.high is None:
-        return "-"
-    return f"{100 * version.low:.1f}–{100 * version.high:.1f}"
+VERSION_COLUMNS = ("version", "accuracy", "95 %\ninterval", "pairs\nkept", "swapped", "dropped", "used", "clip %\nchosen",
+                   "clip %\nrejected", "loss")  # fmt: skip
 
 
-def comparison_rows(runs: Sequence[Summary]) -> list[tuple[str, str, str, str]]:
-    """Loss, before, after, gain in points; one row a run, in the order given."""
+def version_rows(run: Summary) -> list[list[str]]:
+    """One row a version under ``VERSION_COLUMNS``."""
     return [
-        (
-            run.loss_name,
-            percent(run.before and run.before.accuracy),
-            percent(run.after and run.after.accuracy),
-            points(run.before, run.after) if run.before and run.after else "-",
-        )
+        [v.name, percent(v.accuracy), v.interval]
+        + [_count(n) for n in (v.pairs("keep"), v.pairs("swap"), v.pairs("drop"), v.num_used)]
+        + ["-" if clip is None else f"{100 * clip:.1f}" for clip in (v.clip_chosen, v.clip_rejected)]
+        + ["-" if v.loss is None else f"{v.loss:.3f}"]
+        for v in run.versions
+    ]
+
+
+COMPARISON_COLUMNS = ("loss", "before", "after", "95 %\ninterval", "gain,\npoints")
+
+
+def comparison_rows(runs: Sequence[Summary]) -> list[list[str]]:
+    """One row a run under ``COMPARISON_COLUMNS``, in the order given."""
+    return [
+        [run.loss_name, percent(run.before and run.before.accuracy), percent(run.after and run.after.accuracy)]
+        + [run.after.interval if run.after else "-", "-" if run.gain is None else f"{run.gain:+.1f}"]
         for run in runs
     ]
 
 
-def _number(value: float | None) -> float:
+def _known(value: float | None) -> float:
     assert value is not None
     return value
 
@@ -222,40 +224,29 @@ def _count(value: int | None) -> str:
     return f"{value:,}" if value < 1_000_000 else f"{value / 1e6:.2f}M"
 
 
-def print_summary(folders: Sequence[str]) -> None:
+def print_summary(folders: Sequence[str | Path]) -> None:
     """Prints what the first run did, and how the others compare, on standard output.
 
     Raises:
         InputError: a folder holds no run.
     """
     runs = [summarise(folder) for folder in folders]
-    run, console = runs[0], Console(highlight=False)
-    iterations = f"{run.trained} iteration{'' if run.trained == 1 else 's'}"
-    table = _table(f"{run.loss_name}, {iterations}", "version", "accuracy", "95 %\ninterval", "pairs\nkept", "swapped",
-                   "dropped", "used", "clip %\nchosen", "clip %\nrejected", "loss")  # fmt: skip
-    for v in run.versions:
-        clips = ("-" if c is None else f"{100 * c:.1f}" for c in (v.clip_chosen, v.clip_rejected))
-        counts = (_count(n) for n in (*map(v.pairs, ("keep", "swap", "drop")), v.num_used))
-        table.add_row(Text(v.name), percent(v.accuracy), interval(v), *counts, *clips,
-                      "-" if v.loss is None else f"{v.loss:.3f}")  # fmt: skip
-    console.print(table)
-    console.print(f"\ngain      {run.gain_text or 'not known: no evaluation before and after'}", markup=False)
+    run, console = runs[0], Console(highlight=False, markup=False)
+    console.print(_table(f"{run.loss_name}, {run.progress}", VERSION_COLUMNS, version_rows(run)))
+    console.print(f"\ngain: {gain_text(run)}")
     if len(runs) > 1:
-        table = _table("Same loop, other losses", "loss", "before", "after", "gain, points")
-        for row in comparison_rows(runs):
-            table.add_row(*row)
-        console.print("", table, "", sep="\n")
+        console.print("", _table("The same loop by loss", COMPARISON_COLUMNS, comparison_rows(runs)), "", sep="\n")
     for warning in run.warnings:
-        console.print(f"warning   {warning}", markup=False, style="yellow")
-    console.print(f"report: {run.folder / REPORT_FILE}", markup=False, soft_wrap=True)
-    if run.trained:
-        console.print(f'from_pretrained("{run.folder}") loads the newest policy, {run.newest.name}', markup=False,
-                      soft_wrap=True)  # fmt: skip
+        console.print(f"warning: {warning}", style="yellow")
+    console.print(f"report: {run.folder / REPORT_FILE}", soft_wrap=True)
+    if trained := [v.name for v in run.versions if v.is_trained]:
+        console.print(f'from_pretrained("{run.folder}") loads the newest policy, {trained[-1]}', soft_wrap=True)
 
 
-def _table(title: str, first: str, *others: str) -> Table:
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for name in others:  # only the first column gives way when the terminal is narrow
-        table.add_column(name, justify="right", no_wrap=True)
+    for i, name in enumerate(columns):  # only the first column gives way when the terminal is narrow
+        table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table

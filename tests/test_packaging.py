@@ -1,0 +1,135 @@
+"""Regular, editable and source installs, the folder `kernels/`, and the direction of imports."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tso_fast"
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **environment})  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                             capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "copy" / name).write_bytes((ROOT / name).read_bytes())
+    python("-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), cwd=folder / "copy")
+    return next(folder.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Built from the sdist, so whatever the sdist lacks shows."""
+    folder = sdist.parent / "wheel"
+    python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(sdist),
+           cwd=sdist.parent)  # fmt: skip
+    return next(folder.glob("*.whl"))
+
+
+def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
+    assert {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()} <= names
+
+
+def test_wheel_installs_the_packages_under_their_names(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path)
+    tops = {name.partition("/")[0] for name in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"tso_fast"}
+    modules = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
+    assert modules | {"tso_fast/kernels/__init__.py", "tso_fast/py.typed", "tso_fast/quickstart/quickstart.yaml"} \
+        <= set(names)  # fmt: skip
+    assert any(name.startswith("tso_fast/_C.") for name in names)
+    code = "import tso_fast, tso_fast.kernels, tso_fast._C; print(tso_fast.__file__, tso_fast._C.__file__)"
+    shown = python("-c", code, cwd=tmp_path.parent, PYTHONPATH=str(tmp_path))
+    assert shown.count(str(tmp_path)) == 2
+
+
+def test_the_installed_package_leaves_the_name_kernels_free(tmp_path: Path) -> None:
+    """transformers probes for a package `kernels`; ours must not answer, wherever a program is started."""
+    code = ("import importlib.util, tso_fast.kernels; assert tso_fast.kernels.__version__ == '0.0.0'; "
+            "spec = importlib.util.find_spec('kernels'); print(spec and spec.origin)")  # fmt: skip
+    assert str(ROOT) not in python("-c", code, cwd=tmp_path)
+
+
+def test_transformers_imports_with_the_root_on_the_path() -> None:
+    """Started in the checkout, `kernels/` does answer to the name; it must do no harm."""
+    python("-c", "from transformers import AutoModelForCausalLM, LlamaForCausalLM", cwd=ROOT)
+
+
+def test_help_is_answered_without_heavy_imports(tmp_path: Path) -> None:
+    code = ("import sys; from tso_fast.cli import main; main(['--help']); "
+            "heavy = {'torch', 'transformers', 'numpy', 'jsonargparse', 'yaml', 'rich'} & set(sys.modules); "
+            "assert not heavy, heavy")  # fmt: skip
+    assert "usage: tso-fast" in python("-c", code, cwd=tmp_path)
+
+
+LEVELS = [
+    {"errors", "seeds"},
+    {"types", "config", "progress"},
+    {"losses", "records", "store", "options"},
+    {"correction"},
+    {"pairing", "batching"},
+    {"logprob", "generators", "judges", "kernels"},
+    {"policy", "monitors"},
+    {"scoring", "matrix", "checkpoint"},
+    {"stages", "reference_policy"},
+    {"optimization"},
+    {"trainer", "single"},
+    {"quickstart", "report"},
+    {"cli"},
+]
+
+
+def level_of(module: str) -> int:
+    name = module.removeprefix("tso_fast.")
+    for candidate in (name, name.partition(".")[0]):
+        for level, names in enumerate(LEVELS):
+            if candidate in names:
+                return level
+    raise AssertionError(f"{module} has no place in LEVELS")
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for file in PACKAGE.rglob("*.py"):
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module == "tso_fast":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else \
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else []  # fmt: skip
+            if isinstance(node, ast.ImportFrom) and node.module == "tso_fast":
+                names = [f"tso_fast.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
+            for name in names:
+                if not name.startswith("tso_fast.") or name == "tso_fast._C":
+                    continue
+                same_package = module.split(".")[1] == name.split(".")[1]
+                if not same_package and level_of(name) >= level_of(module):
+                    wrong.append(f"{module} imports {name}")
+    assert wrong == []
+
+
+def test_the_trainer_fits_on_a_few_pages() -> None:
+    assert len((PACKAGE / "trainer.py").read_text().splitlines()) < 300

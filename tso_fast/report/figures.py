@@ -1,0 +1,206 @@
+"""The figures of a report, each as one SVG element whose text is text: sharp, small, and searchable."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tso_fast.report.summary import Summary
+
+# Okabe and Ito's colours, told apart by colour-blind readers. Blue: chosen, and what became a pair; vermilion:
+# rejected, and what did not.
+CHOSEN, SWAPPED, REJECTED, DROPPED = "#0072B2", "#7CC0EA", "#D55E00", "#F3D3BC"
+THIRD, FOURTH, INK, SOFT, FAINT = "#009E73", "#CC79A7", "#333333", "#666666", "#9A9A9A"
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "grid.color": "#E8E8E8",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+
+
+def draw(name: str, plot: Callable[[Any], None], height: float) -> str:
+    """``plot(figure)`` as SVG markup, 7.6 inches wide at most; ``name`` keeps ids of several figures apart."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(7.6, height), layout="constrained")
+        plot(figure)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = out.getvalue()[out.getvalue().index("<svg") :]
+    # In HTML the parser knows SVG's namespaces, and ids that nothing refers to would only collide between figures.
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
+    return re.sub(r' width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
+
+
+def accuracy(run: Summary, others: Sequence[Summary]) -> str | None:
+    """Accuracy of each version with its 95 % interval; the other runs as lines."""
+    if all(v.accuracy is None for v in run.versions):
+        return None
+
+    def plot(figure: Any) -> None:
+        axes = figure.add_subplot()
+        styles = ((CHOSEN, "o-"), (THIRD, "s--"), (FOURTH, "^:"))
+        for one, (color, form) in zip([run, *others], itertools.cycle(styles), strict=False):
+            points = [(v.iteration, 100 * v.accuracy) for v in one.versions if v.accuracy is not None]
+            axes.plot(*zip(*points or [(math.nan, math.nan)], strict=True), form, color=color, markersize=5,
+                      label=one.loss_name, zorder=4 if one is run else 3)  # fmt: skip
+        for v in run.versions:
+            if v.accuracy is not None and v.low is not None and v.high is not None:
+                error = [[100 * (v.accuracy - v.low)], [100 * (v.high - v.accuracy)]]
+                axes.errorbar(v.iteration, 100 * v.accuracy, yerr=error, color=CHOSEN, capsize=4, elinewidth=1.2)
+                _note(
+                    axes, f"{100 * v.accuracy:.1f}", (v.iteration, 100 * v.accuracy), (-7, 5), ha="right", color=CHOSEN
+                )
+        ticks = [v.iteration for v in run.versions]
+        axes.set_xticks(ticks, [v.name if len(ticks) < 9 else str(v.iteration) for v in run.versions])
+        axes.set_xlim(-0.4, max(ticks) + 0.4)
+        axes.set_ylabel("held-out prompts answered, %")
+        if others:
+            axes.legend(loc="lower right")
+
+    return draw("accuracy", plot, 3.0)
+
+
+def decisions(run: Summary) -> str | None:
+    """Share of candidate pairs kept, swapped and dropped, one panel a rule of the prior order."""
+    by_iteration = {v.iteration: v.decisions for v in run.versions if v.decisions}
+    rules = sorted({rule for of in by_iteration.values() for rule in of}, key=lambda rule: (rule == "none", rule))
+    if not rules:
+        return None
+
+    def plot(figure: Any) -> None:
+        panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+        for axes, rule in zip(panels, rules, strict=True):
+            counts = [of.get(rule, {}) for of in by_iteration.values()]
+            totals = [sum(of.values()) for of in counts]
+            bottom = [0.0] * len(counts)
+            for key, label, color in (
+                ("keep", "kept", CHOSEN),
+                ("swap", "swapped", SWAPPED),
+                ("drop", "dropped", DROPPED),
+            ):
+                share = [100 * of.get(key, 0) / (total or 1) for of, total in zip(counts, totals, strict=True)]
+                axes.bar(range(len(share)), share, 0.72, bottom=bottom, color=color, edgecolor="white", label=label)
+                bottom = [a + b for a, b in zip(bottom, share, strict=True)]
+            for i, total in enumerate(totals):
+                _note(axes, _short(total), (i, 100), (0, 2), ha="center", fontsize=7)
+            axes.set_title("no prior" if rule == "none" else rule, pad=14)
+            axes.set_xticks(range(len(counts)), list(by_iteration))
+            axes.set_ylim(0, 100)
+        panels[0].set_ylabel("candidate pairs, %")
+        figure.supxlabel("iteration", fontsize=9)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+
+    return draw("decisions", plot, 2.9)
+
+
+def loss_and_margin(run: Summary) -> str | None:
+    """Loss and reward margin over optimiser steps."""
+    start = math.log(2) if run.config.get("loss_type") != "sft" and not run.config.get("margin_weight") else None
+    loss = ("loss", [("loss", "", CHOSEN)], [(start, "ln 2")])
+    return _curves(run, "loss", [loss, ("reward margin", [("rewards/margins", "", CHOSEN)], [])])
+
+
+def rewards_and_clips(run: Summary) -> str | None:
+    """Rewards of chosen and rejected responses, and how many were clipped, over optimiser steps."""
+    rewards, clips = (
+        [(f"{name}/chosen", "chosen", CHOSEN), (f"{name}/rejected", "rejected", REJECTED)]
+        for name in ("rewards", "clip")
+    )
+    low = run.config.get("clip_rejected")
+    bounds = [(run.config.get("clip_chosen"), "clip, chosen"), (low and -low, "clip, rejected")]
+    return _curves(run, "rewards", [("reward", rewards, bounds), ("clipped, % of pairs", clips, [])])
+
+
+Panel = tuple[str, list[tuple[str, str, str]], list[tuple[float | None, str]]]
+
+
+def _curves(run: Summary, name: str, panels: Sequence[Panel]) -> str | None:
+    """Panels of (title, [(metric, label, colour)], [(level, label)]) over the steps of the run."""
+    if not run.metrics:
+        return None
+    by_iteration = {t: list(rows) for t, rows in itertools.groupby(run.metrics, key=lambda row: row["iteration"])}
+    ends = list(itertools.accumulate(rows[-1]["step"] for rows in by_iteration.values()))
+    starts = [0, *ends[:-1]]
+
+    def plot(figure: Any) -> None:
+        for axes, (title, curves, levels) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            factor = 100 if "%" in title else 1
+            for metric, label, color in curves:
+                # One line an iteration: each begins at a new reference.
+                for start, rows in zip(starts, by_iteration.values(), strict=True):
+                    x = [start + row["step"] for row in rows]
+                    y = [math.nan if row.get(metric) is None else factor * row[metric] for row in rows]
+                    axes.plot(x, y, "-" if len(rows) > 12 else ".-", color=color, label="" if start else label)
+            for level, text in levels:
+                if level is not None:
+                    axes.axhline(level, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+                    _note(axes, text, (ends[-1], level), (0, 2), ha="right", fontsize=7)
+            axes.margins(y=0.14)
+            for t, start in zip(by_iteration, starts, strict=True):
+                axes.axvline(start, color=FAINT, linewidth=0.6, zorder=1)
+                axes.annotate(t, (start, 1), (3, -1), ("data", "axes fraction"), "offset points", va="top", color=SOFT)
+            axes.set_title(title)
+            axes.set_xlim(0, ends[-1])
+            axes.set_xlabel("step; numbers at the top: iteration")
+            if len(curves) > 1:
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1)
+
+    return draw(name, plot, 2.7)
+
+
+def lengths(run: Summary) -> str | None:
+    """Mean tokens of chosen, rejected and generated responses, by iteration."""
+    forms = {"chosen": ("o-", CHOSEN), "rejected": ("s--", REJECTED), "generated": ("^:", THIRD)}
+    series = {
+        name: [(v.iteration, n) for v in run.versions if (n := getattr(v, f"{name}_tokens")) is not None]
+        for name in forms
+    }
+    if not any(series.values()):
+        return None
+
+    def plot(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for name, points in series.items():
+            if points:
+                axes.plot(*zip(*points, strict=True), forms[name][0], color=forms[name][1], markersize=5, label=name)
+        axes.set_xticks([v.iteration for v in run.versions if v.iteration])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel("mean tokens")
+        axes.legend(loc="lower right", ncols=3)
+
+    return draw("lengths", plot, 2.2)
+
+
+def _note(axes: Any, text: str, point: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:
+    """Text beside a point, ``offset`` in points (1/72 inch)."""
+    axes.annotate(text, point, offset, textcoords="offset points", **{"color": SOFT, **options})
+
+
+def _short(count: int) -> str:
+    return f"{count}" if count < 1000 else f"{count / 1000:.3g}k" if count < 999_500 else f"{count / 1e6:.3g}M"
