@@ -65,9 +65,9 @@ def accuracy(run: Summary, others: Sequence[Summary]) -> str | None:
         axes = figure.add_subplot()
         styles = ((CHOSEN, "o-"), (THIRD, "s--"), (FOURTH, "^:"))
         for one, (color, form) in zip([run, *others], itertools.cycle(styles), strict=False):
-            points = [(v.iteration, 100 * v.accuracy) for v in one.versions if v.accuracy is not None]
-            axes.plot(*zip(*points or [(math.nan, math.nan)], strict=True), form, color=color, markersize=5,
-                      label=one.loss_name, zorder=4 if one is run else 3)  # fmt: skip
+            evaluated = [v for v in one.versions if v.accuracy is not None]
+            x, y = [v.iteration for v in evaluated], [100 * (v.accuracy or 0) for v in evaluated]
+            axes.plot(x, y, form, color=color, markersize=5, label=one.loss_name, zorder=4 if one is run else 3)
         for v in run.versions:
             if v.accuracy is not None and v.low is not None and v.high is not None:
                 error = [[100 * (v.accuracy - v.low)], [100 * (v.high - v.accuracy)]]
@@ -133,7 +133,7 @@ def rewards_and_clips(run: Summary) -> str | None:
     )
     low = run.config.get("clip_rejected")
     bounds = [(run.config.get("clip_chosen"), "clip, chosen"), (low and -low, "clip, rejected")]
-    return _curves(run, "rewards", [("reward", rewards, bounds), ("clipped, % of pairs", clips, [])])
+    return _curves(run, "rewards", [("reward", rewards, bounds), ("clipped, %", clips, [])])
 
 
 Panel = tuple[str, list[tuple[str, str, str]], list[tuple[float | None, str]]]
@@ -166,6 +166,7 @@ def _curves(run: Summary, name: str, panels: Sequence[Panel]) -> str | None:
                 axes.annotate(t, (start, 1), (3, -1), ("data", "axes fraction"), "offset points", va="top", color=SOFT)
             axes.set_title(title)
             axes.set_xlim(0, ends[-1])
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("step; numbers at the top: iteration")
             if len(curves) > 1:
                 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1)
@@ -189,7 +190,7 @@ def lengths(run: Summary) -> str | None:
             if points:
                 axes.plot(*zip(*points, strict=True), forms[name][0], color=forms[name][1], markersize=5, label=name)
         axes.set_xticks([v.iteration for v in run.versions if v.iteration])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(n for points in series.values() for _, n in points))
         axes.set_xlabel("iteration")
         axes.set_ylabel("mean tokens")
         axes.legend(loc="lower right", ncols=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,15 @@ figcaption { font-size: .88rem; max-width: 46rem; }
 figure { margin: 0; break-inside: avoid; }
 svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
 .tiles { display: flex; flex-wrap: wrap; gap: .8rem 2.8rem; margin: 1.2rem 0 .4rem; }
+.tiles div { max-width: 18rem; overflow-wrap: anywhere; }
 .tiles b { display: block; font-size: 1.55rem; font-weight: 600; line-height: 1.25; }
 .tiles span { color: var(--soft); font-size: .88rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; width: 100%; }
 th { white-space: pre-line; font-weight: 500; text-align: right; vertical-align: bottom; }
 th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--rule); }
 td { text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 5rem; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 5rem; overflow-wrap: anywhere; }
+td:first-child { white-space: normal; }
 table.narrow { width: auto; }
 .scroll { overflow-x: auto; }
 .warnings { border-left: 3px solid #E69F00; padding: .1rem 0 .1rem .9rem; margin: 1rem 0; list-style: none; }
@@ -56,13 +58,13 @@ table.narrow { width: auto; }
 .who { font-size: .82rem; color: var(--soft); }
 .side .who b { color: var(--chosen); } .side.rejected .who b { color: var(--rejected); }
 summary { cursor: pointer; }
+details[open] summary span { display: none; }
 .settings { columns: 3 16rem; column-gap: 2rem; font-size: .82rem; }
 .settings div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid #eee;
   break-inside: avoid; }
 .settings span { overflow-wrap: anywhere; text-align: right; min-width: 0; }
 .settings .wide { column-span: all; }
-@media print { body { font-size: 10pt; margin: 0; max-width: none; padding: 0; } .scroll { overflow: visible; }
-  details::details-content { content-visibility: visible; } }
+@media print { body { font-size: 10pt; margin: 0; max-width: none; padding: 0; } .scroll { overflow: visible; } }
 """
 
 
@@ -90,8 +92,7 @@ def _page(run: Summary, others: Sequence[Summary]) -> Iterable[str]:
 <title>{title} – tso-fast report</title><style>{CSS}</style></head><body>
 <h1>{title}</h1>
 <p class="soft">tso-fast {escape(str(run.libraries.get("tso_fast", "")))} · {escape(run.loss_name)} · reference:
-{escape(str(run.config.get("reference")))} · {run.progress} ·
-seed {run.config.get("seed")}</p>"""
+{escape(str(run.config.get("reference")))} · {run.progress} · seed {run.config.get("seed")}</p>"""
     yield _tiles(run)
     if run.warnings:
         yield '<ul class="warnings">' + "".join(f"<li>{escape(w)}</li>" for w in run.warnings) + "</ul>"
@@ -110,8 +111,8 @@ means over the iteration.</p>"""
         ("Loss and reward margin", figures.loss_and_margin(run),
          "Means between log rows. Each iteration starts at its own reference."),
         ("Rewards and clipping", figures.rewards_and_clips(run),
-         "Rewards before clipping, of chosen and rejected responses. A clipped response has no gradient: a chosen one "
-         "is liked enough, a rejected one disliked enough."),
+         "Rewards before clipping, of chosen and rejected responses, since the iteration's reference. In dual clip a "
+         "clipped response has no gradient: a chosen one is preferred enough, a rejected one rejected enough."),
         ("Lengths", figures.lengths(run),
          "Mean tokens of the responses in the iteration's pairs, and of what the policy generated at its start."),
     ):  # fmt: skip
@@ -134,7 +135,7 @@ def _tiles(run: Summary) -> str:
     if run.gain is not None:
         tiles.append((f"{run.gain:+.1f}", "points gained"))
     if used := sum(v.num_used or 0 for v in run.versions):
-        tiles.append((f"{used:,}", "pairs, all iterations"))
+        tiles.append((f"{used:,}", "pairs selected, all iterations"))
     return (
         '<div class="tiles">' + "".join(f"<div><b>{b}</b><span>{escape(s)}</span></div>" for b, s in tiles) + "</div>"
     )
@@ -187,13 +188,19 @@ def _text(text: str) -> str:
     if len(text) <= FOLD:
         return f'<div class="text">{escape(text)}</div>'
     start = f"{escape(text[:FOLD].rsplit(' ', 1)[0])} …"
-    return f'<details class="text"><summary>{start}</summary>{escape(text)}</details>'
+    return f'<details class="text"><summary><span>{start}</span></summary>{escape(text)}</details>'
 
 
-def _settings(values: Any) -> str:
-    rows = []
+def _settings(values: Mapping[str, Any]) -> str:
+    short: list[str] = []
+    wide: list[str] = []
     for key, value in values.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        kind = ' class="wide"' if len(text) > 40 else ""
-        rows.append((bool(kind), f"<div{kind}>{escape(key)}<span>{escape(text)}</span></div>"))
-    return f'<div class="settings">{"".join(row for _, row in sorted(rows, key=lambda row: row[0]))}</div>'
+        for item in value if isinstance(value, list) else [value]:  # one row a cell of the matrix
+            if isinstance(item, dict):
+                text = ", ".join(f"{k}: {v}" for k, v in item.items() if v is not None)
+            else:
+                text = item if isinstance(item, str) else json.dumps(item)
+            is_wide = isinstance(item, dict) or len(text) > 40
+            row = f"<div{' class=wide' * is_wide}>{escape(key)}<span>{escape(text)}</span></div>"
+            (wide if is_wide else short).append(row)
+    return f'<div class="settings">{"".join(short + wide)}</div>'

@@ -182,12 +182,14 @@ def gain_text(run: Summary) -> str:
     if before is None or after is None:
         return "not known: there is no evaluation both before and after training"
     is_apart = _known(after.low) > _known(before.high) or _known(after.high) < _known(before.low)
-    return (f"{before.name} {percent(before.accuracy)} -> {after.name} {percent(after.accuracy)}, {run.gain:+.1f} points "
-            f"(95 % intervals {'do not overlap' if is_apart else 'overlap'})")  # fmt: skip
+    change = (
+        f"{before.name} {percent(before.accuracy)} -> {after.name} {percent(after.accuracy)}, {run.gain:+.1f} points"
+    )
+    return f"{change} (95 % intervals {'do not overlap' if is_apart else 'overlap'})"
 
 
-VERSION_COLUMNS = ("version", "accuracy", "95 %\ninterval", "pairs\nkept", "swapped", "dropped", "used", "clip %\nchosen",
-                   "clip %\nrejected", "loss")  # fmt: skip
+VERSION_COLUMNS = ("version", "accuracy", "95 %\ninterval", "pairs\nkept", "swapped", "dropped", "used",
+                   "clip %\nchosen", "clip %\nrejected", "loss")  # fmt: skip
 
 
 def version_rows(run: Summary) -> list[list[str]]:
@@ -206,11 +208,12 @@ COMPARISON_COLUMNS = ("loss", "before", "after", "95 %\ninterval", "gain,\npoint
 
 def comparison_rows(runs: Sequence[Summary]) -> list[list[str]]:
     """One row a run under ``COMPARISON_COLUMNS``, in the order given."""
-    return [
-        [run.loss_name, percent(run.before and run.before.accuracy), percent(run.after and run.after.accuracy)]
-        + [run.after.interval if run.after else "-", "-" if run.gain is None else f"{run.gain:+.1f}"]
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        before, after = (v or Version(name="", iteration=0) for v in (run.before, run.after))
+        gain = "-" if run.gain is None else f"{run.gain:+.1f}"
+        rows.append([run.loss_name, percent(before.accuracy), percent(after.accuracy), after.interval, gain])
+    return rows
 
 
 def _known(value: float | None) -> float:
