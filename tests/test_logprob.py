@@ -437,7 +437,7 @@ def test_token_weights_enter_policy_and_reference() -> None:
     weights = torch.rand(6, 9, generator=torch.Generator().manual_seed(2), dtype=F64)
     ref_args, ref_kw = inputs(6, 9, dim=5, seed=4, bias=True)
     ref = (truth(*ref_args[:2], args[2], **ref_kw) * weights).sum(1).detach()
-    out = preference_loss(*args, **kw, token_weights=weights, ref_hidden=ref_args[0], ref_weight=ref_args[1],
+    out = preference_loss(*args, **kw, token_weights=weights, ref_hidden=ref_args[0].detach(), ref_weight=ref_args[1],
                           ref_bias=ref_kw["bias"], loss="dpo")  # fmt: skip
     torch.testing.assert_close(out.ref_logprobs, ref)
     want = expected_loss(args, kw, ref, token_weights=weights, loss="dpo")
@@ -477,6 +477,10 @@ def test_a_loss_may_be_a_function() -> None:
     for a, b in zip(*(vars(preference_loss(*args, ref_logprobs=ref, loss=loss)).values() for loss in ("dual_clip",
                     LOSSES["dual_clip"])), strict=True):  # fmt: skip
         assert torch.equal(a, b)
+    mean = preference_loss(*args, ref_logprobs=ref, loss=lambda pairs: pairs.chosen / pairs.num_chosen_tokens
+                           - pairs.rejected / pairs.num_rejected_tokens)  # fmt: skip
+    means = mean.logprobs / (args[2] != IGNORE).sum(1)
+    torch.testing.assert_close(mean.losses, means[:3] - means[3:])
     with pytest.raises(ValueError, match=r"one value a pair, \[3\], got \(\)"):
         preference_loss(*args, ref_logprobs=ref, loss=lambda pairs: pairs.chosen.sum())
 

@@ -46,7 +46,8 @@ def wheel(sdist: Path) -> Path:
 
 
 def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
     assert {f"csrc/{p.name}" for p in (ROOT / "csrc").iterdir()} <= names
 
@@ -76,13 +77,6 @@ def test_the_installed_package_leaves_the_name_kernels_free(tmp_path: Path) -> N
 def test_transformers_imports_with_the_root_on_the_path() -> None:
     """Started in the checkout, `kernels/` does answer to the name; it must do no harm."""
     python("-c", "from transformers import AutoModelForCausalLM, LlamaForCausalLM", cwd=ROOT)
-
-
-def test_help_is_answered_without_heavy_imports(tmp_path: Path) -> None:
-    code = ("import sys; from tso_fast.cli import main; main(['--help']); "
-            "heavy = {'torch', 'transformers', 'numpy', 'jsonargparse', 'yaml', 'rich'} & set(sys.modules); "
-            "assert not heavy, heavy")  # fmt: skip
-    assert "usage: tso-fast" in python("-c", code, cwd=tmp_path)
 
 
 LEVELS = [

@@ -36,7 +36,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_killed_at_every_file_ends_with_the_same_bytes(chain: tuple[Path, dict[str, int]], moment: str) -> None:
     folder, kills = chain
-    # 2 iterations x (3 or 4 cells, responses, verdicts, pairs, checkpoints, policy, reference) and a commit of each stage
+    # 2 iterations x (3 or 4 cells, responses, verdicts, pairs, checkpoints, policy, reference), and every commit
     assert kills[moment] > 30
     whole, resumed = bytes_of(folder / "whole"), bytes_of(folder / moment)
     assert [name for name in whole if whole[name] != resumed[name]] == []

@@ -6,16 +6,19 @@ import dataclasses
 import gzip
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from resume_chain import SMALL, config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from resume_chain import SMALL, config
 from tso_fast.cli import main
-from tso_fast.config import CellConfig, TrainConfig
+from tso_fast.config import TrainConfig
 from tso_fast.errors import InputError, TrainingError
 from tso_fast.quickstart.build import make_tokenizer
 from tso_fast.store import read_run
@@ -175,6 +178,27 @@ def test_accumulation_gives_the_trajectory_of_one_batch(base: TrainConfig, tmp_p
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
+def test_two_processes_give_the_trajectory_of_one(base: TrainConfig, tmp_path: Path) -> None:
+    """Torch's own launcher, gloo, DDP: the same pairs in a step, the same loss, gradient and metrics."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import dataclasses, sys, torch\nfrom pathlib import Path\nfrom resume_chain import config\n"
+        "from tso_fast.trainer import train\ntorch.set_num_threads(1)\n"
+        "size = int(sys.argv[2])\ntrain(dataclasses.replace(config(Path(sys.argv[1])), save_steps=0, scale_by='gap',"
+        "num_train_epochs=3, num_iterations=1, per_device_train_batch_size=size))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    for launcher, name, size in (([], "one", "4"), (["-m", "torch.distributed.run", "--nproc_per_node=2"], "two", "2")):
+        done = subprocess.run([sys.executable, *launcher, str(script), str(tmp_path / name), size], env=environment,
+                              capture_output=True, text=True, timeout=240)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) > 2
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "rewards/margins", "grad_norm", "logps/chosen", "clip/rejected"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+
+
 @pytest.mark.parametrize("reference", ["initial", "ema"])
 def test_reference_policies(base: TrainConfig, tmp_path: Path, reference: str) -> None:
     """iter-2's reference log-probs are those of the weights that the setting names."""
@@ -265,7 +289,8 @@ def test_gsm8k_with_human_solutions_from_a_config_file(
         + "\n".join(cells)
         + f"\nprompts: {tmp_path}/prompts.jsonl\neval_prompts: {tmp_path}/held_out.jsonl\n"
         f"output_dir: {tmp_path}/run\nverifier: numeric\nnum_iterations: 2\nnum_generations: 1\n"
-        "max_completion_length: 24\nlearning_rate: 1.0e-3\nuse_cpu: true\nper_device_train_batch_size: 4\n"
+        "max_completion_length: 24\nlogging_steps: 1\nlearning_rate: 1.0e-3\n"
+        "use_cpu: true\nper_device_train_batch_size: 4\n"
     )
     status = main(["train", str(tmp_path / "config.yaml"), "--max_pairs", "2"])
     out = capsys.readouterr()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tso_fast.errors import InputError
@@ -19,8 +20,16 @@ from tso_fast.types import PairBatch, PreferencePair, Prompt, Response
 IGNORE = -100
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _render(tokenizer: Any, prompt: Prompt, response: str | None = None) -> str:
+    """The prompt by the chat template, ready for an answer, or with ``response`` as one."""
+    messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+    if response is not None:
+        messages.append({"role": "assistant", "content": response})
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+    except TemplateError as error:
+        raise InputError(f"{prompt.where or prompt.id}: field 'prompt' is refused by the chat template: {error}; "
+                         f"it has the roles {', '.join(m.role for m in prompt.messages)}") from error  # fmt: skip
     return text
 
 
@@ -34,13 +43,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
         InputError: a conversation without a chat template, or a prompt without tokens.
     """
     if getattr(tokenizer, "chat_template", None):
-        text = _render(tokenizer, [{"role": m.role, "content": m.content} for m in prompt.messages], True)
-        ids = _ids(tokenizer, text)
+        ids = _ids(tokenizer, _render(tokenizer, prompt))
     else:
         if not isinstance(prompt.prompt, str):
             raise InputError(f"{prompt.where or prompt.id}: field 'prompt' is a conversation, but the tokenizer has no "
                              "chat template; expected a string, or a tokenizer with one")  # fmt: skip
-        ids = tokenizer(prompt.prompt)["input_ids"]
+        ids = tokenizer(prompt.prompt, verbose=False)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
     if not ids:
@@ -49,26 +57,39 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> tuple[int, ...]:
-    """Token ids of a response that was written, not sampled: its text and one end-of-sequence token.
+    """Token ids of a response that was written, not sampled: its text and the one token that ends it.
 
     With a chat template it is what the template puts after the prompt, as far as the end of the turn.
     """
     completion = text
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        before = _render(tokenizer, messages, True)
-        full = _render(tokenizer, [*messages, {"role": "assistant", "content": text}], False)
+        before, full = _render(tokenizer, prompt), _render(tokenizer, prompt, text)
         # Some templates rewrite earlier turns once an answer follows; then the bare text is all there is.
         if full.startswith(before):
             completion = full[len(before) :]
-    ids = _ids(tokenizer, completion)
+    end = end_of_turn(tokenizer)
+    ids = [*_ids(tokenizer, completion), end]
+    length = next(i for i, token in enumerate(ids, start=1) if token in (end, tokenizer.eos_token_id))
+    return tuple(ids[:length])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a response: the first special one that the chat template puts after it, else end-of-sequence.
+
+    They differ in the templates of Gemma and Phi: what is sampled ends with "<end_of_turn>", no "<eos>" follows.
+    """
     eos: int = tokenizer.eos_token_id
-    end = ids.index(eos) if eos in ids else len(ids)
-    return (*ids[:end], eos)
+    if not getattr(tokenizer, "chat_template", None):
+        return eos
+    answer = "tso-fast"
+    after = _render(tokenizer, Prompt(id="end_of_turn", prompt="-"), answer).rpartition(answer)[2]
+    added = tokenizer.added_tokens_decoder
+    return next((i for i in _ids(tokenizer, after) if i in added and added[i].special), eos)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Not verbose: a text longer than the context is for check_fits to refuse.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

@@ -24,7 +24,10 @@ def save(
             "meters": [meter.sums for meter in meters],
             "skipped": [guard.in_a_row, guard.total],
         }
-        torch.save(state, tmp / "state.pt")
+        try:
+            torch.save(state, tmp / "state.pt")
+        except RuntimeError as error:  # torch's name for a full disk
+            raise OSError(str(error)) from error
 
 
 def load(

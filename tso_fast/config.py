@@ -6,6 +6,7 @@ A command's configuration is a dataclass; YAML and ``--key value`` set its field
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,13 +68,19 @@ class GenerationConfig:
 
 
 @dataclass(kw_only=True)
-class JudgeConfig:
-    """What scores a response."""
+class VerifierConfig:
+    """What program checks a response."""
 
     verifier: str | None = None
     """Program that checks a response: `exact`, `numeric`, `regex`, or `package.module:function`; none: no verifier."""
     verifier_pattern: str | None = None
     """Regular expression of `regex`: its last match in the response, or that match's first group, is the answer."""
+
+
+@dataclass(kw_only=True)
+class JudgeConfig(VerifierConfig):
+    """How the verifier's verdicts and the scores in the data become one score."""
+
     consensus: Literal["mean", "median", "borda", "win_rate"] = "mean"
     """How the scores of several scorers become one."""
     score_normalize: Literal["none", "z", "rank", "minmax"] = "none"
@@ -113,9 +120,10 @@ class OptimizationConfig:
     beta: float | None = None
     """Reward per nat of policy-to-reference log-ratio; default: the loss's own, 0.1."""
     clip_chosen: float | None = None
-    """Reward at which a chosen response is no longer pushed up; default: the loss's own, 0.5."""
+    """Reward at which a chosen response is no longer pushed up, `.inf`: never; default: the loss's own, 0.5."""
     clip_rejected: float | None = None
-    """Negated reward at which a rejected response is no longer pushed down; default: the loss's own, 0.3."""
+    """Negated reward at which a rejected response is no longer pushed down, `.inf`: never; default: the loss's own,
+    0.3."""
     impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """Implementation of the log-prob and loss op."""
     learning_rate: float = 1e-6
@@ -198,7 +206,7 @@ class GenerateConfig(GenerationConfig, ModelConfig, RowsConfig):
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(JudgeConfig, RowsConfig):
+class ScoreConfig(VerifierConfig, RowsConfig):
     """Responses in, verdicts out."""
 
     responses: str
@@ -222,7 +230,7 @@ class PairsConfig(PairingConfig, JudgeConfig, RowsConfig):
 
 
 @dataclass(kw_only=True)
-class EvalConfig(GenerationConfig, JudgeConfig, ModelConfig, RowsConfig):
+class EvalConfig(GenerationConfig, VerifierConfig, ModelConfig, RowsConfig):
     """Accuracy of models on prompts, greedy unless told."""
 
     prompts: str
@@ -238,7 +246,11 @@ class EvalConfig(GenerationConfig, JudgeConfig, ModelConfig, RowsConfig):
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    """For files: JSON has no infinity, so it is written out."""
+    return {
+        key: str(value) if isinstance(value, float) and math.isinf(value) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
 
 
 def loss_options_of(config: OptimizationConfig) -> dict[str, float]:
@@ -264,6 +276,7 @@ def check(config: Any) -> None:
     at_least_zero = ("num_generations", "policy_num_generations", "temperature", "top_k", "min_margin",
                      "margin_weight", "warmup_steps", "weight_decay", "max_grad_norm", "max_versions", "save_steps",
                      "soft_label_kappa", "learning_rate", "adam_epsilon")  # fmt: skip
+    _check_none(config)
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if value is None:
@@ -276,13 +289,44 @@ def check(config: Any) -> None:
             _require(0 <= value < 1, f.name, value, "a number in [0, 1)")
         elif f.name == "top_p":
             _require(0 < value <= 1, f.name, value, "a number in (0, 1]")
+        elif f.name == "seed":
+            _require(0 <= value < 2**32, f.name, value, "an integer in [0, 2**32)")
+        elif f.name == "beta":
+            _require(0 < value < float("inf"), f.name, value, "a finite number > 0")
+        elif f.name in ("clip_chosen", "clip_rejected"):
+            _require(value >= 0, f.name, value, "a number >= 0, .inf for no clip")
+        elif f.name == "cells":
+            for i, cell in enumerate(value):
+                _check_none(cell, f"cells[{i}].")
+                _require(cell.size_b is None or 0 < cell.size_b < float("inf"), f"cells[{i}].size_b", cell.size_b,
+                         "a finite number > 0")  # fmt: skip
+    if isinstance(config, GenerationConfig):
+        _check_generation(config)
+    if isinstance(config, VerifierConfig):
+        _check_verifier(config)
     if isinstance(config, JudgeConfig):
         _check_judge(config)
     if isinstance(config, TrainConfig):
         _check_train(config)
 
 
-def _check_judge(config: JudgeConfig) -> None:
+def _check_none(config: Any, place: str = "") -> None:
+    """YAML's null reaches fields that have no such value."""
+    for f in dataclasses.fields(config):
+        if "None" not in str(f.type):
+            _require(getattr(config, f.name) is not None, f"{place}{f.name}", None, str(f.type))
+
+
+def _check_generation(config: GenerationConfig) -> None:
+    if not isinstance(config, TrainConfig):  # which may train on responses that come with the prompts
+        _require(config.num_generations >= 1, "num_generations", config.num_generations, "an integer >= 1")
+    if config.temperature == 0:
+        for key, value, neutral in (("top_p", config.top_p, 1), ("top_k", config.top_k, 0)):
+            if value != neutral:
+                raise InputError(f"{key}: {value} has no effect with temperature 0, which is greedy; leave it out")
+
+
+def _check_verifier(config: VerifierConfig) -> None:
     known = ("exact", "numeric", "regex")
     if config.verifier is not None and ":" not in config.verifier:
         _require(config.verifier in known, "verifier", config.verifier,
@@ -290,6 +334,9 @@ def _check_judge(config: JudgeConfig) -> None:
     if (config.verifier == "regex") != (config.verifier_pattern is not None):
         raise InputError("verifier_pattern: it goes with verifier 'regex', and regex needs it; "
                          f"got verifier {config.verifier!r}, verifier_pattern {config.verifier_pattern!r}")  # fmt: skip
+
+
+def _check_judge(config: JudgeConfig) -> None:
     if config.score_normalize != "none" and config.consensus in ("borda", "win_rate"):
         raise InputError(f"score_normalize: {config.score_normalize!r} has no effect on the ranks that consensus "
                          f"{config.consensus!r} counts; leave it out")  # fmt: skip
@@ -310,6 +357,9 @@ def _check_train(config: TrainConfig) -> None:
     if config.loss_type == "sft" and (config.soft_label_kappa is not None or config.margin_weight):
         key = "margin_weight" if config.margin_weight else "soft_label_kappa"
         raise InputError(f"{key}: it has no effect on loss_type 'sft'; leave it out")
+    if config.lr_scheduler_type == "constant" and config.warmup_steps:
+        raise InputError(f"warmup_steps: {config.warmup_steps} has no effect with lr_scheduler_type 'constant'; leave "
+                         "it out or use 'constant_with_warmup'")  # fmt: skip
     if config.verifier is None and config.eval_prompts is not None:
         raise InputError("eval_prompts: evaluation needs a verifier; set verifier too")
     if config.eval_prompts is not None and config.eval_prompts == config.prompts:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
             raise InputError(f"{place}: {file} is no readable safetensors file: {error}") from error
     model_config = load_config(path).get_text_config()
     return Cell(
-        name=config.name or path.name,
+        name=config.name or os.path.basename(os.path.abspath(path)),  # also of "."
         path=path,
         size_b=num_parameters / 1e9 if config.size_b is None else config.size_b,
         version_rank=config.version_rank,
@@ -76,7 +77,9 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
 class ModelMatrix:
     """Cells that share a vocabulary, one of them the policy."""
 
-    def __init__(self, configs: Sequence[CellConfig], policy: str | None = None) -> None:
+    def __init__(
+        self, configs: Sequence[CellConfig], policy: str | None = None, reserved: Collection[str] = ()
+    ) -> None:
         if not configs:
             raise InputError("cells: got none, expected at least one {path: ...}")
         self.cells = [open_cell(config, f"cells[{i}]") for i, config in enumerate(configs)]
@@ -85,6 +88,8 @@ class ModelMatrix:
             raise InputError(f"cells: the name {min(repeated)!r} is given twice; set distinct names")
         if HUMAN in names or any("/" in name for name in names):
             raise InputError(f"cells: got a cell named {HUMAN!r} or with a '/'; choose another name")
+        if taken := set(names) & set(reserved):
+            raise InputError(f"cells: the name {min(taken)!r} will be that of a trained version; set another name")
         if policy is not None and policy not in names:
             raise InputError(f"policy: got {policy!r}, expected one of the cells {', '.join(names)}")
         newest = max(self.cells, key=lambda cell: (cell.size_b, cell.version_rank))
@@ -149,7 +154,7 @@ def check_fits(
         except InputError as error:
             bad.handle(error, prompt_row(prompt))
     if not fitting:
-        raise InputError(f"prompts: none of {len(candidates)} fits the context of {context} tokens")
+        raise InputError(f"prompts: none of {len(candidates)} can be used; the last: {bad.rows[-1]['error']}")
     return fitting
 
 

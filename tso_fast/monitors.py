@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from tso_fast.batching import EncodedPair
 from tso_fast.errors import TrainingError
 from tso_fast.losses import Loss
-from tso_fast.store import METRICS_FILE, write_json
+from tso_fast.store import METRICS_FILE, atomic_file, write_json, writing
 from tso_fast.types import PairLogprobs, PreferenceOutput
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,11 @@ class Meter:
         }
 
 
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no NaN: None stands for what has no finite value."""
+    return {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
+
+
 class MetricsLog:
     """metrics.jsonl: rows are appended at once; those of an iteration that is done again are removed first."""
 
@@ -80,12 +85,12 @@ class MetricsLog:
                 continue
             if (row["iteration"], row["step"]) < (iteration, step):
                 kept.append(line + "\n")
-        self.path.write_text("".join(kept), encoding="utf-8")
+        with atomic_file(self.path) as handle:
+            handle.writelines(kept)
 
     def write(self, row: dict[str, Any]) -> None:
-        finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(finite) + "\n")
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(finite(row)) + "\n")
 
 
 class NonFiniteGuard:
@@ -151,9 +156,10 @@ def drift_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     """Plain-language warnings from the figures of the iterations so far, the newest last."""
     newest, first = history[-1], history[0]
     warnings = []
-    if newest["final"]["rewards/chosen"] < 0:
-        warnings.append(f"chosen responses became less likely than under the reference (rewards/chosen "
-                        f"{newest['final']['rewards/chosen']:.3f}): lower learning_rate or clip_rejected")  # fmt: skip
+    reward = newest["final"]["rewards/chosen"]
+    if reward is not None and reward < 0:
+        warnings.append(f"chosen responses became less likely than under the reference (rewards/chosen {reward:.3f}): "
+                        "lower learning_rate or clip_rejected")  # fmt: skip
     length, before = newest["generated_tokens"], first["generated_tokens"]
     if before and length and length > 1.5 * before:
         warnings.append(f"the policy's responses grew from {before:.1f} to {length:.1f} tokens: look for a judge that "

@@ -15,13 +15,44 @@ from accelerate import Accelerator
 from tso_fast import checkpoint
 from tso_fast.batching import EncodedPair, Step, collate, num_steps, plan_steps
 from tso_fast.config import OptimizationConfig, TrainConfig, loss_options_of
+from tso_fast.errors import InputError
+from tso_fast.logprob import linear_logprobs
 from tso_fast.losses import resolve_loss
-from tso_fast.monitors import Meter, MetricsLog, NonFiniteGuard, check_first_step
+from tso_fast.monitors import Meter, MetricsLog, NonFiniteGuard, check_first_step, finite
 from tso_fast.policy import Policy, disable_dropout
 from tso_fast.progress import stage
 from tso_fast.reference_policy import load_reference, reference_logprobs
 from tso_fast.seeds import seed_of
 from tso_fast.store import Run
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator, after what training needs is known to be there: the loss and its options, the op, the tracker.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    try:
+        resolve_loss(config.loss_type, loss_options_of(config))
+    except ValueError as error:
+        raise InputError(f"loss_type: {error}") from error
+    try:
+        accelerator = Accelerator(
+            cpu=config.use_cpu,
+            mixed_precision="bf16" if config.bf16 else "no",
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=config.output_dir,
+        )
+    except ValueError as error:
+        raise InputError(f"report_to {config.report_to!r} or bf16 {config.bf16} cannot be used: {error}") from error
+    if config.report_to != "none" and not accelerator.log_with:
+        raise InputError(f"report_to: {config.report_to!r} is not installed")
+    try:
+        one = torch.zeros(1, 1, device=accelerator.device)
+        linear_logprobs(one, one, torch.zeros(1, dtype=torch.int64, device=accelerator.device), impl=config.impl)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"impl: {error}") from error
+    return accelerator
 
 
 def optimise(
@@ -96,14 +127,17 @@ def optimise(
         for number, step in itertools.islice(enumerate(steps, start=1), done, None):
             batch = [pairs[i] for i in step.all_index]
             active = meters if number > 0.8 * total_steps else [window, whole]
-            backward(accelerator, policy, pairs, step, ref_logprobs, pad_token_id, config, active)
+            this = Meter()
+            backward(accelerator, policy, pairs, step, ref_logprobs, pad_token_id, config, this)
             if number == 1 and reference is None and config.disable_dropout:
-                first = whole.means(accelerator)
-                check_first_step(first, resolve_loss(config.loss_type, loss_options_of(config)), batch,
-                                 is_exact=config.dtype == "float32" and not config.bf16)  # fmt: skip
+                loss = resolve_loss(config.loss_type, loss_options_of(config))
+                is_exact = config.dtype == "float32" and not config.bf16
+                check_first_step(this.means(accelerator), loss, batch, is_exact=is_exact)
             grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm or torch.inf))
             if guard.is_finite(number, grad_norm, batch):
                 optimizer.step()
+                for meter in active:  # a skipped step is counted, but in no mean: one NaN would hide all the others
+                    meter.sums += this.sums
             optimizer.zero_grad()
             scheduler.step()
             if number % config.logging_steps == 0 or number == total_steps:
@@ -123,8 +157,8 @@ def optimise(
             if config.save_steps and number % config.save_steps == 0 and accelerator.is_main_process:
                 checkpoint.save(checkpoint_folder, step=number, **saved)
             advance(1)
-    figures = {"steps": total_steps, "skipped_steps": guard.total, "means": whole.means(accelerator),
-               "final": tail.means(accelerator)}  # fmt: skip
+    figures = {"steps": total_steps, "skipped_steps": guard.total, "means": finite(whole.means(accelerator)),
+               "final": finite(tail.means(accelerator))}  # fmt: skip
     accelerator.free_memory()
     return figures
 
@@ -137,7 +171,7 @@ def backward(
     ref_logprobs: torch.Tensor,
     pad_token_id: int,
     config: OptimizationConfig,
-    meters: Sequence[Meter],
+    meter: Meter,
 ) -> None:
     """Adds the gradient of sum(scale * loss) / sum(scale) over the step, however the step is shared out."""
     total_scale = sum(pairs[i].scale for i in step.all_index) or 1.0
@@ -155,8 +189,7 @@ def backward(
             output = policy(batch, impl=config.impl, loss=config.loss_type, **loss_options_of(config))
             # preference_loss divided by this batch's scales, and DDP divides by the processes: undo both.
             accelerator.backward(output.loss * batch.scale.sum() * (accelerator.num_processes / total_scale))
-        for meter in meters:
-            meter.add(output, batch.scale, micro.is_padding)
+        meter.add(output, batch.scale, micro.is_padding)
 
 
 def make_optimizer(model: Any, config: OptimizationConfig) -> torch.optim.Optimizer:

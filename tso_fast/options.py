@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
@@ -40,17 +40,21 @@ def parse(command: str, cls: type[T], arguments: Sequence[str]) -> T:
     for i, argument in enumerate(arguments):
         if argument.startswith("--"):
             name, _, value = argument[2:].partition("=")
-            _check_known(re.split(r"[.+]", name)[0], [*known, *BUILT_IN], "")
-            if name == "config":
-                _check_file(Path(value or "".join(arguments[i + 1 : i + 2])), known)
+            value = value or "".join(arguments[i + 1 : i + 2])
+            root, *rest = re.split(r"[.+]", name)
+            _check_known(root, [*known, *BUILT_IN], "")
+            if root == "config":
+                _check_file(Path(value), known)
+            elif root == "cells":
+                _check_cells({rest[0]: value} if rest and rest[0] else _yaml(value, "cells"), "")
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=f"tso-fast {command}", description=cls.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these settings.")
     parser.add_class_arguments(cls, as_group=False)
     try:
-        values = parser.instantiate_classes(parser.parse_args(_join_booleans(cls, arguments)))
+        values = parser.instantiate(parser.parse_args(_join_booleans(cls, arguments)))
     except jsonargparse.ArgumentError as error:
-        raise InputError(_plain(str(error), command)) from error
+        raise InputError(f"{_plain(str(error))}; see tso-fast {command} --help") from error
     config = cls(**{name: getattr(values, name) for name in known})
     check(config)
     return config
@@ -75,27 +79,54 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
     if not path.is_file():
         raise InputError(f"config: {str(path)!r} is no file; expected YAML")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: broken YAML: {error}") from error
-    if content is None:
-        return
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; expected YAML in UTF-8") from error
+    content = _yaml(text, str(path))
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys and values, got a {type(content).__name__}")
-    lines = path.read_text(encoding="utf-8").splitlines()
+        given = "nothing" if content is None else f"a {type(content).__name__}"
+        raise InputError(f"{path}: expected keys and values, got {given}")
+    lines = text.splitlines()
     for key in content:
-        line = next((i for i, text in enumerate(lines, 1) if text.startswith(f"{key}")), 1)
+        line = next(
+            (i for i, text in enumerate(lines, 1) if re.match(rf"""['"]?{re.escape(str(key))}['"]?\s*:""", text)), 1
+        )
         _check_known(str(key), known, f"{path}:{line}: ")
-    cells = content.get("cells")
-    for i, cell in enumerate(cells if isinstance(cells, list) else []):
-        for key in cell if isinstance(cell, dict) else ():
-            _check_known(str(key), [f.name for f in dataclasses.fields(CellConfig)], f"{path}: cells[{i}]: ")
+    if "cells" in content:
+        _check_cells(content["cells"], f"{path}: ")
 
 
-def _plain(message: str, command: str) -> str:
-    """jsonargparse's message in our words."""
-    message = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", message.strip())
-    message = re.sub(
-        r'Key "([^"]+)" is required.*', rf"\1: missing; see tso-fast {command} --help", message, flags=re.S
-    )
-    return re.sub(r"\s*\n\s*", " ", message).replace("<class '", "").replace("'>", "")
+def _yaml(text: str, place: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{place}: broken YAML: {error}") from error
+
+
+def _check_cells(cells: Any, place: str) -> None:
+    for i, cell in enumerate(cells if isinstance(cells, list) else [cells]):
+        if not isinstance(cell, dict):
+            raise InputError(f"{place}cells[{i}]: got {cell!r}, expected keys and values such as {{path: FOLDER}}")
+        for key in cell:
+            _check_known(str(key), [f.name for f in dataclasses.fields(CellConfig)], f"{place}cells[{i}]: ")
+
+
+# jsonargparse's phrases and ours, one applied after the other.
+_PHRASES = (
+    (r"\s*\n\s*", " "),
+    (r"<class '(\w+)'>", r"\1"),
+    (r"(?:typing\.)?Literal\[([^]]*)\]", r"one of \1"),
+    (r'^Parser key "([^"]+)": ', r"\1: "),
+    (r"Problem with given class_path '[^']+': (?:Parser key \"([^\"]+)\": )?", r"\1: "),
+    (r"Does not validate .* Subtypes: \[(.+), NoneType\] Errors: .* Given value: (.*)", r"got \2, expected \1 or null"),
+    (r"Expected an? (.+?)\. Got value: (.*)", r"got \2, expected \1"),
+    (r"the following arguments are required: (.*)", r"\1: missing"),
+    (r"^argument --", ""),
+    (r": : ", ": "),
+)
+
+
+def _plain(message: str) -> str:
+    for theirs, ours in _PHRASES:
+        message = re.sub(theirs, ours, message.strip())
+    return message

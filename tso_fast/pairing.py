@@ -19,9 +19,9 @@ def select(item: Candidates, decided: Sequence[Corrected], config: PairingConfig
     order = [decided[i] for i in rng.permutation(len(decided))]
     if config.pair_strategy == "best_worst":
         order.sort(key=lambda pair: -pair.gap)  # stable: ties stay shuffled
-    distinct: dict[tuple[str, str], Corrected] = {}
+    distinct: dict[frozenset[str], Corrected] = {}  # in either order: a judge may score one text in two ways
     for pair in order:
-        distinct.setdefault(_texts(item, pair), pair)
+        distinct.setdefault(frozenset(_texts(item, pair)), pair)
     remaining = list(distinct.values())
     chosen: list[Corrected] = []
     used: set[str] = set()

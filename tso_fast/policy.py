@@ -37,19 +37,23 @@ def load_model(
     """A causal language model from a local folder of safetensors, on ``device``.
 
     Raises:
-        InputError: no model there, or one that cannot be loaded.
+        InputError: no model there, or one that cannot be loaded, or weights that are not all there.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             str(path),
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         raise InputError(f"{path}: no causal language model can be loaded from here: {error}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random ones
+        raise InputError(f"{path}: {len(missing)} of the model's weights are not in its safetensors files, such as "
+                         f"{missing[0]}; expected all of them")  # fmt: skip
     return model.to(device)
 
 
@@ -85,7 +89,8 @@ class Policy(nn.Module):
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Granite divides its logits, Cohere multiplies them.
-        self.temperature = float(getattr(config, "logits_scaling", 1.0)) / float(getattr(config, "logit_scale", 1.0))
+        divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+        self.temperature = float(divisor or 1.0) / float(factor or 1.0)
         self._check_head()
 
     @property
@@ -134,9 +139,11 @@ class Policy(nn.Module):
         if self.softcap is not None:
             ours = self.softcap * torch.tanh(ours / self.softcap)
         ours = ours / self.temperature
-        if not torch.allclose(ours, logits, rtol=2e-2, atol=2e-2):
-            raise InputError(f"{name}: its logits differ from head(hidden) by {(ours - logits).abs().max():.3g}; this "
-                             "architecture changes its logits in a way that is not supported")  # fmt: skip
+        # Against the largest logit: those of untrained weights are all near 0. The model rounds to its dtype, twice.
+        error, largest = float((ours - logits).abs().max()), float(logits.abs().max())
+        if not error <= max(1e-4, 4 * torch.finfo(self.head.weight.dtype).eps) * largest:
+            raise InputError(f"{name}: its logits, of up to {largest:.3g}, differ from head(hidden) by {error:.3g}; "
+                             "this architecture changes its logits in a way that is not supported")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -148,7 +155,7 @@ def _capture_head_input(head: nn.Module) -> Iterator[list[torch.Tensor]]:
         captured.append(hidden)
         return hidden[..., :1]
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward
     try:
         yield captured
     finally:
@@ -156,9 +163,11 @@ def _capture_head_input(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, those in attention functions included."""
+    """Sets every dropout probability to 0, those that modules pass to functions included."""
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)

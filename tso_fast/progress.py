@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -10,14 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 # Not on stdout, which carries results and can be piped.
-console = Console(stderr=True)
+# Of several processes the first one speaks.
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextlib.contextmanager
 def stage(title: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[Callable[[int], None]]:
     """Shows a stage of ``total`` items; yields ``advance(n)``. ``note()`` is appended when it ends."""
     start = time.perf_counter()
-    if console.is_terminal:
+    if console.is_terminal and not console.quiet:
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(title, total=total)

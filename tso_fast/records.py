@@ -68,7 +68,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _parse_line(line: bytes, where: str) -> Row:
     try:
-        text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
+        text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
                          "convert the file, for example: iconv -f latin1 -t utf-8") from error  # fmt: skip
@@ -239,9 +239,7 @@ def _response(item: Any, where: str) -> Response:
         seed=_get(item, "seed", where, int, "an integer"),
         weight_hash=_text(item, "weight_hash", where),
         logprob=_number(item, "logprob", where),
-        scores={
-            name: value for name in scores if (value := _number(scores, name, f"{where}, 'scores'")) is not None
-        },  # fmt: skip
+        scores={name: value for name in scores if (value := _number(scores, name, f"{where}, 'scores'")) is not None},
     )
 
 
@@ -314,22 +312,24 @@ def read_verdicts(
         prompt_id = _text(row, "prompt_id", where, required=True)
         index = _get(row, "response", where, int, "the index of a response", required=True)
         judge = _text(row, "judge", where, required=True)
-        assert prompt_id is not None and judge is not None
+        assert prompt_id is not None
+        assert judge is not None
         if prompt_id not in sizes:
             raise InputError(f"{where}: field 'prompt_id' is {prompt_id!r}; no such prompt among the responses")
         if not 0 <= index < sizes[prompt_id]:
             raise InputError(f"{where}: field 'response' is {index}; prompt {prompt_id!r} has {sizes[prompt_id]} "
                              "responses")  # fmt: skip
-        if (first := seen.setdefault((prompt_id, index, judge), where)) != where:
-            raise InputError(f"{where}: judge {judge!r} has a verdict on response {index} of {prompt_id!r} already at "
-                             f"{first}; expected one")  # fmt: skip
-        return Verdict(
+        verdict = Verdict(
             prompt_id=prompt_id,
             response=index,
             judge=judge,
             score=_number(row, "score", where),
             reason=_text(row, "reason", where) or "",
         )
+        if (first := seen.setdefault((prompt_id, index, judge), where)) != where:
+            raise InputError(f"{where}: judge {judge!r} has a verdict on response {index} of {prompt_id!r} already at "
+                             f"{first}; expected one")  # fmt: skip
+        return verdict
 
     return _read(path, parse, bad, "verdicts", may_be_empty)
 

@@ -54,12 +54,14 @@ def reference_logprobs(
     """
     out = torch.zeros(len(pairs), 2)
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
-    for start in range(rank * batch_size, len(order), batch_size * world):
-        index = order[start : start + batch_size]
-        batch = collate(pairs, index, pad_token_id=pad_token_id, device=device)
-        logprobs = policy(batch, impl=impl)
-        out[index] = logprobs.reshape(2, len(index)).T.float().cpu()
-        advance(len(index) * world)
+    for start in range(0, len(order), batch_size * world):
+        index = order[start + rank * batch_size :][:batch_size]
+        # Wrapped models communicate in their forward pass, so a process without pairs makes the pass all the same.
+        batch = collate(pairs, index or order[:1], pad_token_id=pad_token_id, device=device)
+        logprobs = policy(batch, impl=impl).reshape(2, -1).T.float().cpu()
+        if index:
+            out[index] = logprobs
+        advance(batch_size * world)
     return out
 
 

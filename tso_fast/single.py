@@ -14,7 +14,7 @@ from tso_fast.config import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig
 from tso_fast.errors import InputError
 from tso_fast.progress import console, stage
 from tso_fast.records import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
-from tso_fast.store import SKIPPED_FILE, write_json, write_jsonl
+from tso_fast.store import SKIPPED_FILE, check_writable, write_json, write_jsonl
 from tso_fast.types import Candidates
 
 stdout = Console()
@@ -25,17 +25,19 @@ def _new_file(path: str) -> Path:
     file = Path(path)
     if file.exists():
         raise InputError(f"output: {path} exists already; choose another name or remove it")
-    write_jsonl(file.with_name(f"{file.name}.probe"), [])
-    file.with_name(f"{file.name}.probe").unlink()
+    check_writable(file)
     return file
 
 
-def _finish(file: Path, what: str, bad: BadRows) -> None:
-    console.print(f"{what} in {file}", highlight=False)
-    if bad.rows:
+def _finish(file: Path | None, what: str, bad: BadRows) -> None:
+    if file is not None:
+        console.print(f"{what} in {file}", highlight=False)
+    if bad.rows and file is not None:
         aside = file.with_name(f"{file.name}.{SKIPPED_FILE}")
         write_jsonl(aside, bad.rows)
         console.print(f"{len(bad.rows)} bad rows set aside in {aside}", highlight=False)
+    elif bad.rows:
+        console.print(f"{len(bad.rows)} bad rows skipped, the first: {bad.rows[0]['error']}", highlight=False)
 
 
 def generate(config: GenerateConfig) -> None:
@@ -138,7 +140,7 @@ def evaluate(config: EvalConfig) -> None:
     if config.verifier is None:
         raise InputError("verifier: missing; `tso-fast eval` needs one")
     bad = BadRows(config.on_bad_row)
-    candidates = read_candidates(config.prompts, bad)
+    candidates = stages.judgeable(read_candidates(config.prompts, bad), config, bad)
     file = None if config.output is None else _new_file(config.output)
     matrix = ModelMatrix(config.cells)
     candidates = check_fits(candidates, matrix.tokenizer, matrix.context, config.max_completion_length, bad)
@@ -156,4 +158,4 @@ def evaluate(config: EvalConfig) -> None:
     stdout.print(table)
     if file is not None:
         write_json(file, results)
-        _finish(file, "accuracies", bad)
+    _finish(file, "accuracies", bad)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from tso_fast import correction, pairing
-from tso_fast.config import EvalConfig, JudgeConfig, PairingConfig, TrainConfig
+from tso_fast.config import EvalConfig, JudgeConfig, PairingConfig, TrainConfig, VerifierConfig
 from tso_fast.errors import InputError
-from tso_fast.judges.verifier import make_verifier, verify
+from tso_fast.judges.verifier import make_verifier, verify, with_answers
 from tso_fast.matrix import Cell, answer
 from tso_fast.records import BadRows, candidates_row, read_candidates
 from tso_fast.scoring import consensus
@@ -24,7 +24,19 @@ from tso_fast.types import Candidates, PreferencePair, Response, ScoreMatrix, Ve
 Stage = Callable[..., Any]
 
 
-def judge(candidates: Sequence[Candidates], config: JudgeConfig, bad: BadRows) -> list[Verdict]:
+def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
+    """Those that the configured judges can judge, known before anything is generated; the others are bad rows.
+
+    Raises:
+        InputError: a judge that cannot be made.
+    """
+    if config.verifier is None:
+        return list(candidates)
+    make_verifier(config.verifier, config.verifier_pattern)
+    return with_answers(candidates, config.verifier, bad)
+
+
+def judge(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Verdict]:
     """Verdicts of the configured judges; none when no judge is configured."""
     if config.verifier is None:
         return []
@@ -51,14 +63,16 @@ def score_matrix(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) 
 
 def consensus_of(matrix: ScoreMatrix, config: JudgeConfig) -> np.ndarray:
     """One score a response, [R] float32, NaN = no evidence."""
-    if not matrix.scorers:
-        return np.full(matrix.scores.shape[0], np.nan, dtype=np.float32)
     weights = None
     if config.score_weights is not None:
         if unknown := sorted(set(config.score_weights) - set(matrix.scorers)):
             raise InputError(f"score_weights: no scorer is called {unknown[0]!r}; the scorers are "
-                             f"{', '.join(matrix.scorers)}")  # fmt: skip
+                             f"{', '.join(matrix.scorers) or 'none'}")  # fmt: skip
         weights = np.array([config.score_weights.get(name, 1.0) for name in matrix.scorers])
+        if len(weights) and not weights.any():
+            raise InputError(f"score_weights: {config.score_weights} leaves no scorer; expected a weight > 0")
+    if not matrix.scorers:
+        return np.full(matrix.scores.shape[0], np.nan, dtype=np.float32)
     result = consensus(matrix.scores, matrix.offsets, method=config.consensus, normalize=config.score_normalize,
                        weights=weights)  # fmt: skip
     return result.scores

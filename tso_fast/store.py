@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from tso_fast.errors import InputError, OutputError
 
 logger = logging.getLogger(__name__)
@@ -30,11 +32,16 @@ FREE_KEYS = frozenset({"output_dir", "compare", "logging_steps", "report_to", "s
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """An error of the operating system inside becomes one that names ``path``."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError):
+            reason = f"{error.filename} is no folder"
         raise OutputError(f"cannot write {path}: {reason}. Everything complete before is kept; mend the cause "
                           "(space, permissions) and run the same command again") from error  # fmt: skip
 
@@ -51,7 +58,7 @@ def _fsync_folder(path: Path) -> None:
 def atomic_file(path: Path) -> Iterator[IO[str]]:
     """A text file that appears under its name only when it is whole and on disk."""
     tmp = path.with_name(f"{TMP}{path.name}")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(tmp, "w", encoding="utf-8") as handle:
@@ -68,7 +75,7 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when all of its files are on disk; an old one is replaced."""
     tmp = path.with_name(f"{TMP}{path.name}")
-    with _writing(path):
+    with writing(path):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         try:
@@ -82,6 +89,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _fsync_folder(path.parent)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OutputError when a file could not be written there, before the work that it is for."""
+    probe = path.with_name(f"{TMP}{path.name}.probe")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,7 +115,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def place_file(source: Path, target: Path) -> None:
     """Makes ``target`` a link to (else a copy of) ``source``, in one rename."""
     tmp = target.with_name(f"{TMP}{target.name}")
-    with _writing(target):
+    with writing(target):
         tmp.unlink(missing_ok=True)
         try:
             os.link(source, tmp)
@@ -139,7 +155,7 @@ class Run:
             OutputError: the folder cannot be written.
         """
         folder = Path(folder)
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / ".lock", "w")  # noqa: SIM115 held until close()
         try:
@@ -243,9 +259,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"output_dir: {folder / RUN_FILE} cannot be read: {error}") from error
-    if state.get("format") != FORMAT:
-        raise InputError(f"output_dir: {folder / RUN_FILE} has format {state.get('format')!r}, this release reads "
-                         f"{FORMAT}")  # fmt: skip
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"output_dir: {folder / RUN_FILE} is not of format {FORMAT}, which this release reads; choose "
+                         "another folder, or the release that wrote it")  # fmt: skip
     return state
 
 

@@ -29,12 +29,11 @@ from accelerate.utils import set_seed
 import tso_fast
 from tso_fast import stages, store
 from tso_fast.batching import encode_pairs
-from tso_fast.config import EvalConfig, TrainConfig, check, loss_options_of, to_dict
+from tso_fast.config import EvalConfig, TrainConfig, check, to_dict
 from tso_fast.errors import InputError, TrainingError
-from tso_fast.losses import resolve_loss
 from tso_fast.matrix import ModelMatrix, check_fits, merge
 from tso_fast.monitors import drift_warnings
-from tso_fast.optimization import optimise
+from tso_fast.optimization import make_accelerator, optimise
 from tso_fast.policy import load_model, save_model
 from tso_fast.progress import console, stage
 from tso_fast.records import BadRows, candidates_row, pair_row, read_candidates, read_pairs, read_verdicts, verdict_row
@@ -54,18 +53,10 @@ def train(config: TrainConfig) -> Run:
         TrainingError: training was stopped because going on would waste the run.
     """
     check(config)
-    try:
-        resolve_loss(config.loss_type, loss_options_of(config))
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    accelerator = Accelerator(
-        cpu=config.use_cpu,
-        mixed_precision="bf16" if config.bf16 else "no",
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-    )
+    accelerator = make_accelerator(config)
     bad = BadRows(config.on_bad_row)
-    matrix = ModelMatrix(config.cells, config.policy)
+    trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
+    matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
     mini_batches = split(_read(config.prompts, matrix, config, bad), config.num_iterations)
     held_out = _read(config.eval_prompts, matrix, config, bad) if config.eval_prompts else []
     with _open_run(config, matrix, accelerator) as run:
@@ -80,7 +71,7 @@ def train(config: TrainConfig) -> Run:
             _score(t, run, accelerator, config)
             _pair(t, run, accelerator, matrix, config)
             _train(t, run, accelerator, matrix, config)
-            matrix.add_version(run / f"iter-{t}/policy", f"tso-{t}", config.max_versions)
+            matrix.add_version(run / f"iter-{t}/policy", trained[t - 1], config.max_versions)
             if accelerator.is_main_process:
                 publish(run, matrix.policy.path)
             _evaluate(t, run, accelerator, matrix, held_out, config)
@@ -123,7 +114,8 @@ def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candi
 
 
 def _read(path: str, matrix: ModelMatrix, config: TrainConfig, bad: BadRows) -> list[Candidates]:
-    return check_fits(read_candidates(path, bad), matrix.tokenizer, matrix.context, config.max_completion_length, bad)
+    candidates = stages.judgeable(read_candidates(path, bad), config, bad)
+    return check_fits(candidates, matrix.tokenizer, matrix.context, config.max_completion_length, bad)
 
 
 def _open_run(config: TrainConfig, matrix: ModelMatrix, accelerator: Accelerator) -> Run:

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from tso_fast.batching import end_of_turn
+from tso_fast.errors import InputError
 from tso_fast.generators import Completion, Request, Sampling
 
 
-class SeededSampler(LogitsProcessor):  # type: ignore[misc]
+class SeededSampler(LogitsProcessor):
     """Samples with one uniform number per (seed, step) by inverting the cumulative distribution.
 
     ``generate`` draws a batch from one stream, so a response would depend on its batch; here it leaves the choice
@@ -106,6 +108,9 @@ class HFGenerator:
         )
         sampled = output[:, length:].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu()
+        if logprobs.isnan().any():
+            raise InputError(f"{self.model.name_or_path}: the model gives logits that are not finite; its weights are "
+                             f"damaged, or {self.model.dtype} is too narrow for it")  # fmt: skip
         lengths = [self._length(row) for row in sampled]
         token_ids = [row[:n] for row, n in zip(sampled, lengths, strict=True)]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
@@ -127,10 +132,10 @@ class HFGenerator:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's and those of the model's generation config."""
+    """Tokens that end a response: the tokenizer's, its chat template's and those of the model's generation config."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = configured if isinstance(configured, list) else [configured]
-    ids = [i for i in dict.fromkeys([tokenizer.eos_token_id, *listed]) if i is not None]
+    ids = [i for i in dict.fromkeys([tokenizer.eos_token_id, end_of_turn(tokenizer), *listed]) if i is not None]
     if not ids:
         raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
     return ids

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import math
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
 from tso_fast.errors import InputError
-from tso_fast.records import BadRows, prompt_row
+from tso_fast.records import FLOAT32_MAX, BadRows, prompt_row
 from tso_fast.types import Candidates, Prompt, Response, Verdict
 
 Check = Callable[[Prompt, Response], "float | None"]
@@ -49,11 +48,16 @@ def _exact(prompt: Prompt, response: Response) -> float:
     return float(response.text.strip() == _expected(prompt, "exact").strip())
 
 
-def _numeric(prompt: Prompt, response: Response) -> float:
+def _expected_number(prompt: Prompt) -> Decimal:
     expected = final_number(_expected(prompt, "numeric"))
     if expected is None:
         raise InputError(f"{prompt.where or prompt.id}: field 'answer' is {prompt.answer!r}; verifier 'numeric' "
                          "expects a number")  # fmt: skip
+    return expected
+
+
+def _numeric(prompt: Prompt, response: Response) -> float:
+    expected = _expected_number(prompt)
     return float(final_number(response.text) == expected)
 
 
@@ -94,8 +98,8 @@ def _callable(name: str) -> Check:
                              f"{response.text[:60]!r}; expected a number, a boolean or None") from error  # fmt: skip
         if score is None:
             return None
-        if not isinstance(score, bool | int | float) or not math.isfinite(score):
-            raise InputError(f"{place} returned {score!r}; expected a finite number, a boolean or None")
+        if not isinstance(score, bool | int | float) or not abs(score) <= FLOAT32_MAX:
+            raise InputError(f"{place} returned {score!r:.60}; expected a finite number, a boolean or None")
         return float(score)
 
     return check
@@ -114,6 +118,23 @@ def make_verifier(name: str, pattern: str | None = None) -> Check:
     if name == "regex":
         return _regex(pattern or "")
     return _callable(name)
+
+
+def with_answers(candidates: Sequence[Candidates], name: str, bad: BadRows) -> list[Candidates]:
+    """Those whose ``answer`` a built-in verifier can use; the others are bad rows."""
+    usable = []
+    for item in candidates:
+        try:
+            if name == "numeric":
+                _expected_number(item.prompt)
+            elif name in ("exact", "regex"):
+                _expected(item.prompt, name)
+            usable.append(item)
+        except InputError as error:
+            bad.handle(error, prompt_row(item.prompt))
+    if not usable:
+        raise InputError(f"verifier: none of {len(candidates)} prompts has an answer that {name!r} can use")
+    return usable
 
 
 def verify(candidates: Sequence[Candidates], check: Check, bad: BadRows) -> list[Verdict]:

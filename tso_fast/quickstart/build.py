@@ -177,9 +177,7 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of prompt and answer."""
 
 
-def _train_size(
-    name: str, size: Size, examples: list[Example], tokenizer: Any, recipe: Recipe, folder: Path
-) -> None:
+def _train_size(name: str, size: Size, examples: list[Example], tokenizer: Any, recipe: Recipe, folder: Path) -> None:
     """Next-token training on the demonstrations' answers, saving a version at each mark."""
     torch.manual_seed(seed_of(recipe.seed, name))
     model = LlamaForCausalLM(

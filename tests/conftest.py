@@ -1,0 +1,103 @@
+"""Shared by all tests: no network, no cache outside the test's folders, and models small enough to make on the spot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+DATA = ROOT.parent / "shared" / "data"
+
+
+def take_root_off_the_path() -> None:
+    """The folder `kernels/` would answer to the name of a PyPI package that transformers looks for."""
+    before = list(sys.path)
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    importlib.invalidate_caches()
+    if importlib.util.find_spec("tso_fast") is None:  # not installed: the checkout itself is under test
+        sys.path[:] = before
+
+
+take_root_off_the_path()
+sys.path.insert(0, str(TESTS))  # helpers, toy_verifier, resume_chain
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", COLUMNS="200")
+# Tensors here are tiny: a second thread only waits for the first, and very long when the machine is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("TSO_FAST_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_matrix(cache: Path) -> Path:
+    """Cells `s.v1 s.v2 m.v1 m.v2` of one vocabulary, twenty steps old, with `prompts.jsonl` and `held_out.jsonl`."""
+    from tso_fast.quickstart.build import Recipe, Size, build
+
+    sizes = {"s": Size(hidden=32, layers=1, ffn=64, steps=20), "m": Size(hidden=32, layers=2, ffn=64, steps=20)}
+    return build(
+        Recipe(
+            seed=0,
+            sizes=sizes,
+            versions=(0.5, 1.0),
+            demonstrations=200,
+            context=512,
+            prompts=24,
+            held_out=12,
+            development=12,
+        )
+    )
+
+
+def _data(name: str) -> Path:
+    file = DATA / name
+    if not file.exists():
+        pytest.skip(f"test data beside the checkout is missing: {file.relative_to(ROOT.parent)}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def gsm8k_dev() -> Path:
+    """660 questions, each answered by a real 2 x 2 matrix and a person, `is_correct` on every response."""
+    return _data("gsm8k_matrix/matrix_dev.jsonl.gz")
+
+
+@pytest.fixture(scope="session")
+def gsm8k_train() -> Path:
+    """7473 questions with a person's solution and the answer."""
+    return _data("gsm8k_matrix/train_human.jsonl.gz")
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`cli("pairs", ["--output", file])` runs a command in this process."""
+    from tso_fast.cli import main
+
+    def run(command: str, arguments: Iterable[object] = ()) -> Ended:
+        capsys.readouterr()
+        try:
+            status = main([command, *map(str, arguments)])
+        except SystemExit as error:  # --help and --print_config
+            status = int(error.code or 0)
+        return Ended(status, *capsys.readouterr())
+
+    return run

@@ -1,0 +1,327 @@
+"""The commands from end to end, and what they leave behind when they cannot finish."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import read_rows, write_rows
+
+from tso_fast import __version__
+
+Cli = Callable[..., Any]
+
+
+def cells(folder: Path, *names: str) -> str:
+    return json.dumps([{"path": str(folder / name), "version_rank": int(name[-1])} for name in names])
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Writing on fails as on a full disk, with another word for it (EFBIG)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_error(ended: Any, status: int, *parts: str) -> None:
+    assert ended.status == status, ended.err
+    assert ended.out == ""
+    assert "Traceback" not in ended.err
+    last = ended.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    for part in parts:
+        assert part in last
+
+
+# ---- what each command makes
+
+
+def test_pairs_of_real_responses(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> None:
+    """660 questions answered by a real 2 x 2 matrix; the table shows the errors of the prior that the data has."""
+    output = tmp_path / "new folder/pairs.jsonl"
+    ended = cli("pairs", ["--responses", gsm8k_dev, "--verifier", "numeric", "--max_pairs", 2, "--output", output])
+    assert ended.status == 0, ended.err
+    table = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:6]] for line in ended.out.splitlines()
+             if line.startswith("│")}  # fmt: skip
+    kept, swapped, dropped = ({rule: int(row[i].replace(",", "")) for rule, row in table.items()} for i in range(3))
+    assert kept["all"] + swapped["all"] + dropped["all"] == 6600
+    for rule in ("human", "larger", "newer", "newer+larger"):
+        assert table[rule][3] == f"{swapped[rule] / (kept[rule] + swapped[rule]):.1%}"
+    assert (swapped["human"], table["newer+larger"][3], table["none"][3]) == (0, "6.2%", "-")
+    rows = read_rows(output)
+    by_decision = {d: sum(row["decision"] == d for row in rows) for d in ("keep", "swap")}
+    prompts = len({row["prompt_id"] for row in rows})
+    used = f"{by_decision['keep']} kept, {by_decision['swap']} swapped"
+    assert f"used      {len(rows)} pairs of {prompts} of 660 prompts ({used})" in ended.out
+    assert f"{len(rows)} pairs in {output}" in ended.err
+    assert sorted(content(tmp_path)) == ["new folder/pairs.jsonl"]
+
+
+def test_generate_score_pairs_eval_read_what_the_one_before_wrote(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", read_rows(tiny_matrix / "prompts.jsonl")[:8])
+    responses, verdicts, pairs, accuracies = (tmp_path / f"{name}.jsonl" for name in ("r", "v", "p", "a"))
+    shared = ["--prompts", prompts, "--max_completion_length", 6, "--use_cpu"]
+    matrix = ["--cells", cells(tiny_matrix, "s.v1", "m.v1", "m.v2")]
+
+    ended = cli("generate", [*shared, *matrix, "--output", responses])
+    assert ended.status == 0, ended.err
+    human = sum("human_response" in row for row in read_rows(prompts))
+    rows = read_rows(responses)
+    assert [row["id"] for row in rows] == [row["id"] for row in read_rows(prompts)]
+    made = [(r["model"], r["sample"]) for r in rows[0]["responses"] if r["model"] != "human"]
+    assert made == [(name, sample) for name in ("s.v1", "m.v1", "m.v2") for sample in (0, 1)]
+    assert f"{8 * 6 + human} responses to 8 prompts in {responses}" in ended.err
+    again = tmp_path / "again.jsonl"
+    assert cli("generate", [*shared, *matrix, "--output", again]).status == 0
+    assert again.read_bytes() == responses.read_bytes()
+
+    ended = cli("score", ["--responses", responses, "--verifier", "toy_verifier:letters", "--output", verdicts])
+    assert ended.status == 0, ended.err
+    scored = read_rows(verdicts)
+    assert len(scored) == 8 * 6 + human
+    mean = sum(v["score"] for v in scored if rows_model(rows, v) == "s.v1") / 16
+    assert [c.strip() for c in next(line for line in ended.out.splitlines() if "s.v1" in line).split("│")[2:5]] == [
+        "16", f"{mean:.3f}", "0"
+    ]  # fmt: skip
+
+    direct = tmp_path / "direct.jsonl"
+    for source, output in ((["--verdicts", verdicts], pairs), (["--verifier", "toy_verifier:letters"], direct)):
+        assert cli("pairs", ["--responses", responses, *source, "--output", output]).status == 0
+    assert pairs.read_bytes() == direct.read_bytes()
+    assert all(row["score_chosen"] > row["score_rejected"] for row in read_rows(pairs))
+
+    ended = cli("eval", [*shared, *matrix, "--verifier", "toy_verifier:letters", "--output", accuracies])
+    assert ended.status == 0, ended.err
+    results = json.loads(accuracies.read_text())
+    assert [r["model"] for r in results] == ["s.v1", "m.v1", "m.v2"]
+    assert all(r["low"] <= r["accuracy"] <= r["high"] and r["responses"] == 8 for r in results)
+    assert all(f"{r['accuracy']:.1%}" in ended.out for r in results)
+
+
+def rows_model(rows: list[dict[str, Any]], verdict: dict[str, Any]) -> str:
+    row = next(row for row in rows if row["id"] == verdict["prompt_id"])
+    return str(row["responses"][verdict["response"]]["model"])
+
+
+# ---- bad rows
+
+
+GOOD = (
+    '{"id": "1", "prompt": "a", "answer": "5", "responses": [{"model": "m", "text": "5"}, {"model": "n", "text": "4"}]}'
+)
+NO_ANSWER = '{"id": "4", "prompt": "1 + 1?", "responses": [{"model": "m", "text": "2"}]}'
+
+
+@pytest.mark.parametrize("command", ["score", "pairs"])
+def test_bad_rows_raise_or_are_set_aside_and_counted(cli: Cli, tmp_path: Path, command: str) -> None:
+    file, output = tmp_path / "r.jsonl", tmp_path / "out.jsonl"
+    file.write_text("\n".join([GOOD, '{"id": "2", "prompt": ""}', "not json", NO_ANSWER]))
+    arguments = ["--responses", file, "--verifier", "exact", "--output", output]
+    assert_error(cli(command, arguments), 2, f"{file}:2: field 'prompt' is empty", "--on_bad_row skip")
+    assert sorted(content(tmp_path)) == ["r.jsonl"]
+    ended = cli(command, [*arguments, "--on_bad_row", "skip"])
+    assert ended.status == 0, ended.err
+    aside = tmp_path / "out.jsonl.skipped.jsonl"
+    assert f"3 bad rows set aside in {aside}" in ended.err
+    assert [row["error"].removeprefix(f"{file}:")[:2] for row in read_rows(aside)] == ["2:", "3:", "4:"]
+    assert [row["row"]["id"] for row in read_rows(aside) if isinstance(row["row"], dict)] == ["2", "4"]
+    assert len(read_rows(output)) == {"score": 3, "pairs": 1}[command]
+
+
+def test_eval_without_an_output_still_counts_bad_rows(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "2 + 3?", "answer": "5"}\n{"prompt": "no answer"}\n')
+    arguments = ["--prompts", file, "--cells", cells(tiny_matrix, "s.v1"), "--verifier", "exact", "--use_cpu",
+                 "--max_completion_length", 4]  # fmt: skip
+    assert_error(cli("eval", arguments), 2, f"{file}:2: field 'answer' is missing")
+    ended = cli("eval", [*arguments, "--on_bad_row", "skip"])
+    assert ended.status == 0
+    assert f"1 bad rows skipped, the first: {file}:2: field 'answer' is missing" in ended.err
+    assert "1 prompts, verifier exact" in ended.out
+
+
+def test_a_prompt_longer_than_the_context(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "p.jsonl", [{"prompt": "short"}, {"prompt": "Sam adds 2 pears. " * 200}])
+    output = tmp_path / "out.jsonl"
+    arguments = ["--prompts", file, "--cells", cells(tiny_matrix, "s.v1"), "--output", output, "--use_cpu",
+                 "--max_completion_length", 4]  # fmt: skip
+    assert_error(cli("generate", arguments), 2, f"{file}:2: field 'prompt' has ", "exceeds the context of 512")
+    ended = cli("generate", [*arguments, "--on_bad_row", "skip"])
+    assert ended.status == 0
+    assert len(read_rows(output)) == 1
+
+
+# ---- exit statuses and messages
+
+
+def test_usage(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    from tso_fast.cli import main
+
+    for arguments, status in ((["--help"], 0), (["-h"], 0), ([], 2)):
+        assert main(arguments) == status
+        assert capsys.readouterr().out.startswith("usage: tso-fast COMMAND")
+    assert cli("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "parts"),
+    [
+        ("trian", [], ["unknown command 'trian'; did you mean 'train'?; expected one of train, generate"]),
+        ("pairs", ["--maxpairs", "3"], ["unknown key 'maxpairs'; did you mean 'max_pairs'?"]),
+        ("pairs", ["--responses", "gone.jsonl", "--output", "o"], ["gone.jsonl: no such file; expected JSONL"]),
+        ("score", ["--responses", "r", "--output", "o"], ["verifier: missing; `tso-fast score` needs a judge"]),
+        ("eval", ["--prompts", "p", "--cells", "[{path: a}]"], ["verifier: missing; `tso-fast eval` needs one"]),
+        ("pairs", ["config.yaml"], ["config: 'config.yaml' is no file; expected YAML"]),
+        ("report", [], ["report: got nothing, expected one run folder"]),
+        ("report", ["gone"], ["gone: holds no run.json"]),
+    ],
+)
+def test_bad_input_ends_with_2(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str,
+                               arguments: list[str], parts: list[str]) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert_error(cli(command, arguments), 2, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_sources_of_verdicts(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(GOOD)
+    arguments = ["--responses", tmp_path / "r.jsonl", "--verdicts", "v", "--verifier", "exact", "--output", "o"]
+    assert_error(cli("pairs", arguments), 2, "verdicts: give either a file of verdicts or a verifier, not both")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ('{"verifyer": 2}', "score_weights: no scorer is called 'verifyer'; the scorers are verifier"),
+        ('{"verifier": 0}', "score_weights: {'verifier': 0.0} leaves no scorer"),
+    ],
+)
+def test_weights_that_fit_no_scorer(cli: Cli, tmp_path: Path, weights: str, message: str) -> None:
+    (tmp_path / "r.jsonl").write_text(GOOD)
+    arguments = ["--responses", tmp_path / "r.jsonl", "--verifier", "exact", "--output", tmp_path / "o"]
+    assert_error(cli("pairs", [*arguments, "--score_weights", weights]), 2, message)
+    assert sorted(content(tmp_path)) == ["r.jsonl"]
+
+
+def test_an_error_of_a_real_process_goes_to_stderr(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
+    arguments = ["pairs", "--responses", "r.jsonl", "--output", "o.jsonl"]
+    program = "import sys; from tso_fast.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: r.jsonl:1: byte 0xe9 at column 16 is not UTF-8")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupt_leaves_nothing_behind(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "impatient.py").write_text("import signal\ndef f(*a): signal.raise_signal(signal.SIGINT)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "r.jsonl").write_text(GOOD)
+    before = content(tmp_path)
+    ended = cli("score", ["--responses", tmp_path / "r.jsonl", "--verifier", "impatient:f", "--output", tmp_path / "o"])
+    assert (ended.status, ended.out) == (130, "")
+    assert "stopped" in ended.err
+    assert {name: before.get(name) for name in content(tmp_path) if "__pycache__" not in name} == before
+
+
+# ---- outputs that are there, or cannot be written
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "pairs", "eval"])
+def test_an_output_that_exists_is_refused_and_kept(cli: Cli, tmp_path: Path, command: str) -> None:
+    """Before any work: the cells are not even looked for."""
+    (tmp_path / "r.jsonl").write_text(GOOD)
+    (tmp_path / "out.jsonl").write_text("precious\n")
+    name = "--prompts" if command in ("generate", "eval") else "--responses"
+    arguments = [name, tmp_path / "r.jsonl", "--output", tmp_path / "out.jsonl"]
+    arguments += ["--cells", '[{"path": "gone"}]'] if name == "--prompts" else []
+    arguments += [] if command == "generate" else ["--verifier", "exact"]
+    before = content(tmp_path)
+    assert_error(cli(command, arguments), 2, f"output: {tmp_path}/out.jsonl exists already; choose another name")
+    assert content(tmp_path) == before
+    for output, reason in ((tmp_path / "r.jsonl/out", "r.jsonl is no folder"), (Path("/proc/out.jsonl"), "")):
+        arguments[3] = output
+        assert_error(cli(command, arguments), 3, f"cannot write {output}", reason, "Everything complete before is kept")
+        assert content(tmp_path) == before
+
+
+def test_a_read_only_file_system(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text(GOOD)
+    with mounted(tmp_path / "ro", "ro,size=64k") as folder:
+        ended = cli("score", ["--responses", tmp_path / "r.jsonl", "--verifier", "exact", "--output", folder / "o"])
+    assert_error(ended, 3, f"cannot write {folder}/", "Read-only file system")
+
+
+def full_disk_keeps_what_was_there(cli: Cli, gsm8k_dev: Path, folder: Path, reason: str) -> None:
+    few = folder.parent / "few.jsonl"
+    arguments = ["--verifier", "numeric", "--output"]
+    assert cli("pairs", ["--responses", few, *arguments, folder / "few.jsonl"]).status == 0
+    before = content(folder)
+    ended = cli("pairs", ["--responses", gsm8k_dev, *arguments, folder / "all.jsonl"])
+    assert_error(ended, 3, f"cannot write {folder}/all.jsonl: {reason}", "mend the cause (space, permissions)")
+    assert content(folder) == before
+
+
+def test_a_full_disk(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "few.jsonl", read_rows(gsm8k_dev)[:3])
+    with mounted(tmp_path / "small", "size=64k") as folder:
+        full_disk_keeps_what_was_there(cli, gsm8k_dev, folder, "No space left on device")
+
+
+def test_a_file_that_cannot_grow(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "few.jsonl", read_rows(gsm8k_dev)[:3])
+    (tmp_path / "out").mkdir()
+    with files_no_larger_than(64 * 1024):
+        full_disk_keeps_what_was_there(cli, gsm8k_dev, tmp_path / "out", "File too large")
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_while_training(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
+    """The weights do not fit, the stages before them are kept, and the same command finishes once there is room."""
+    run = tmp_path / "run"
+    arguments = ["--prompts", tiny_matrix / "prompts.jsonl", "--cells", cells(tiny_matrix, "s.v2", "m.v2"),
+                 "--output_dir", run, "--verifier", "toy_verifier:letters", "--num_iterations", 1, "--use_cpu",
+                 "--max_completion_length", 8, "--save_steps", 1]  # fmt: skip
+    for limit, unwritten in ((5_000, "parts/s.v2.jsonl"), (60_000, "checkpoint")):
+        with files_no_larger_than(limit):
+            ended = cli("train", arguments)
+        assert ended.status == 3, ended.err
+        assert "Traceback" not in ended.err
+        assert f"cannot write {run}/iter-1/{unwritten}" in ended.err.splitlines()[-1]
+        assert [p for p in run.rglob(".tmp-*") if p.name != ".tmp-parts"] == []
+    kept = {name: data for name, data in content(run).items() if name.startswith("iter-1/") and name.endswith(".jsonl")}
+    assert {Path(name).name for name in kept} >= {"responses.jsonl", "verdicts.jsonl", "pairs.jsonl"}
+    ended = cli("train", arguments)
+    assert ended.status == 0, ended.err
+    after = content(run)
+    assert {name: after.get(name) for name in kept} == kept
+    assert "model.safetensors" in after
+    shutil.rmtree(run)

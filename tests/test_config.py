@@ -1,0 +1,381 @@
+"""Every setting is documented, read, checked, and survives YAML and the command line."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_rows
+
+import tso_fast
+from tso_fast import config as config_module
+from tso_fast import single
+from tso_fast.config import (
+    CellConfig,
+    EvalConfig,
+    GenerateConfig,
+    PairsConfig,
+    ScoreConfig,
+    TrainConfig,
+    check,
+    loss_options_of,
+    to_dict,
+)
+from tso_fast.errors import InputError, OutputError, TrainingError
+from tso_fast.options import parse
+
+PACKAGE = Path(tso_fast.__file__).parent
+CLASSES = [c for c in vars(config_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
+COMMANDS: dict[str, type] = {
+    "train": TrainConfig, "generate": GenerateConfig, "score": ScoreConfig, "pairs": PairsConfig, "eval": EvalConfig
+}  # fmt: skip
+FIELDS = sorted({(c, f.name) for c in CLASSES for f in dataclasses.fields(c)}, key=lambda x: (x[0].__name__, x[1]))
+CELLS = '[{"path": "a"}]'
+NEEDED = {
+    "train": ["--prompts", "p", "--output_dir", "o", "--cells", CELLS],
+    "generate": ["--prompts", "p", "--output", "o", "--cells", CELLS],
+    "score": ["--responses", "r", "--output", "o", "--verifier", "exact"],
+    "pairs": ["--responses", "r", "--output", "o"],
+    "eval": ["--prompts", "p", "--cells", CELLS, "--verifier", "exact"],
+}
+
+
+def settings(command: str, *arguments: str) -> Any:
+    return parse(command, COMMANDS[command], [*NEEDED[command], *arguments])
+
+
+def refusal(command: str, *arguments: str) -> str:
+    with pytest.raises(InputError) as caught:
+        settings(command, *arguments)
+    return str(caught.value)
+
+
+# ---- documented and read
+
+
+def test_every_field_is_documented_beside_it() -> None:
+    tree = ast.parse(Path(config_module.__file__).read_text(encoding="utf-8"))
+    documented = 0
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        assert ast.get_docstring(node), node.name
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                name = f"{node.name}.{ast.unparse(field.target)}"
+                assert isinstance(after, ast.Expr), name
+                assert isinstance(after.value, ast.Constant), name
+                assert str(after.value.value).strip().endswith("."), name
+                documented += 1
+    assert documented >= len({name for _, name in FIELDS})
+
+
+def attributes_read_of_configs() -> set[str]:
+    """Names x in `config.x`, whatever the variable's full name, everywhere but in config.py."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        if file.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            is_read = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            if is_read and ast.unparse(node.value) in ("config", "generation", "judging", "settings"):
+                found.add(node.attr)
+    return found
+
+
+def test_every_field_is_read_by_something() -> None:
+    config = settings("train", "--beta", "0.2", "--clip_chosen", "1", "--clip_rejected", "2")
+    options = loss_options_of(config)  # read by name; test_losses turns each
+    assert options == {"beta": 0.2, "clip_chosen": 1.0, "clip_rejected": 2.0}
+    read = attributes_read_of_configs() | set(options)
+    assert {"learning_rate", "temperature", "verifier_pattern"} <= read  # the search itself works
+    assert sorted({name for _, name in FIELDS} - read) == []
+
+
+@pytest.mark.parametrize("command", ["generate", "score", "pairs", "eval"])
+def test_a_command_reads_every_setting_it_offers(command: str, tmp_path: Path, tiny_matrix: Path) -> None:
+    """Runs it with a configuration that notes which fields are asked for."""
+    read: set[str] = set()
+
+    class Noting(COMMANDS[command]):  # type: ignore[misc]
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    responses = [{"model": f"m.v{rank}", "version_rank": rank, "text": str(4 + rank)} for rank in (0, 1)]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2 + 3?", "answer": "5", "responses": responses}])
+    values: dict[str, Any] = {"prompts": str(rows), "responses": str(rows), "max_completion_length": 2,
+                              "cells": [CellConfig(path=str(tiny_matrix / "s.v1"))], "use_cpu": True}  # fmt: skip
+    fields = {f.name for f in dataclasses.fields(COMMANDS[command])}
+    for verifier in ("exact", None) if command == "pairs" else ("exact",):  # with evidence and without
+        values |= {"verifier": verifier, "output": str(tmp_path / f"out-{verifier}")}
+        config = Noting(**{name: value for name, value in values.items() if name in fields})
+        if verifier:
+            read.clear()
+        run: Callable[[Any], None] = getattr(single, {"eval": "evaluate"}.get(command, command))
+        run(config)
+    assert sorted(fields - read) == []
+
+
+# ---- unknown keys and wrong types
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_option_names_the_nearest(command: str) -> None:
+    assert refusal(command, "--on_bad_rows", "skip") == "unknown key 'on_bad_rows'; did you mean 'on_bad_row'?"
+    assert refusal(command, "--xyzzy=1") == "unknown key 'xyzzy'"
+
+
+def test_an_unknown_key_in_yaml_names_file_line_and_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1.0e-3\n\nlearning_rat: 1.0e-4\n")
+    assert refusal("train", "--config", str(file)) == (
+        f"{file}:3: unknown key 'learning_rat'; did you mean 'learning_rate'?"
+    )
+
+
+def test_an_unknown_key_of_a_cell_names_it_and_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("cells:\n- path: a\n- {path: b, version: 3}\n")
+    said = "cells[1]: unknown key 'version'; did you mean 'version_rank'?"
+    assert refusal("train", "--config", str(file)) == f"{file}: {said}"
+    assert refusal("train", "--cells", '[{"path": "a"}, {"path": "b", "version": 3}]') == said
+    assert refusal("train", "--cells+={pth: a}") == "cells[0]: unknown key 'pth'; did you mean 'path'?"
+    assert refusal("train", "--cells.pth", "a") == "cells[0]: unknown key 'pth'; did you mean 'path'?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_pairs", "two"], "max_pairs: got two, expected int"),
+        (["--max_pairs", "2.5"], "max_pairs: got 2.5, expected int"),
+        (["--max_pairs", "null"], "max_pairs: got None, expected int"),
+        (["--max_pairs"], "max_pairs: expected one argument"),
+        (["--min_margin", "much"], "min_margin: got much, expected float"),
+        (["--consensus", "avg"], "consensus: got avg, expected one of 'mean', 'median', 'borda', 'win_rate'"),
+        (["--score_weights", "3"], "score_weights: got 3, expected dict[str, float] or null"),
+        (["--score_weights", '{"a": "b"}'], "score_weights: got {'a': 'b'}, expected dict[str, float] or null"),
+        (["--soft_label_kappa", "x"], "soft_label_kappa: got x, expected float or null"),
+        (["--verifier", "nummeric"], "verifier: got 'nummeric', expected one of exact, numeric, regex, or package"),
+        (["--max_pairs", "0"], "max_pairs: got 0, expected an integer >= 1"),
+        (["--min_margin", ".nan"], "min_margin: got nan, expected a finite number >= 0"),
+        (["--seed", "-1"], "seed: got -1, expected an integer in [0, 2**32)"),
+        (["--score_weights", '{"a": -1}'], "score_weights.a: got -1.0, expected a finite number >= 0"),
+        (["elsewhere.jsonl"], "unrecognized arguments: elsewhere.jsonl"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_value_names_the_key(arguments: list[str], message: str) -> None:
+    assert refusal("pairs", *arguments).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("num_iterations: two", "num_iterations: got two, expected int"),
+        ("num_iterations: [1]", "num_iterations: got [1], expected int"),
+        ("num_iterations: true", "num_iterations: got True, expected int"),
+        ("num_iterations: null", "num_iterations: got None, expected int"),
+        ("compare: 1", "compare: got 1, expected bool"),
+        ("policy: 3", "policy: got 3, expected str or null"),
+        ("prompts: 3", "prompts: got 3, expected str"),
+        ("top_p: 1.5", "top_p: got 1.5, expected a number in (0, 1]"),
+        ("adam_beta2: 1", "adam_beta2: got 1.0, expected a number in [0, 1)"),
+        ("beta: 0", "beta: got 0.0, expected a finite number > 0"),
+        ("clip_chosen: -1", "clip_chosen: got -1.0, expected a number >= 0"),
+        ("cells: [a]", "cells[0]: got 'a', expected keys and values such as {path: FOLDER}"),
+        ("cells: null", "cells[0]: got None, expected keys and values"),
+        ("cells: [{name: a}]", "cells: path: missing"),
+        ("cells: [{path: 3}]", "cells: path: got 3, expected str"),
+        ("cells: [{path: a, version_rank: new}]", "cells: version_rank: got new, expected int"),
+        ("cells: [{path: a, version_rank: null}]", "cells[0].version_rank: got None, expected int"),
+        ("cells: [{path: a, size_b: -1}]", "cells[0].size_b: got -1.0, expected a finite number > 0"),
+        ("cells: [", "broken YAML"),
+        ("- a", "expected keys and values, got a list"),
+        ("", "expected keys and values, got nothing"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_in_yaml_names_the_key(tmp_path: Path, yaml: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    needed = [f"{key}: {value}" for key, value in (("prompts", "p"), ("output_dir", "o"), ("cells", CELLS))]
+    file.write_text("\n".join([*(line for line in needed if not yaml.startswith(line.split(":")[0])), yaml]))
+    if not yaml or yaml.startswith("-"):
+        file.write_text(yaml)
+    with pytest.raises(InputError) as caught:
+        parse("train", TrainConfig, [str(file)])
+    assert str(caught.value).removeprefix(f"{file}: ").startswith(message)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(InputError, match=r"^output: missing; see tso-fast pairs --help$"):
+        parse("pairs", PairsConfig, ["--responses", "r"])
+    with pytest.raises(InputError, match=r"^config: 'gone.yaml' is no file; expected YAML$"):
+        parse("pairs", PairsConfig, ["gone.yaml"])
+
+
+# ---- options without an effect
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("pairs", ["--verifier_pattern", "a"], "verifier_pattern: it goes with verifier 'regex'"),
+        ("pairs", ["--verifier", "regex"], "verifier_pattern: it goes with verifier 'regex', and regex needs it"),
+        ("pairs", ["--score_weights.a", "1", "--consensus", "median"], "score_weights: they have no effect"),
+        ("pairs", ["--score_normalize", "z", "--consensus", "borda"], "score_normalize: 'z' has no effect"),
+        ("pairs", ["--score_normalize", "rank", "--consensus", "win_rate"], "score_normalize: 'rank' has no effect"),
+        ("score", ["--consensus", "median"], "unknown key 'consensus'"),
+        ("eval", ["--score_normalize", "z"], "unknown key 'score_normalize'"),
+        ("eval", ["--top_p", "0.9"], "top_p: 0.9 has no effect with temperature 0"),
+        ("eval", ["--num_generations", "0"], "num_generations: got 0, expected an integer >= 1"),
+        ("generate", ["--num_generations", "0"], "num_generations: got 0, expected an integer >= 1"),
+        ("generate", ["--temperature", "0", "--top_k", "5"], "top_k: 5 has no effect with temperature 0"),
+        ("train", ["--ref_model_mixup_alpha", "0.5"], "ref_model_mixup_alpha: it has no effect with reference"),
+        ("train", ["--reference", "ema", "--ref_model_mixup_alpha", "0"], "ref_model_mixup_alpha: got 0.0, expected"),
+        ("train", ["--loss_type", "sft", "--margin_weight", "1"], "margin_weight: it has no effect on loss_type"),
+        ("train", ["--loss_type", "sft", "--soft_label_kappa", "1"], "soft_label_kappa: it has no effect on"),
+        ("train", ["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "warmup_steps: 5 has no effect with"),
+        ("train", ["--eval_prompts", "e"], "eval_prompts: evaluation needs a verifier"),
+        ("train", ["--verifier", "exact", "--eval_prompts", "p"], "eval_prompts: p is the training file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_without_effect_is_refused(command: str, arguments: list[str], message: str) -> None:
+    assert refusal(command, *arguments).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_type": "dpo", "clip_chosen": 1.0}, "loss_type: loss 'dpo' has no option 'clip_chosen'"),
+        ({"loss_type": "sft", "beta": 0.1}, "loss_type: loss 'sft' has no option 'beta'"),
+        ({"report_to": "tensorbord"}, "report_to 'tensorbord' or bf16 False cannot be used: Unsupported logging"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_training_refuses_what_it_could_not_use_before_any_work(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    from tso_fast.trainer import train
+
+    config = TrainConfig(output_dir=str(tmp_path / "run"), prompts="p", cells=[], use_cpu=True, **change)
+    with pytest.raises(InputError) as caught:
+        train(config)
+    assert str(caught.value).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"verifier": "no_such_module:f"}, "verifier: 'no_such_module:f' cannot be imported"),
+        ({"verifier": "regex", "verifier_pattern": "("}, "verifier_pattern: '(' is no regular expression"),
+        ({"verifier": "numeric"}, "field 'answer' is 'Paris'; verifier 'numeric' expects a number"),
+        ({"policy": "m.v9"}, "policy: got 'm.v9', expected one of the cells s.v1"),
+        ({"num_iterations": 3}, "num_iterations: got 3, but there are only 1 prompts"),
+        ({"cells": [{"path": "s.v1", "name": "tso-1"}]}, "cells: the name 'tso-1' will be that of a trained version"),
+    ],
+    ids=str,
+)
+def test_training_looks_at_judge_data_and_cells_before_any_work(
+    tmp_path: Path, tiny_matrix: Path, change: dict[str, Any], message: str
+) -> None:
+    from tso_fast.trainer import train
+
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "capital of France?", "answer": "Paris"}])
+    change = {"num_iterations": 1, **change}
+    cells = change.pop("cells", [{"path": "s.v1"}])
+    config = TrainConfig(output_dir=str(tmp_path / "run"), prompts=str(prompts),
+                         cells=[CellConfig(**{**c, "path": str(tiny_matrix / c["path"])}) for c in cells],
+                         max_completion_length=4, use_cpu=True, **change)  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        train(config)
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- precedence and round trips
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rate: 1e-4\nnum_iterations: 7\ncompare: true\ncells:\n- {path: y, version_rank: 2}\n")
+    config = parse("train", TrainConfig, [str(file), "--prompts=p", "--output_dir=o", "--num_iterations", "9"])
+    assert (config.learning_rate, config.num_iterations, config.compare) == (1e-4, 9, True)
+    assert config.cells == [CellConfig(path="y", version_rank=2)]
+    assert config.top_p == TrainConfig.top_p
+    later = parse("train", TrainConfig, ["--num_iterations=9", "--config", str(file), "--prompts=p", "--output_dir=o"])
+    assert later.num_iterations == 7  # the last one given wins
+
+
+def test_a_switch_needs_no_value() -> None:
+    config = settings("train", "--compare", "--use_cpu", "--bf16=false", "--disable_dropout", "false")
+    assert (config.compare, config.use_cpu, config.bf16, config.disable_dropout) == (True, True, False, False)
+
+
+TURNED = {
+    "train": ["--clip_chosen", ".inf", "--learning_rate", "3e-7", "--score_weights", '{"verifier": 2, "a:b": 0.5}',
+              "--cells+={path: b, name: 'B: new', size_b: 0.5, version_rank: 3}", "--compare"],
+    "generate": ["--top_k", "3"],
+    "score": ["--verifier", "regex", "--verifier_pattern", r"'#### (\d+): \"'"],
+    "pairs": ["--soft_label_kappa", "0.5"],
+    "eval": ["--max_completion_length", "9"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_printed_configuration_gives_the_same_one(command: str, tmp_path: Path, cli: Callable[..., Any]) -> None:
+    arguments = [*NEEDED[command], *TURNED[command]]
+    ended = cli(command, [*arguments, "--print_config"])
+    assert (ended.status, ended.err) == (0, "")
+    (tmp_path / "c.yaml").write_text(ended.out)
+    again = parse(command, COMMANDS[command], [str(tmp_path / "c.yaml")])
+    assert again == parse(command, COMMANDS[command], arguments)
+    assert again != parse(command, COMMANDS[command], NEEDED[command])
+
+
+def test_infinity_reaches_run_json_as_text() -> None:
+    assert to_dict(settings("train", "--clip_chosen", ".inf"))["clip_chosen"] == "inf"
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_setting_with_its_text(command: str, cli: Callable[..., Any]) -> None:
+    ended = cli(command, ["--help"])
+    assert (ended.status, ended.err) == (0, "")
+    assert f"tso-fast {command}" in ended.out
+    for field in dataclasses.fields(COMMANDS[command]):
+        assert f"--{field.name} " in ended.out, field.name
+    assert "sets it aside and counts it" in " ".join(ended.out.split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Which is what keeps it under half a second."""
+    program = (
+        "import sys; from tso_fast.cli import main; status = main(['--help']); "
+        "heavy = {'torch', 'transformers', 'jsonargparse', 'numpy', 'rich', 'yaml'} & set(sys.modules); "
+        "sys.exit(f'status {status}, loaded {heavy}' if status or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: tso-fast COMMAND")
+
+
+def test_errors_are_of_three_kinds() -> None:
+    """2 bad input, 3 the rest: what callers of the Python functions catch."""
+    assert issubclass(InputError, ValueError)
+    assert issubclass(OutputError, OSError)
+    assert issubclass(TrainingError, RuntimeError)
+
+
+def test_defaults_pass_their_own_checks() -> None:
+    for command in COMMANDS:
+        check(settings(command))

@@ -1,0 +1,227 @@
+"""The optimiser loop: how a step is shared out does not matter, and what it does with a bad one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tso_fast import optimization
+from tso_fast.batching import EncodedPair, plan_steps
+from tso_fast.config import CellConfig, TrainConfig
+from tso_fast.errors import TrainingError
+from tso_fast.monitors import Meter
+from tso_fast.policy import Policy
+from tso_fast.store import Run
+
+CPU = torch.device("cpu")
+
+
+def tiny() -> Any:
+    """In float64 throughout, so that sums in another order differ by 1e-16 and no step turns the other way."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2)  # fmt: skip
+    return GPT2LMHeadModel(config).double()
+
+
+def encoded(n: int, seed: int = 0) -> list[EncodedPair]:
+    """Pairs of unequal lengths, scales (some 0), soft labels and margins."""
+    r = np.random.default_rng(seed)
+
+    def tokens(most: int) -> tuple[int, ...]:
+        return tuple(r.integers(3, 61, r.integers(1, most)).tolist())
+
+    return [
+        EncodedPair(prompt=tokens(9), chosen=(*tokens(8), 2), rejected=(*tokens(12), 2), prompt_id=str(i),
+                    scale=float(r.choice([0.0, 0.25, 1.0, 2.5])) if i else 1.0, soft_label=float(r.uniform(0.6, 1)),
+                    margin=float(r.choice([0.0, 0.2])))
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def settings(folder: Path | str = "", **changes: Any) -> TrainConfig:
+    cell = CellConfig(path="-")
+    return TrainConfig(output_dir=str(folder), prompts="-", cells=[cell], use_cpu=True, learning_rate=1e-2,
+                       adam_epsilon=1e-6, **changes)  # fmt: skip
+
+
+def gradients(
+    pairs: list[EncodedPair], reference: torch.Tensor, micro: int, accumulation: int, world: int, **changes: Any
+) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Of the first step, by ``world`` processes whose gradients are averaged as DDP does, and the step's means."""
+    config = settings(**changes)
+    total: list[torch.Tensor] = []
+    meters = []
+    for rank in range(world):
+        policy = Policy(tiny())
+        process = SimpleNamespace(device=CPU, num_processes=world, backward=lambda loss: loss.backward(),
+                                  no_sync=lambda policy: contextlib.nullcontext())  # fmt: skip
+        step = next(plan_steps(len(pairs), epochs=1, micro_size=micro, accumulation=accumulation, rank=rank,
+                               world=world, seed=5))  # fmt: skip
+        meters.append(Meter())
+        optimization.backward(process, policy, pairs, step, reference, 0, config, meters[-1])
+        grads = [p.grad / world for p in policy.parameters()]
+        total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
+    summed = Meter()
+    summed.sums = sum(meter.sums for meter in meters)
+    return total, summed.means()
+
+
+# 8 pairs: as one batch, accumulated, shared out, both. 7 and 3: the last shares run short or are empty.
+@pytest.mark.parametrize("num_pairs", [8, 7, 3, 1])
+@pytest.mark.parametrize("loss", [{"loss_type": "dual_clip", "beta": 0.02}, {"loss_type": "sft"}], ids=str)
+def test_a_step_has_one_gradient_however_it_is_shared_out(num_pairs: int, loss: dict[str, Any]) -> None:
+    pairs = encoded(num_pairs)
+    reference = -torch.rand(num_pairs, 2, generator=torch.Generator().manual_seed(0)) * 40
+    want, means = gradients(pairs, reference, 8, 1, 1, **loss)
+    assert all(g.any() for g in want)
+    for micro, accumulation, world in ((2, 4, 1), (1, 8, 1), (4, 1, 2), (1, 2, 4), (1, 1, 8), (2, 2, 2)):
+        got, same = gradients(pairs, reference, micro, accumulation, world, **loss)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert same == pytest.approx(means, rel=1e-6)
+
+
+def test_the_gradient_is_that_of_the_scaled_mean() -> None:
+    """Against autograd through full logits, pair by pair."""
+    pairs = encoded(6)
+    model = tiny()
+    reference = -torch.rand(6, 2, generator=torch.Generator().manual_seed(0)) * 40
+
+    def logprob(pair: EncodedPair, completion: tuple[int, ...]) -> torch.Tensor:
+        ids = torch.tensor([pair.prompt + completion])
+        logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+        return logprobs[len(pair.prompt) - 1 :].sum()
+
+    total = 0.0
+    for pair, (ref_w, ref_l) in zip(pairs, reference, strict=True):
+        u = (0.02 * (logprob(pair, pair.chosen) - ref_w)).clamp(max=0.5)
+        v = (0.02 * (logprob(pair, pair.rejected) - ref_l)).clamp(min=-0.3)
+        z = u - v - pair.margin
+        total = total + pair.scale * (pair.soft_label * nn.functional.softplus(-z)
+                                      + (1 - pair.soft_label) * nn.functional.softplus(z))  # fmt: skip
+    loss = total / sum(pair.scale for pair in pairs)
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    got, means = gradients(pairs, reference, 2, 3, 1, beta=0.02)
+    assert means["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)  # soft labels are float32
+
+
+def test_a_step_of_scale_0_moves_nothing() -> None:
+    pairs = [dataclasses.replace(pair, scale=0.0) for pair in encoded(4)]
+    got, means = gradients(pairs, torch.zeros(4, 2), 2, 2, 1)
+    assert not any(g.any() for g in got)
+    assert math.isnan(means["loss"])
+
+
+def trained(folder: Path, pairs: list[EncodedPair], **changes: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Weights after ``optimise``, and its figures."""
+    config = settings(folder, **changes)
+    model = tiny()
+    with Run.open(folder, {}, {}, {}) as run:
+        figures = optimization.optimise(1, model, pairs, None, run, Accelerator(cpu=True), 0, config)
+        run.commit("iter-1/train", [], figures)  # they can be written
+    return [p.detach() for p in model.parameters()], figures
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_trajectories_do_not_depend_on_accumulation(tmp_path: Path) -> None:
+    pairs = [dataclasses.replace(pair, margin=0.0) for pair in encoded(19)]
+    common = {"logging_steps": 1, "num_train_epochs": 2, "warmup_steps": 2, "weight_decay": 0.1}
+    want, figures = trained(tmp_path / "8", pairs, per_device_train_batch_size=8, **common)
+    assert figures["steps"] == 6
+    assert rows(tmp_path / "8")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert figures["final"]["rewards/margins"] > 0.05  # it learns
+    assert not any(torch.equal(a, b) for a, b in zip(want, tiny().parameters(), strict=True))
+    for micro in (1, 2, 4):
+        folder = tmp_path / str(micro)
+        got, same = trained(folder, pairs, per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro,
+                            **common)  # fmt: skip
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for row, other in zip(rows(folder), rows(tmp_path / "8"), strict=True):
+            assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+        assert same["means"] == pytest.approx(figures["means"], rel=1e-3, abs=1e-5)
+        again, _ = trained(tmp_path / f"{micro} again", pairs, per_device_train_batch_size=micro,
+                           gradient_accumulation_steps=8 // micro, **common)  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Makes the log-probs of these steps NaN, and with them the loss and the gradient."""
+    real, count = optimization.backward, iter(range(1, 1000))
+
+    def backward(accelerator: Any, policy: Any, *rest: Any) -> None:
+        handle = None
+        if next(count) in steps:
+            handle = policy.model.base_model.register_forward_hook(
+                lambda module, args, out: setattr(out, "last_hidden_state", out.last_hidden_state * math.nan)
+            )
+        real(accelerator, policy, *rest)
+        if handle is not None:
+            handle.remove()
+
+    monkeypatch.setattr(optimization, "backward", backward)
+
+
+def test_a_non_finite_step_is_skipped_and_counted_and_in_no_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [dataclasses.replace(pair, scale=1.0) for pair in encoded(12)]
+    common = {"logging_steps": 1, "per_device_train_batch_size": 2, "lr_scheduler_type": "constant"}
+    plain, _ = trained(tmp_path / "plain", pairs, **common)
+    spoil(monkeypatch, {2, 5, 6})  # the last two are all of the last fifth
+    weights, figures = trained(tmp_path / "run", pairs, **common)
+    assert all(w.isfinite().all() for w in weights)
+    assert not all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
+    assert figures["skipped_steps"] == 3
+    log = rows(tmp_path / "run")
+    assert [row["skipped_steps"] for row in log] == [0, 1, 1, 1, 2, 3]
+    assert [row["loss"] is None for row in log] == [False, True, False, False, True, True]
+    assert [row["grad_norm"] is None for row in log] == [False, True, False, False, True, True]
+    whole = figures["means"]
+    assert all(math.isfinite(value) for value in whole.values())
+    real = [row["logps/chosen"] for row in log if row["loss"] is not None]
+    assert whole["logps/chosen"] == pytest.approx(sum(real) / 3)
+    assert set(figures["final"].values()) == {None}
+    saved = {file.name for file in (tmp_path / "run/iter-1").glob("nonfinite-*")}
+    assert saved == {f"nonfinite-step-{step}.json" for step in (2, 5, 6)}
+    assert len(json.loads((tmp_path / "run/iter-1/nonfinite-step-2.json").read_text())["pairs"]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_too_many_non_finite_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {1, 3, 4, 5})
+    with pytest.raises(TrainingError, match=r"3 steps in a row had a non-finite gradient \(last: step 5\)"):
+        trained(tmp_path, encoded(12), per_device_train_batch_size=2, max_skipped_steps=3)
+
+
+def test_a_reference_of_other_weights_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = optimization.reference_logprobs
+    monkeypatch.setattr(optimization, "reference_logprobs", lambda *args, **kwargs: real(*args, **kwargs) - 0.1)
+    with pytest.raises(TrainingError, match="Policy and reference see different weights or tokens"):
+        trained(tmp_path, encoded(4))
+
+
+def test_a_wrong_reduction_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Meter.add
+    monkeypatch.setattr(Meter, "add", lambda self, output, scale, is_padding: real(
+        self, dataclasses.replace(output, losses=output.losses * 6), scale, is_padding))  # fmt: skip
+    with pytest.raises(TrainingError, match="the first step has loss 4"):
+        trained(tmp_path, [dataclasses.replace(pair, margin=0.0) for pair in encoded(4)])

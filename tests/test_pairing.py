@@ -1,0 +1,177 @@
+"""Which decided pairs are trained on, and with what strength."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tso_fast.config import JudgeConfig, PairingConfig
+from tso_fast.correction import Corrected, Counts, correct
+from tso_fast.judges.verifier import make_verifier, verify
+from tso_fast.pairing import select, to_pair
+from tso_fast.records import BadRows, pair_row, read_candidates
+from tso_fast.stages import make_pairs
+from tso_fast.types import Candidates, PreferencePair, Prompt, Response
+
+NAN = math.nan
+
+
+def item(*texts: str, id: str = "q") -> Candidates:  # noqa: A002
+    responses = tuple(Response(model="m", text=text, sample=i) for i, text in enumerate(texts))
+    return Candidates(prompt=Prompt(id=id, prompt="?"), responses=responses)
+
+
+def selected(candidates: Candidates, scores: Any, seed: int = 0, **settings: Any) -> list[Corrected]:
+    config = PairingConfig(**settings)
+    return select(candidates, correct(candidates, scores, config, Counts()), config, seed)
+
+
+def strength(scores: list[float], chosen: int, rejected: int, **settings: Any) -> PreferencePair:
+    candidates = item(*"abcdefgh"[: len(scores)])
+    config = PairingConfig(**settings)
+    decided = correct(candidates, scores, config, Counts())
+    (pair,) = [p for p in decided if (p.chosen, p.rejected) == (chosen, rejected)]
+    return to_pair(candidates, pair, scores, config)
+
+
+# ---- selection
+
+
+@pytest.mark.parametrize("max_pairs", [1, 2, 5, 99])
+def test_max_pairs(max_pairs: int) -> None:
+    assert len(selected(item(*"abcd"), [0, 1, 2, 3], max_pairs=max_pairs)) == min(max_pairs, 6)
+    assert selected(item(*"ab"), [1, 1], max_pairs=max_pairs) == []
+
+
+def test_best_worst_takes_the_widest_gap_then_texts_not_used_yet() -> None:
+    pairs = selected(item(*"abcdef"), [0, 5, 2, 3, 1, 4], pair_strategy="best_worst", max_pairs=3)
+    assert [(p.chosen, p.rejected) for p in pairs] == [(1, 0), (5, 4), (3, 2)]
+
+
+def test_a_text_is_used_twice_only_when_all_are_used() -> None:
+    for seed in range(50):
+        pairs = selected(item(*"abcdef"), [0, 1, 2, 3, 4, 5], seed, max_pairs=4)
+        first_three = [i for p in pairs[:3] for i in (p.chosen, p.rejected)]
+        assert len(set(first_three[:4])) == 4
+        assert len(pairs) == 4
+
+
+def test_the_same_two_texts_make_one_pair() -> None:
+    pairs = selected(item("right", "wrong", " right", "wrong\n", "wrong"), [1, 0, 1, 0, 0], max_pairs=9)
+    assert len(pairs) == 1
+
+
+def test_a_text_with_two_scores_makes_no_contradicting_pairs() -> None:
+    for seed in range(20):
+        assert len(selected(item("a", "b", "a"), [1, 0.5, 0], seed, max_pairs=9)) == 1
+
+
+def test_random_selection_is_uniform_over_pairs() -> None:
+    """Over prompts as over seeds: alike prompts do not all draw the same pair."""
+    seen = [selected(item(*"abc", id=f"q{n}"), [0, 1, 2], seed=7)[0] for n in range(3000)]
+    counts = np.unique([f"{p.chosen}{p.rejected}" for p in seen], return_counts=True)
+    assert list(counts[0]) == ["10", "20", "21"]
+    assert all(abs(n - 1000) < 5 * math.sqrt(3000 * 2 / 9) for n in counts[1])
+
+
+def test_selection_depends_on_prompt_and_seed_only(gsm8k_dev: Path) -> None:
+    """Not on which other prompts there are, or where this one stands."""
+    candidates = read_candidates(gsm8k_dev, BadRows())[:200]
+    verdicts = verify(candidates, make_verifier("numeric"), BadRows())
+
+    def pairs_of(some: list[Candidates], seed: int = 0) -> dict[str, list[Any]]:
+        ids = {c.prompt.id for c in some}
+        made, _ = make_pairs(some, [v for v in verdicts if v.prompt_id in ids], JudgeConfig(verifier="numeric"),
+                             PairingConfig(max_pairs=2), seed)  # fmt: skip
+        out: dict[str, list[Any]] = {}
+        for pair in made:
+            out.setdefault(pair.prompt.id, []).append(pair_row(pair))
+        return out
+
+    whole = pairs_of(candidates)
+    assert len(whole) > 150
+    assert pairs_of(candidates) == whole
+    assert pairs_of(candidates[::-1]) == whole
+    assert pairs_of(candidates[50:100]) == {c.prompt.id: p for c in candidates[50:100] if (p := whole.get(c.prompt.id))}
+    assert pairs_of(candidates, seed=1) != whole
+
+
+def test_chosen_never_scores_lower(gsm8k_dev: Path) -> None:
+    candidates = read_candidates(gsm8k_dev, BadRows())
+    verdicts = verify(candidates, make_verifier("numeric"), BadRows())
+    made, info = make_pairs(candidates, verdicts, JudgeConfig(verifier="numeric"), PairingConfig(max_pairs=3), 0)
+    assert len(made) > 1000
+    assert all(pair.score_chosen == 1.0 and pair.score_rejected == 0.0 for pair in made)
+    assert info["used"]["keep"] + info["used"]["swap"] == len(made)
+    assert max(np.unique([pair.prompt.id for pair in made], return_counts=True)[1]) == 3
+
+
+# ---- strength
+
+
+def test_unit_scale_is_the_default_and_labels_are_hard() -> None:
+    pair = strength([0.25, 1.0], 1, 0)
+    assert (pair.scale, pair.soft_label, pair.margin) == (1.0, 1.0, 0.0)
+    assert (pair.score_chosen, pair.score_rejected) == (1.0, 0.25)
+    assert (pair.chosen.text, pair.rejected.text) == ("b", "a")
+    assert (pair.prior, pair.decision, pair.reason) == ("none", "keep", "evidence alone")
+
+
+def test_scale_by_gap() -> None:
+    assert strength([0.25, 1.0, 0.5], 1, 0, scale_by="gap").scale == 0.75
+    assert strength([0.25, 1.0, 0.5], 1, 2, scale_by="gap").scale == 0.5
+
+
+def test_scale_by_hardness_is_twice_the_share_below_the_chosen() -> None:
+    scores = [0.0, 1.0, 1.0, 0.5, NAN]
+    assert strength(scores, 1, 0, scale_by="hardness").scale == 2 * 2 / 4  # two of four known scores are lower
+    assert strength(scores, 3, 0, scale_by="hardness").scale == 2 * 1 / 4
+    assert strength([1.0, 0.0, 0.0, 0.0], 0, 1, scale_by="hardness").scale == 1.5
+
+
+def test_soft_label_is_the_sigmoid_of_the_gap() -> None:
+    assert strength([0.0, 0.5], 1, 0, soft_label_kappa=3.0).soft_label == pytest.approx(1 / (1 + math.exp(-1.5)))
+    assert strength([0.0, 0.5], 1, 0, soft_label_kappa=0.0).soft_label == 0.5
+    assert strength([0.0, 1e6], 1, 0, soft_label_kappa=1e6).soft_label == 1.0
+
+
+def test_margin_is_proportional_to_the_gap() -> None:
+    assert strength([0.0, 0.5], 1, 0, margin_weight=3.0).margin == 1.5
+
+
+@pytest.mark.parametrize("scale_by", ["unit", "gap", "hardness"])
+def test_without_evidence_every_pair_counts_alike(scale_by: str) -> None:
+    """Scale 1; the gap is 0, so a soft label is 1/2 and the margin 0."""
+    candidates = Candidates(
+        prompt=Prompt(id="q", prompt="?"),
+        responses=(Response(model="v1", text="a", version_rank=1), Response(model="v0", text="b", version_rank=0)),
+    )
+    config = PairingConfig(scale_by=scale_by, soft_label_kappa=2.0, margin_weight=1.0)  # type: ignore[arg-type]
+    (decided,) = correct(candidates, [NAN, NAN], config, Counts())
+    pair = to_pair(candidates, decided, [NAN, NAN], config)
+    assert (pair.scale, pair.soft_label, pair.margin) == (1.0, 0.5, 0.0)
+    assert (pair.score_chosen, pair.score_rejected, pair.reason) == (None, None, "prior alone")
+
+
+def test_ranges() -> None:
+    r = random.Random("pairing")
+    for _ in range(300):
+        candidates = item(*(r.choice("abcdef") for _ in range(r.randrange(8))))
+        scores = [r.choice([NAN, 0.0, 0.3, 0.7, 1.0]) for _ in candidates.responses]
+        config = PairingConfig(scale_by=r.choice(["unit", "gap", "hardness"]), soft_label_kappa=r.choice([None, 4.0]),
+                               margin_weight=r.choice([0.0, 2.0]), max_pairs=r.randrange(1, 9),
+                               pair_strategy=r.choice(["random", "best_worst"]))  # fmt: skip
+        chosen = select(candidates, correct(candidates, scores, config, Counts()), config, r.randrange(9))
+        assert len(chosen) <= config.max_pairs
+        made = [to_pair(candidates, pair, scores, config) for pair in chosen]
+        assert len({frozenset((p.chosen.text, p.rejected.text)) for p in made}) == len(made)
+        for pair in made:
+            assert pair.score_chosen > pair.score_rejected
+            assert 0 < pair.scale <= 2
+            assert 0.5 <= pair.soft_label <= 1
+            assert 0 <= pair.margin <= 2

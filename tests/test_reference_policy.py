@@ -1,0 +1,85 @@
+"""The reference: which weights, their log-probs however they are shared out, and the running mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tso_fast.batching import EncodedPair
+from tso_fast.config import CellConfig, TrainConfig
+from tso_fast.policy import Policy, load_model, save_model
+from tso_fast.quickstart.build import Recipe, make_tokenizer
+from tso_fast.reference_policy import load_reference, reference_logprobs, reference_path, save_ema
+
+CPU = torch.device("cpu")
+
+
+def tiny(seed: int, *, tied: bool = False) -> Any:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+                    tie_word_embeddings=tied)
+    ).eval()  # fmt: skip
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(output_dir="-", prompts="-", cells=[CellConfig(path="-")], **changes)
+
+
+def test_which_weights_are_the_reference() -> None:
+    matrix: Any = SimpleNamespace(policy=SimpleNamespace(path=Path("new")), initial=SimpleNamespace(path=Path("old")))
+    paths = {kind: [reference_path(settings(reference=kind), matrix, Path("run"), t) for t in (1, 2, 3)]
+             for kind in ("previous", "initial", "ema")}  # fmt: skip
+    assert paths["previous"] == [Path("new")] * 3
+    assert paths["initial"] == [Path("new"), Path("old"), Path("old")]
+    assert paths["ema"] == [Path("new"), Path("run/iter-1/reference"), Path("run/iter-2/reference")]
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(32, 1), (4, 1), (1, 1), (3, 2), (2, 4), (1, 16)])
+def test_reference_log_probs_do_not_depend_on_how_they_are_shared_out(batch_size: int, world: int) -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def tokens(most: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 61, (int(torch.randint(1, most, (), generator=g)),), generator=g).tolist())
+
+    pairs = [EncodedPair(prompt=tokens(9), chosen=tokens(8), rejected=tokens(12), scale=0.0, soft_label=1.0, margin=0.0,
+                         prompt_id=str(i)) for i in range(11)]  # fmt: skip
+    model = tiny(0)
+    passes = []
+    total = torch.zeros(11, 2)
+    for rank in range(world):
+        done: list[int] = []
+        total += reference_logprobs(Policy(model), pairs, batch_size=batch_size, pad_token_id=0, device=CPU, rank=rank,
+                                    world=world, impl="auto", advance=done.append)  # fmt: skip
+        passes.append(len(done))
+    assert len(set(passes)) == 1  # wrapped models need as many forward passes on every process
+    for i, pair in enumerate(pairs):
+        for side, completion in enumerate((pair.chosen, pair.rejected)):
+            ids = torch.tensor([pair.prompt + completion])
+            with torch.no_grad():
+                logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+            want = logprobs[len(pair.prompt) - 1 :].sum()
+            torch.testing.assert_close(total[i, side], want, rtol=1e-5, atol=1e-5)
+    assert not total.requires_grad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("alpha", "share"), [(None, 0.6), (0.25, 0.25), (1.0, 1.0)])
+def test_running_mean(tied: bool, alpha: float | None, share: float, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer([("a b", "1")] * 3, Recipe(seed=0))
+    old, new = tiny(1, tied=tied), tiny(2, tied=tied)
+    save_model(old, tokenizer, tmp_path / "old")
+    config = settings(reference="ema", ref_model_mixup_alpha=alpha)
+    save_ema(config, new, tokenizer, tmp_path / "old", tmp_path / "mean")
+    mean = load_model(tmp_path / "mean", dtype="float32", attn_implementation="sdpa", device="cpu")
+    for (name, a), b, m in zip(old.named_parameters(), new.parameters(), mean.parameters(), strict=True):
+        torch.testing.assert_close(m, (1 - share) * a + share * b, msg=name)
+    assert share < 1 or all(torch.equal(b, m) for b, m in zip(new.parameters(), mean.parameters(), strict=True))
+    reference = load_reference(config, tmp_path / "mean", CPU)
+    assert not reference.training
