@@ -133,19 +133,23 @@ def test_first_step_leaves_what_is_not_finite_to_the_guard() -> None:
 def test_guard_counts_saves_and_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     guard = NonFiniteGuard(tmp_path / "iter-1", 3)
     batch = [encoded(scale=0.5, margin=0.25)]
-    assert guard.is_finite(1, 0.7, batch)
+    assert guard.is_finite(1, 0.6, 0.7, batch)
     assert not (tmp_path / "iter-1").exists()
-    assert [guard.is_finite(step, norm, batch) for step, norm in ((2, NAN), (3, INF), (4, 1.0))] == [False, False, True]
+    assert [guard.is_finite(step, 0.6, norm, batch) for step, norm in ((2, NAN), (3, INF), (4, 1.0))] == [
+        False,
+        False,
+        True,
+    ]
     assert (guard.total, guard.in_a_row) == (2, 0)
     saved = json.loads((tmp_path / "iter-1/nonfinite-step-2.json").read_text())
-    assert saved == {"step": 2, "grad_norm": "nan", "pairs": [{
+    assert saved == {"step": 2, "loss": "0.6", "grad_norm": "nan", "pairs": [{
         "prompt": [5], "chosen": [6, 2], "rejected": [7, 8, 2], "scale": 0.5, "soft_label": 1.0, "margin": 0.25,
         "prompt_id": "q1"}]}  # fmt: skip
-    assert "step 3: gradient norm inf: step skipped" in caplog.text
-    assert not guard.is_finite(5, NAN, batch)
-    assert not guard.is_finite(6, NAN, batch)
-    with pytest.raises(TrainingError, match=r"3 steps in a row had a non-finite gradient \(last: step 7\)"):
-        guard.is_finite(7, NAN, batch)
+    assert "step 3: loss 0.6, gradient norm inf: skipped" in caplog.text
+    assert not guard.is_finite(5, INF, 1.0, batch)
+    assert not guard.is_finite(6, 0.6, NAN, batch)
+    with pytest.raises(TrainingError, match=r"3 steps in a row had a non-finite loss or gradient \(last: step 7\)"):
+        guard.is_finite(7, NAN, NAN, batch)
     assert (tmp_path / "iter-1/nonfinite-step-7.json").exists()
     assert guard.total == 5
 

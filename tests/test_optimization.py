@@ -208,7 +208,7 @@ def test_a_non_finite_step_is_skipped_and_counted_and_in_no_mean(
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_too_many_non_finite_steps_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {1, 3, 4, 5})
-    with pytest.raises(TrainingError, match=r"3 steps in a row had a non-finite gradient \(last: step 5\)"):
+    with pytest.raises(TrainingError, match=r"3 steps in a row had a non-finite loss or gradient \(last: step 5\)"):
         trained(tmp_path, encoded(12), per_device_train_batch_size=2, max_skipped_steps=3)
 
 

@@ -94,24 +94,24 @@ class MetricsLog:
 
 
 class NonFiniteGuard:
-    """Counts steps that were skipped for a non-finite gradient, saves their batch, and stops after too many."""
+    """Counts steps that were skipped for a non-finite loss or gradient, saves their batch, and stops after too many."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self.in_a_row = self.total = 0
 
-    def is_finite(self, step: int, grad_norm: float, batch: Sequence[EncodedPair]) -> bool:
-        if math.isfinite(grad_norm):
+    def is_finite(self, step: int, loss: float, grad_norm: float, batch: Sequence[EncodedPair]) -> bool:
+        if math.isfinite(grad_norm) and math.isfinite(loss):
             self.in_a_row = 0
             return True
         self.in_a_row += 1
         self.total += 1
         file = self.folder / f"nonfinite-step-{step}.json"
-        write_json(file, {"step": step, "grad_norm": str(grad_norm),
+        write_json(file, {"step": step, "loss": str(loss), "grad_norm": str(grad_norm),
                           "pairs": [vars(pair) for pair in batch]})  # fmt: skip
-        logger.warning("step %d: gradient norm %s: step skipped, its batch is in %s", step, grad_norm, file)
+        logger.warning("step %d: loss %s, gradient norm %s: skipped, its batch is in %s", step, loss, grad_norm, file)
         if self.in_a_row >= self.limit:
-            raise TrainingError(f"{self.in_a_row} steps in a row had a non-finite gradient (last: step {step}); their "
+            raise TrainingError(f"{self.in_a_row} steps in a row had a non-finite loss or gradient (last: step {step}); their "
                                 f"batches are in {self.folder}/nonfinite-step-*.json. Lower "
                                 "learning_rate, or use dtype float32 or bfloat16")  # fmt: skip
         return False

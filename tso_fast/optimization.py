@@ -129,12 +129,14 @@ def optimise(
             active = meters if number > 0.8 * total_steps else [window, whole]
             this = Meter()
             backward(accelerator, policy, pairs, step, ref_logprobs, pad_token_id, config, this)
+            now = this.means(accelerator)
             if number == 1 and reference is None and config.disable_dropout:
                 loss = resolve_loss(config.loss_type, loss_options_of(config))
                 is_exact = config.dtype == "float32" and not config.bf16
-                check_first_step(this.means(accelerator), loss, batch, is_exact=is_exact)
+                check_first_step(now, loss, batch, is_exact=is_exact)
             grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm or torch.inf))
-            if guard.is_finite(number, grad_norm, batch):
+            step_loss = now["loss"] if any(pair.scale for pair in batch) else 0.0  # else 0 / 0
+            if guard.is_finite(number, step_loss, grad_norm, batch):
                 optimizer.step()
                 for meter in active:  # a skipped step is counted, but in no mean: one NaN would hide all the others
                     meter.sums += this.sums
