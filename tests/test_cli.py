@@ -230,6 +230,13 @@ def test_weights_that_fit_no_scorer(cli: Cli, tmp_path: Path, weights: str, mess
     assert sorted(content(tmp_path)) == ["r.jsonl"]
 
 
+def test_scores_in_the_data_named_like_a_judge(cli: Cli, tmp_path: Path) -> None:
+    write_rows(tmp_path / "r.jsonl", [{"prompt": "2 + 3?", "answer": "5", "responses": [
+        {"model": "a", "text": "5", "scores": {"verifier": 0.5}}, {"model": "b", "text": "6"}]}])  # fmt: skip
+    arguments = ["--responses", tmp_path / "r.jsonl", "--verifier", "exact", "--output", tmp_path / "o"]
+    assert_error(cli("pairs", arguments), 2, "the data have scores named 'verifier', and so has a judge of this run")
+
+
 def test_an_error_of_a_real_process_goes_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     arguments = ["pairs", "--responses", "r.jsonl", "--output", "o.jsonl"]

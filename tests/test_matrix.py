@@ -292,3 +292,10 @@ def test_the_context_of_a_matrix_is_its_smallest(copied: Path, tiny_matrix: Path
     (copied / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
     assert ModelMatrix(cells(tiny_matrix)).context == 512
     assert ModelMatrix([*cells(tiny_matrix), CellConfig(path=str(copied))]).context == 100
+
+
+def test_token_ids_of_another_vocabulary(tokenizer: Any) -> None:
+    other = Response(model="other", text="x", token_ids=(3, len(tokenizer)))
+    item = Candidates(prompt=Prompt(id="q", prompt="Hello", where="p.jsonl:7"), responses=(other,))
+    with pytest.raises(InputError, match=rf"p.jsonl:7: field 'responses\[other\]' has token id {len(tokenizer)}"):
+        check_fits([item], tokenizer, 64, 16, BadRows())

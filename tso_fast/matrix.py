@@ -145,9 +145,12 @@ def check_fits(
                                  f"max_completion_length {max_tokens} that exceeds the context of {context}; expected "
                                  f"at most {context - max_tokens}")  # fmt: skip
             for response in item.responses:
+                field = "human_response" if response.is_human else f"responses[{response.model}]"
+                if response.token_ids and max(response.token_ids) >= len(tokenizer):
+                    raise InputError(f"{prompt.where or prompt.id}: field {field!r} has token id "
+                                     f"{max(response.token_ids)}; the tokenizer has {len(tokenizer)}")  # fmt: skip
                 tokens = len(response.token_ids or encode_response(tokenizer, prompt, response.text))
                 if context is not None and length + tokens > context:
-                    field = "human_response" if response.is_human else f"responses[{response.model}]"
                     raise InputError(f"{prompt.where or prompt.id}: field {field!r} has {tokens} tokens; with the "
                                      f"prompt's {length} that exceeds the context of {context}")  # fmt: skip
             fitting.append(item)

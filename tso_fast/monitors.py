@@ -111,8 +111,8 @@ class NonFiniteGuard:
                           "pairs": [vars(pair) for pair in batch]})  # fmt: skip
         logger.warning("step %d: loss %s, gradient norm %s: skipped, its batch is in %s", step, loss, grad_norm, file)
         if self.in_a_row >= self.limit:
-            raise TrainingError(f"{self.in_a_row} steps in a row had a non-finite loss or gradient (last: step {step}); their "
-                                f"batches are in {self.folder}/nonfinite-step-*.json. Lower "
+            raise TrainingError(f"{self.in_a_row} steps in a row had a non-finite loss or gradient (last: step "
+                                f"{step}); their batches are in {self.folder}/nonfinite-step-*.json. Lower "
                                 "learning_rate, or use dtype float32 or bfloat16")  # fmt: skip
         return False
 

@@ -45,8 +45,11 @@ def judge(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows
 
 def score_matrix(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> ScoreMatrix:
     """Verdicts and the scores that came with the data, one row a response, one column a scorer."""
-    names = {v.judge for v in verdicts} | {name for c in candidates for r in c.responses for name in r.scores}
-    scorers = tuple(sorted(names))
+    judges, given = {v.judge for v in verdicts}, {name for c in candidates for r in c.responses for name in r.scores}
+    if both := sorted(judges & given):
+        raise InputError(f"responses: the data have scores named {both[0]!r}, and so has a judge of this run; rename "
+                         "those in the data")  # fmt: skip
+    scorers = tuple(sorted(judges | given))
     column = {name: i for i, name in enumerate(scorers)}
     offsets = np.cumsum([0] + [len(c.responses) for c in candidates], dtype=np.int64)
     first_row = {c.prompt.id: int(offset) for c, offset in zip(candidates, offsets[:-1], strict=True)}

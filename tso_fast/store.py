@@ -259,9 +259,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"output_dir: {folder / RUN_FILE} cannot be read: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(f"output_dir: {folder / RUN_FILE} is not of format {FORMAT}, which this release reads; choose "
-                         "another folder, or the release that wrote it")  # fmt: skip
+    written = state.get("format") if isinstance(state, dict) else None
+    if written != FORMAT:
+        raise InputError(f"output_dir: {folder / RUN_FILE} has format {written!r}, this release reads {FORMAT}")
     return state
 
 
