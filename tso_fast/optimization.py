@@ -201,4 +201,5 @@ def make_optimizer(model: Any, config: OptimizationConfig) -> torch.optim.Optimi
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
+        fused=True,
     )

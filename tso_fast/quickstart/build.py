@@ -61,7 +61,7 @@ class Recipe:
     learning_rate: float = 3e-3
     vocab_size: int = 384
     context: int = 128
-    prompts: int = 3840
+    prompts: int = 2880
     human_share: float = 0.25
     held_out: int = 600
     development: int = 600
@@ -197,7 +197,9 @@ def _train_size(name: str, size: Size, examples: list[Example], tokenizer: Any, 
         )
     )
     policy = Policy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True
+    )
     scheduler = get_scheduler("cosine_with_min_lr", optimizer, 50, size.steps, {"min_lr_rate": 0.1})
     marks = {round(size.steps * share): f"{name}.v{i}" for i, share in enumerate(recipe.versions, start=1)}
     r = random.Random(f"order {recipe.seed}")
