@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tso_fast.config import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
+    from tso_fast.config import TrainConfig
 
 USAGE = """usage: tso-fast COMMAND [CONFIG.yaml] [--key value ...]
 
@@ -92,44 +92,19 @@ def _run_training(config: TrainConfig) -> None:
     print_summary(runs)
 
 
-def _generate(arguments: list[str]) -> None:
-    from tso_fast.config import GenerateConfig
-    from tso_fast.options import parse
+def _single(name: str, config_name: str, function: str = "") -> Callable[[list[str]], None]:
+    """A command that is one stage: its configuration is read before anything heavy is imported."""
 
-    config: GenerateConfig = parse("generate", GenerateConfig, arguments)
-    from tso_fast.single import generate
+    def run(arguments: list[str]) -> None:
+        from tso_fast import config
+        from tso_fast.options import parse
 
-    generate(config)
+        settings = parse(name, getattr(config, config_name), arguments)
+        from tso_fast import single
 
+        getattr(single, function or name)(settings)
 
-def _score(arguments: list[str]) -> None:
-    from tso_fast.config import ScoreConfig
-    from tso_fast.options import parse
-
-    config: ScoreConfig = parse("score", ScoreConfig, arguments)
-    from tso_fast.single import score
-
-    score(config)
-
-
-def _pairs(arguments: list[str]) -> None:
-    from tso_fast.config import PairsConfig
-    from tso_fast.options import parse
-
-    config: PairsConfig = parse("pairs", PairsConfig, arguments)
-    from tso_fast.single import pairs
-
-    pairs(config)
-
-
-def _eval(arguments: list[str]) -> None:
-    from tso_fast.config import EvalConfig
-    from tso_fast.options import parse
-
-    config: EvalConfig = parse("eval", EvalConfig, arguments)
-    from tso_fast.single import evaluate
-
-    evaluate(config)
+    return run
 
 
 def _report(arguments: list[str]) -> None:
@@ -150,10 +125,10 @@ def _report(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": _train,
-    "generate": _generate,
-    "score": _score,
-    "pairs": _pairs,
-    "eval": _eval,
+    "generate": _single("generate", "GenerateConfig"),
+    "score": _single("score", "ScoreConfig"),
+    "pairs": _single("pairs", "PairsConfig"),
+    "eval": _single("eval", "EvalConfig", "evaluate"),
     "report": _report,
 }
 

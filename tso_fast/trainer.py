@@ -127,6 +127,8 @@ def _open_run(config: TrainConfig, matrix: ModelMatrix, accelerator: Accelerator
     inputs |= {f"cells.{cell.name}": cell.weight_hash for cell in matrix.cells}
     if accelerator.is_main_process:
         run = Run.open(config.output_dir, to_dict(config), inputs, versions)
+        if stages_done := run.state["stages"]:
+            console.print(f"{run.folder}: going on after {stages_done[-1]['name']}", highlight=False)
     accelerator.wait_for_everyone()
     return run if accelerator.is_main_process else Run.follow(config.output_dir)
 

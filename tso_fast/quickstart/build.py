@@ -52,7 +52,7 @@ class Recipe:
     sizes: dict[str, Size] = dataclasses.field(
         default_factory=lambda: {
             "s": Size(hidden=96, layers=3, ffn=256, steps=800),
-            "m": Size(hidden=128, layers=4, ffn=352, steps=900),
+            "m": Size(hidden=128, layers=4, ffn=352, steps=1200),
         }
     )
     versions: tuple[float, ...] = (0.35, 0.6, 1.0)
