@@ -22,7 +22,7 @@ from tso_fast.trainer import train
 
 SMALL = Recipe(
     seed=0,
-    sizes={"s": Size(hidden=32, layers=1, ffn=64, steps=20), "m": Size(hidden=32, layers=2, ffn=64, steps=20)},
+    sizes={"s": Size(hidden=32, layers=1, ffn=64, steps=120), "m": Size(hidden=32, layers=2, ffn=64, steps=120)},
     versions=(0.5, 1.0),
     demonstrations=200,
     prompts=24,
