@@ -5,6 +5,7 @@ What a cell sampled is trained on token by token; only text from elsewhere is to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,8 +79,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
     They differ in the templates of Gemma and Phi: what is sampled ends with "<end_of_turn>", no "<eos>" follows.
     """
-    eos: int = tokenizer.eos_token_id
-    if not getattr(tokenizer, "chat_template", None):
+    return _end_of_turn(tokenizer, getattr(tokenizer, "chat_template", None), tokenizer.eos_token_id)
+
+
+@functools.lru_cache(maxsize=8)
+def _end_of_turn(tokenizer: Any, chat_template: str | None, eos: int) -> int:
+    """Asked for every written response; what may be replaced in a tokenizer is an argument, so that it is seen."""
+    if not chat_template:
         return eos
     answer = "tso-fast"
     after = _render(tokenizer, Prompt(id="end_of_turn", prompt="-"), answer).rpartition(answer)[2]

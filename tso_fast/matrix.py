@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tso_fast.batching import encode_prompt, encode_response
+from tso_fast.batching import encode_prompt, response_ids
 from tso_fast.config import CellConfig, GenerationConfig, ModelConfig
 from tso_fast.errors import InputError
 from tso_fast.generators import Completion, Request, Sampling
@@ -149,7 +149,7 @@ def check_fits(
                 if response.token_ids and max(response.token_ids) >= len(tokenizer):
                     raise InputError(f"{prompt.where or prompt.id}: field {field!r} has token id "
                                      f"{max(response.token_ids)}; the tokenizer has {len(tokenizer)}")  # fmt: skip
-                tokens = len(response.token_ids or encode_response(tokenizer, prompt, response.text))
+                tokens = len(response_ids(tokenizer, prompt, response))
                 if context is not None and length + tokens > context:
                     raise InputError(f"{prompt.where or prompt.id}: field {field!r} has {tokens} tokens; with the "
                                      f"prompt's {length} that exceeds the context of {context}")  # fmt: skip

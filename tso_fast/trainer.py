@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> Run:
         for t, mini_batch in enumerate(mini_batches, start=1):
             _generate(t, run, accelerator, matrix, mini_batch, config)
             _score(t, run, accelerator, config)
-            _pair(t, run, accelerator, matrix, config)
+            _pair(t, run, accelerator, config)
             _train(t, run, accelerator, matrix, config)
             matrix.add_version(run / f"iter-{t}/policy", trained[t - 1], config.max_versions)
             if accelerator.is_main_process:
@@ -191,7 +191,7 @@ def _score(t: int, run: Run, accelerator: Accelerator, config: TrainConfig) -> N
     _once(run, accelerator, f"iter-{t}/score", produce)
 
 
-def _pair(t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, config: TrainConfig) -> None:
+def _pair(t: int, run: Run, accelerator: Accelerator, config: TrainConfig) -> None:
     """Evidence corrects the prior order of the matrix: keep, swap or drop; the selected pairs get their scale."""
 
     def produce() -> Produced:
@@ -274,6 +274,5 @@ def _evaluate(
 
 def publish(run: Run, policy: Path) -> None:
     """Puts the files of the newest policy at the top of the run, where ``from_pretrained`` looks."""
-    files = sorted(policy.iterdir())
-    for file in files:
+    for file in sorted(policy.iterdir()):
         store.place_file(file, run / file.name)
