@@ -1,5 +1,7 @@
 """Builds the C++ extension and maps the folder ``kernels/`` to ``tso_fast.kernels``; the rest is in pyproject.toml."""
 
+from pathlib import Path
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
@@ -10,8 +12,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "tso_fast._C",
-            ["csrc/bindings.cpp", "csrc/scoring.cpp"],
-            depends=["csrc/scoring.h"],
+            sorted(map(str, Path("csrc").glob("*.cpp"))),
+            depends=sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc").glob("*.inl")])),
             cxx_std=17,
             extra_compile_args=["-O3", "-pthread"],
             extra_link_args=["-pthread"],

@@ -1,16 +1,14 @@
 #include "scoring.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <exception>
 #include <iterator>
 #include <limits>
-#include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "parallel.h"
 
 namespace tso {
 namespace {
@@ -174,29 +172,10 @@ void consensus(const float* scores_RM, const int64_t* offsets, const double* wei
     const int64_t thread_count = choose_num_threads(task, num_threads);
     // A prompt is computed by one thread whichever it is, so who takes which range cannot change a bit of the result.
     const int64_t range = std::max<int64_t>(1, num_prompts / (8 * thread_count));
-    std::atomic<int64_t> next{0};
-    std::mutex error_mutex;
-    std::exception_ptr error;
-    const auto take_ranges = [&] {
-        try {
-            Scratch scratch;
-            for (int64_t first; (first = next.fetch_add(range)) < num_prompts;)
-                for (int64_t p = first; p < std::min(first + range, num_prompts); ++p) score_prompt(task, p, scratch);
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(error_mutex);
-            error = std::current_exception();
-        }
-    };
-    std::vector<std::thread> threads;
-    threads.reserve(thread_count - 1);
-    try {
-        while (static_cast<int64_t>(threads.size()) < thread_count - 1) threads.emplace_back(take_ranges);
-    } catch (const std::system_error&) {
-        // The system grants no more threads; those that run share the work.
-    }
-    take_ranges();
-    for (std::thread& thread : threads) thread.join();
-    if (error) std::rethrow_exception(error);
+    parallel_for((num_prompts + range - 1) / range, thread_count, [&](int64_t index) {
+        Scratch scratch;
+        for (int64_t p = index * range; p < std::min((index + 1) * range, num_prompts); ++p) score_prompt(task, p, scratch);
+    });
 }
 
 }  // namespace tso

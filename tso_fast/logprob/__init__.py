@@ -6,39 +6,72 @@ hidden, head -> linear_logprobs -> sums per sequence -> PairLogprobs -> loss
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tso_fast.logprob import reference
+from tso_fast.logprob import fused, reference
+from tso_fast.logprob.fused import memory_budget_mib as memory_budget_mib
+from tso_fast.logprob.fused import set_memory_budget_mib as set_memory_budget_mib
 from tso_fast.losses import Loss, clipped_sides, loss_options, resolve_loss
 from tso_fast.types import PairLogprobs, PreferenceOutput
 
 logger = logging.getLogger(__name__)
 
-_IMPLS = {"reference": reference.linear_logprobs}
-# The event that empties this table: the fused ops arriving in _IMPLS.
-_MISSING = {
-    "cpu": "this release has no C++ log-prob op",
-    "triton": "this release has no Triton kernels",
-}
+IMPLS = ("reference", "cpu", "triton")
+_DEVICE = {"cpu": "cpu", "triton": "cuda"}
 
 
 @functools.cache
-def _log_choice(device: str, chosen: str) -> None:
-    logger.info("linear_logprobs: impl='auto' chose %r for tensors on %s", chosen, device)
+def _log_choice(device: str, dtype: torch.dtype, chosen: str, reason: str) -> None:
+    logger.info("log-probs: impl='auto' chose %r for %s tensors on %s%s", chosen, dtype, device, reason)
 
 
-def _resolve_impl(impl: str, device: torch.device) -> Any:
+def _resolve_impl(impl: str, hidden: torch.Tensor) -> Any:
+    """The backend's module, or None for the reference."""
+    device, dtype = hidden.device.type, hidden.dtype
     if impl == "auto":
-        _log_choice(device.type, "reference")
-        impl = "reference"
-    if impl in _MISSING:
-        raise ValueError(f"impl={impl!r} is not available: {_MISSING[impl]}; use impl='auto' or impl='reference'")
-    if impl not in _IMPLS:
-        raise ValueError(f"unknown impl {impl!r}; known: auto, {', '.join([*_IMPLS, *_MISSING])}")
-    return _IMPLS[impl]
+        chosen, reason = "reference", ""
+        if device == "cpu" or (device == "cuda" and dtype != torch.float64):
+            chosen = "cpu" if device == "cpu" else "triton"
+            try:
+                backend = _backend(chosen)
+            except ValueError as error:
+                chosen, reason, backend = "reference", f": {error}", None
+        else:
+            backend = None
+        _log_choice(device, dtype, chosen, reason)
+        return backend
+    if impl == "reference":
+        return None
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}; known: auto, {', '.join(IMPLS)}")
+    backend = _backend(impl)
+    if device != _DEVICE[impl] and not getattr(backend, "is_interpreted", lambda: False)():
+        raise ValueError(f"impl={impl!r} is for tensors on {_DEVICE[impl]}, got hidden on {hidden.device}; "
+                         "use impl='auto'")  # fmt: skip
+    if impl == "triton" and dtype == torch.float64:
+        raise ValueError("impl='triton' has no float64, got hidden in float64; use impl='reference'")
+    return backend
+
+
+@functools.cache
+def _backend(name: str) -> Any:
+    backend = importlib.import_module(f"tso_fast.logprob.{name}")
+    backend.check_available()
+    return backend
+
+
+def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """As ``torch.nn.functional.linear`` would see them: in autocast's dtype where it is on."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = "") -> None:
@@ -118,21 +151,28 @@ def linear_logprobs(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a target outside [0, V), an ``impl`` not available.
     """
+    hidden, weight, bias = _autocast(hidden, weight, bias)  # type: ignore[assignment]
     _check_head(hidden, weight, bias)
     _check_scalars(softcap, temperature)
     is_valid = _check_targets(targets, hidden, weight.shape[0], ignore_index)
-    compute = _resolve_impl(impl, hidden.device)
+    backend = _resolve_impl(impl, hidden)
     rows = is_valid.reshape(-1).nonzero()[:, 0]
-    logprobs_T = compute(
-        hidden.reshape(-1, hidden.shape[-1])[rows],
-        weight,
-        targets.reshape(-1)[rows],
-        bias_V=bias,
-        softcap=softcap,
-        temperature=temperature,
+    hidden_TD, targets_T = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if backend is None:
+            logprobs_R = reference.linear_logprobs(
+                hidden_TD[rows], weight, targets_T[rows], bias_V=bias, softcap=softcap, temperature=temperature
+            )
+        else:
+            head = _head(backend, softcap, temperature)
+            logprobs_R = fused.linear_logprobs(hidden_TD, weight, bias, targets_T, rows, head)
+    return logprobs_R.new_zeros(targets.numel()).index_copy(0, rows, logprobs_R).reshape(targets.shape)
+
+
+def _head(backend: Any, softcap: float | None, temperature: float) -> fused.Head:
+    return fused.Head(
+        backend=backend, softcap=softcap, temperature=temperature, is_grad_enabled=torch.is_grad_enabled()
     )
-    out = logprobs_T.new_zeros(targets.numel())
-    return out.index_copy(0, rows, logprobs_T).reshape(targets.shape)
 
 
 def preference_loss(
@@ -183,6 +223,9 @@ def preference_loss(
         ValueError: arguments that do not fit, a sequence of a pair without a completion token, an unknown loss or
             option.
     """
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = _autocast(  # type: ignore[assignment]
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias
+    )
     _check_head(hidden, weight, bias)
     _check_scalars(softcap, temperature)
     loss_function = resolve_loss(loss, loss_options)
@@ -191,35 +234,19 @@ def preference_loss(
     num_sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     pairs = _check_pairs(pairs, num_sequences, hidden.device)
     num_pairs = pairs.shape[0]
-
-    def sums(values: torch.Tensor) -> torch.Tensor:
-        out = values.new_zeros(num_sequences)
-        return out.index_add(0, sequence.reshape(-1), values.reshape(-1))
-
-    num_tokens = sums(is_valid.to(torch.int64))
+    index = is_valid.reshape(-1).nonzero()[:, 0]
+    num_tokens = torch.bincount(sequence.reshape(-1)[index], minlength=num_sequences)
     if (is_empty := num_tokens[pairs.reshape(-1)] == 0).any():
         empty = pairs.reshape(-1)[is_empty][0].item()
         raise ValueError(f"sequence {empty} belongs to a pair but has no completion token: "
                          f"every target is ignore_index ({ignore_index})")  # fmt: skip
     if token_weights is not None and token_weights.shape != targets.shape:
         raise ValueError(f"token_weights must be {tuple(targets.shape)}, got {tuple(token_weights.shape)}")
+    if token_weights is not None and token_weights.device != hidden.device:
+        raise ValueError(f"token_weights are on {token_weights.device} but hidden is on {hidden.device}")
     scale = _check_pair_scalars("scale", scale, num_pairs, hidden.device, 0.0, None)
     soft_label = _check_pair_scalars("soft_label", soft_label, num_pairs, hidden.device, 0.0, 1.0)
     margin = _check_pair_scalars("margin", margin, num_pairs, hidden.device, 0.0, None)
-
-    def sequence_logprobs(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        logprobs = linear_logprobs(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            softcap=softcap,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            impl=impl,
-        )
-        return sums(logprobs if token_weights is None else logprobs * token_weights)
-
     if (ref_logprobs is None) == (ref_hidden is None):
         raise ValueError("give exactly one of ref_logprobs and ref_hidden: "
                          + ("neither was given" if ref_logprobs is None else "both were given"))  # fmt: skip
@@ -230,33 +257,58 @@ def preference_loss(
         if ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')} like hidden, "
                              f"got {tuple(ref_hidden.shape)}")  # fmt: skip
-        with torch.no_grad():
-            ref_logprobs = sequence_logprobs(ref_hidden, ref_weight, ref_bias)
+        if ref_hidden.device != hidden.device or ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(f"the reference must have V = {weight.shape[0]} on {hidden.device} like the policy, "
+                             f"got V = {ref_weight.shape[0]} on {ref_hidden.device}")  # fmt: skip
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave them out")
-    assert ref_logprobs is not None
-    if ref_logprobs.shape != (num_sequences,):
+    if ref_logprobs is not None and ref_logprobs.shape != (num_sequences,):
         raise ValueError(f"ref_logprobs must be [{num_sequences}], one sum a sequence, got {tuple(ref_logprobs.shape)}")
-    logprobs = sequence_logprobs(hidden, weight, bias)
-    ref_logprobs = ref_logprobs.detach().to(logprobs)
+    backend = _resolve_impl(impl, hidden)
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        if backend is None:
+            head = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index, "impl": "reference"}
+
+            def sums(logprobs: torch.Tensor) -> torch.Tensor:
+                values = (logprobs if token_weights is None else logprobs * token_weights).reshape(-1)
+                return values.new_zeros(num_sequences).index_add(0, sequence.reshape(-1), values)
+
+            if ref_hidden is not None and ref_weight is not None:
+                with torch.no_grad():
+                    ref_logprobs = sums(linear_logprobs(ref_hidden, ref_weight, targets, bias=ref_bias, **head))
+            logprobs = sums(linear_logprobs(hidden, weight, targets, bias=bias, **head))
+            assert ref_logprobs is not None
+            ref_logprobs = ref_logprobs.detach().to(logprobs)
+            total, losses = _reduced_loss(
+                loss_function, logprobs, ref_logprobs, num_tokens, pairs, scale, soft_label, margin
+            )
+        else:
+            batch = fused.Batch(
+                targets_T=targets.reshape(-1),
+                index=index,
+                num_tokens=num_tokens.tolist(),
+                pairs=pairs.tolist(),
+                token_weights_T=None if token_weights is None else token_weights.detach().reshape(-1),
+                scale_N=scale,
+                soft_label_N=soft_label,
+                margin_N=margin,
+                loss=loss_function,
+                is_per_pair=isinstance(loss, str),
+            )
+            total, losses, logprobs, ref_logprobs = fused.preference_loss(
+                hidden.reshape(-1, hidden.shape[-1]),
+                weight,
+                bias,
+                ref_logprob_S=None if ref_logprobs is None else ref_logprobs.detach(),
+                ref_hidden_TD=None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1]),
+                ref_weight_VD=ref_weight,
+                ref_bias_V=ref_bias,
+                batch=batch,
+                head=_head(backend, softcap, temperature),
+            )
 
     chosen, rejected = pairs[:, 0], pairs[:, 1]
-    records = PairLogprobs(
-        chosen=logprobs[chosen],
-        rejected=logprobs[rejected],
-        ref_chosen=ref_logprobs[chosen],
-        ref_rejected=ref_logprobs[rejected],
-        num_chosen_tokens=num_tokens[chosen],
-        num_rejected_tokens=num_tokens[rejected],
-        soft_label=None if soft_label is None else soft_label.to(logprobs),
-        margin=None if margin is None else margin.to(logprobs),
-    )
-    losses = loss_function(records)
-    if losses.shape != (num_pairs,):
-        raise ValueError(f"the loss must return one value a pair, [{num_pairs}], got {tuple(losses.shape)}")
-    weights = torch.ones_like(losses) if scale is None else scale.to(losses)
-    total = (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-
     log_ratio = (logprobs - ref_logprobs).detach()
     options = _reward_options(loss, loss_options)
     chosen_rewards, rejected_rewards = options["beta"] * log_ratio[chosen], options["beta"] * log_ratio[rejected]
@@ -271,6 +323,30 @@ def preference_loss(
         rejected_rewards=rejected_rewards,
         clipped=clipped_sides(chosen_rewards, rejected_rewards, **clips),
     )
+
+
+def _reduced_loss(
+    loss: Callable[[PairLogprobs], torch.Tensor], logprobs: torch.Tensor, ref_logprobs: torch.Tensor,
+    num_tokens: torch.Tensor, pairs: torch.Tensor, scale: torch.Tensor | None, soft_label: torch.Tensor | None,
+    margin: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The scaled mean of the losses, and the losses [N]."""
+    chosen, rejected = pairs[:, 0], pairs[:, 1]
+    losses = loss(
+        PairLogprobs(
+            chosen=logprobs[chosen],
+            rejected=logprobs[rejected],
+            ref_chosen=ref_logprobs[chosen],
+            ref_rejected=ref_logprobs[rejected],
+            num_chosen_tokens=num_tokens[chosen],
+            num_rejected_tokens=num_tokens[rejected],
+            soft_label=None if soft_label is None else soft_label.to(logprobs),
+            margin=None if margin is None else margin.to(logprobs),
+        )
+    )
+    fused.check_losses(losses, len(pairs))
+    weights = torch.ones_like(losses) if scale is None else scale.to(losses)
+    return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny), losses
 
 
 def _reward_options(loss: str | Loss, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,304 @@
+// bf16 operands and stored exponentials: AVX512-BF16 dot products, and AMX tiles on top of the same packing.
+#include "ops.h"
+
+#ifdef TSO_X86
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
+
+#define TSO_ISA "avx512_bf16"
+#define TSO_VECTOR_BYTES 64
+#define TSO_MICRO_ROWS 6
+#define TSO_MICRO_VECTORS 4
+
+namespace tso {
+namespace {
+#include "ops_generic.inl"
+
+inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline void store_exps(Bf16* p, Vector<float> v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
+
+// Words of two bf16: the even one is the low half.
+inline __m512i words(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+inline __m256i load_bf16(const Bf16* p, int64_t count) {
+    return count >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(first(count), p);
+}
+
+template <int kRows, int kVectors>
+inline void micro_bf16(const uint32_t* A, int64_t row_stride, int64_t group_stride, const uint32_t* B, int64_t width, float* C,
+                       int64_t ldc, int64_t num_groups, bool accumulate) {
+    __m512 c[kRows][kVectors];
+    for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < kVectors; ++j) c[i][j] = accumulate ? _mm512_loadu_ps(C + i * ldc + 16 * j) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < num_groups; ++k, A += group_stride, B += width) {
+        __m512bh b[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) b[j] = (__m512bh)_mm512_loadu_si512(B + 16 * j);
+#pragma GCC unroll 6
+        for (int i = 0; i < kRows; ++i) {
+            const __m512bh a = (__m512bh)_mm512_set1_epi32(static_cast<int>(A[i * row_stride]));
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; ++j) c[i][j] = _mm512_dpbf16_ps(c[i][j], a, b[j]);
+        }
+    }
+    for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < kVectors; ++j) _mm512_storeu_ps(C + i * ldc + 16 * j, c[i][j]);
+}
+
+template <int kVectors>
+void gemm_columns_bf16(const uint32_t* A, int64_t row_stride, int64_t group_stride, const uint32_t* B, int64_t width, float* C,
+                       int64_t ldc, int64_t M, int64_t num_groups, bool accumulate) {
+    // 24 accumulators, 4 of B and 1 of A fill the 32 registers and hide the latency of 6 cycles.
+    int64_t m = 0;
+    for (; m + 6 <= M; m += 6)
+        micro_bf16<6, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups,
+                                accumulate);
+    for (; m + 2 <= M; m += 2)
+        micro_bf16<2, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups,
+                                accumulate);
+    if (m < M)
+        micro_bf16<1, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups,
+                                accumulate);
+}
+
+void gemm_bf16(const void* A_, int64_t row_stride, int64_t group_stride, const void* B_, int64_t width, void* C_, int64_t ldc,
+               int64_t M, int64_t num_groups, bool accumulate) {
+    const uint32_t* A = static_cast<const uint32_t*>(A_);
+    const uint32_t* B = static_cast<const uint32_t*>(B_);
+    float* C = static_cast<float*>(C_);
+    switch (width / 16) {
+        case 1: return gemm_columns_bf16<1>(A, row_stride, group_stride, B, width, C, ldc, M, num_groups, accumulate);
+        case 2: return gemm_columns_bf16<2>(A, row_stride, group_stride, B, width, C, ldc, M, num_groups, accumulate);
+        case 3: return gemm_columns_bf16<3>(A, row_stride, group_stride, B, width, C, ldc, M, num_groups, accumulate);
+        case 4: return gemm_columns_bf16<4>(A, row_stride, group_stride, B, width, C, ldc, M, num_groups, accumulate);
+    }
+}
+
+void convert_bf16(const void* src_, Dtype, int64_t ld_src, int64_t rows, int64_t columns, void* dst_, int64_t ld_dst) {
+    const Bf16* src = static_cast<const Bf16*>(src_);
+    Bf16* dst = static_cast<Bf16*>(dst_);
+    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(dst + r * ld_dst, src + r * ld_src, 2 * columns);
+}
+
+struct alignas(64) Interleave {
+    uint16_t index[32];
+};
+constexpr Interleave interleave(int first) {
+    Interleave out{};
+    for (int i = 0; i < 16; ++i) out.index[2 * i] = first + i, out.index[2 * i + 1] = 32 + first + i;
+    return out;
+}
+constexpr Interleave kInterleaveLow = interleave(0), kInterleaveHigh = interleave(16);
+
+void pack_rows_bf16(const void* src_, Dtype, int64_t ld, int64_t rows, int64_t columns, const void* row_scale_,
+                    int64_t num_groups, int64_t width, void* dst_) {
+    const Bf16* src = static_cast<const Bf16*>(src_);
+    const float* row_scale = static_cast<const float*>(row_scale_);
+    uint32_t* dst = static_cast<uint32_t*>(dst_);
+    const auto row = [=](int64_t k, int64_t c) -> __m256i {
+        if (k >= rows || (row_scale != nullptr && row_scale[k] == 0)) return _mm256_setzero_si256();
+        const __m256i x = load_bf16(src + k * ld + c, columns - c);
+        if (row_scale == nullptr) return x;
+        const __m512 wide = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+        return to_bf16(_mm512_mul_ps(wide, _mm512_set1_ps(row_scale[k])));
+    };
+    const int64_t plain = row_scale == nullptr && columns >= kPanel ? rows / 2 : 0;
+    const __m512i low = _mm512_load_si512(kInterleaveLow.index), high = _mm512_load_si512(kInterleaveHigh.index);
+    for (int64_t g = 0; g < plain; ++g) {
+        const Bf16* even = src + 2 * g * ld;
+        uint32_t* out = dst + g * kPanel;
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < kPanel; c += 32) {
+            const __m512i x = _mm512_loadu_si512(even + c), y = _mm512_loadu_si512(even + ld + c);
+            _mm512_storeu_si512(out + c, _mm512_permutex2var_epi16(x, low, y));
+            _mm512_storeu_si512(out + c + 16, _mm512_permutex2var_epi16(x, high, y));
+        }
+    }
+    for (int64_t g = plain; g < num_groups; ++g)
+        for (int64_t c = 0; c < width; c += 16)
+            _mm512_storeu_si512(dst + g * width + c, words(row(2 * g, c), row(2 * g + 1, c)));
+}
+
+// Transposes 16 x 16 words: out[j][i] = in[i][j].
+inline void transpose_words(__m512i* x) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+        x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+        x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+        x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+        y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+        y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+        y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+        x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+    }
+}
+
+void pack_columns_bf16(const void* src_, Dtype, int64_t ld, int64_t rows, int64_t columns, int64_t num_groups, int64_t width,
+                       void* dst_) {
+    const Bf16* src = static_cast<const Bf16*>(src_);
+    uint32_t* dst = static_cast<uint32_t*>(dst_);
+    for (int64_t r = 0; r < width; r += 16)
+        for (int64_t g = 0; g < num_groups; g += 16) {
+            __m512i x[16];
+            const int64_t left = columns - 2 * g;
+            const __mmask32 mask = left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
+            for (int i = 0; i < 16; ++i)
+                x[i] = r + i < rows ? _mm512_maskz_loadu_epi16(mask, src + (r + i) * ld + 2 * g) : _mm512_setzero_si512();
+            transpose_words(x);
+            for (int j = 0; j < 16 && g + j < num_groups; ++j) _mm512_storeu_si512(dst + (g + j) * width + r, x[j]);
+        }
+}
+
+// dst[g][token]: broadcasts take any address. An odd number of cache lines from group to group spreads them over the cache's sets.
+const void* vocab_operand_bf16(const void* exps_, int64_t ld, int64_t num_vocab, int64_t tokens, int64_t num_groups, void* dst_,
+                               int64_t* row_stride, int64_t* group_stride) {
+    const Bf16* exps = static_cast<const Bf16*>(exps_);
+    uint32_t* dst = static_cast<uint32_t*>(dst_);
+    const __m256i zero = _mm256_setzero_si256();
+    const int64_t stride = (tokens / 16 | 1) * 16;
+    for (int64_t g = 0; g < num_groups; ++g)
+        for (int64_t t = 0; t < tokens; t += 16) {
+            const __m256i even = 2 * g < num_vocab ? load_bf16(exps + 2 * g * ld + t, 16) : zero;
+            const __m256i odd = 2 * g + 1 < num_vocab ? load_bf16(exps + (2 * g + 1) * ld + t, 16) : zero;
+            _mm512_storeu_si512(dst + g * stride + t, words(even, odd));
+        }
+    *row_stride = 1;
+    *group_stride = stride;
+    return dst;
+}
+
+const Ops kAvx512Bf16 = {"avx512_bf16",  Dtype::bf16,       2,    4, 2, 32, 32, 1, gemm_bf16, convert_bf16, pack_rows_bf16,
+                         pack_columns_bf16, vocab_operand_bf16, softmax_tile<float, Bf16>, store_rows<float>, dot_exps<Bf16>,
+                         dot,            load_exp<Bf16>,    store_exp<Bf16>};
+
+// ------------------------------------------------------------------------------------------------------------------ AMX
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t colsb[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0-3: accumulators of two blocks of rows by two of 16 columns; 4, 5: A; 6, 7: B.
+inline void configure(int64_t rows0, int64_t rows1) {
+    TileConfig config;
+    const int64_t rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, 16, 16};
+    for (int i = 0; i < 8; ++i) {
+        config.rows[i] = static_cast<uint8_t>(rows[i] > 0 ? rows[i] : 1);
+        config.colsb[i] = 64;
+    }
+    _tile_loadconfig(&config);
+}
+
+// [rows <= 32] x [32 columns].
+template <bool kTwoBlocks>
+inline void tile_block(const uint32_t* A, int64_t row_stride, const uint32_t* B, int64_t width, float* C, int64_t ldc,
+                       int64_t num_groups, bool accumulate) {
+    if (accumulate) {
+        _tile_loadd(0, C, 4 * ldc);
+        _tile_loadd(1, C + 16, 4 * ldc);
+        if (kTwoBlocks) {
+            _tile_loadd(2, C + 16 * ldc, 4 * ldc);
+            _tile_loadd(3, C + 16 * ldc + 16, 4 * ldc);
+        }
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (kTwoBlocks) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    }
+    for (int64_t g = 0; g < num_groups; g += 16) {
+        _tile_loadd(6, B + g * width, 4 * width);
+        _tile_loadd(7, B + g * width + 16, 4 * width);
+        _tile_loadd(4, A + g, 4 * row_stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (kTwoBlocks) {
+            _tile_loadd(5, A + 16 * row_stride + g, 4 * row_stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, C, 4 * ldc);
+    _tile_stored(1, C + 16, 4 * ldc);
+    if (kTwoBlocks) {
+        _tile_stored(2, C + 16 * ldc, 4 * ldc);
+        _tile_stored(3, C + 16 * ldc + 16, 4 * ldc);
+    }
+}
+
+// group_stride is 1, width a multiple of 32, num_groups of 16.
+void gemm_amx(const void* A_, int64_t row_stride, int64_t, const void* B_, int64_t width, void* C_, int64_t ldc, int64_t M,
+              int64_t num_groups, bool accumulate) {
+    const uint32_t* A = static_cast<const uint32_t*>(A_);
+    const uint32_t* B = static_cast<const uint32_t*>(B_);
+    float* C = static_cast<float*>(C_);
+    configure(16, 16);
+    int64_t m = 0;
+    for (; m + 32 <= M; m += 32)
+        for (int64_t n = 0; n < width; n += 32)
+            tile_block<true>(A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups, accumulate);
+    if (const int64_t left = M - m; left > 0) {
+        configure(left < 16 ? left : 16, left - 16);
+        for (int64_t n = 0; n < width; n += 32) {
+            if (left > 16)
+                tile_block<true>(A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups, accumulate);
+            else
+                tile_block<false>(A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups, accumulate);
+        }
+    }
+    _tile_release();
+}
+
+// dst[token][g]: rows of a tile are contiguous in K.
+const void* vocab_operand_amx(const void* exps_, int64_t ld, int64_t num_vocab, int64_t tokens, int64_t num_groups, void* dst_,
+                              int64_t* row_stride, int64_t* group_stride) {
+    const Bf16* exps = static_cast<const Bf16*>(exps_);
+    uint32_t* dst = static_cast<uint32_t*>(dst_);
+    const __m256i zero = _mm256_setzero_si256();
+    for (int64_t t = 0; t < tokens; t += 16)
+        for (int64_t g = 0; g < num_groups; g += 16) {
+            __m512i x[16];
+            for (int i = 0; i < 16; ++i) {
+                const int64_t v = 2 * (g + i);
+                x[i] = words(v < num_vocab ? load_bf16(exps + v * ld + t, 16) : zero,
+                             v + 1 < num_vocab ? load_bf16(exps + (v + 1) * ld + t, 16) : zero);
+            }
+            transpose_words(x);
+            for (int j = 0; j < 16; ++j) _mm512_storeu_si512(dst + (t + j) * num_groups + g, x[j]);
+        }
+    *row_stride = num_groups;
+    *group_stride = 1;
+    return dst;
+}
+
+const Ops kAmx = {"amx",        Dtype::bf16,       2,    4, 2, 32, 32, 16, gemm_amx, convert_bf16, pack_rows_bf16,
+                  pack_columns_bf16, vocab_operand_amx, softmax_tile<float, Bf16>, store_rows<float>, dot_exps<Bf16>,
+                  dot,          load_exp<Bf16>,    store_exp<Bf16>};
+
+}  // namespace
+
+const Ops* avx512_bf16_ops() { return &kAvx512Bf16; }
+const Ops* amx_ops() { return &kAmx; }
+
+}  // namespace tso
+#endif

@@ -1,0 +1,127 @@
+"""The C++ op on CPU tensors: a backend of ``tso_fast.logprob.fused``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from typing import Any
+
+import torch
+
+ISA = os.environ.get("TSO_FAST_CPU_ISA", "")
+"""Instruction set to use, e.g. ``avx2``; empty: the best that this machine has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A forward pass, ready for its gradient."""
+
+    head: tuple[Any, ...]
+    """Arguments that name the head and the rows to the C++ functions."""
+    rows: Any
+    exps: torch.Tensor
+    """Stored exponentials, [V * stride] elements as bytes."""
+
+
+def check_available() -> None:
+    """Raises ValueError when the extension was not built, or has not what ``TSO_FAST_CPU_ISA`` names."""
+    try:
+        extension = _extension()
+    except ImportError as error:
+        raise ValueError(f"impl='cpu' is not available: the C++ extension is not built ({error}); reinstall tso-fast with a "
+                         "C++17 compiler, or use impl='reference'") from error  # fmt: skip
+    if ISA and ISA not in (known := extension.logprob_isas("bfloat16")):
+        raise ValueError(f"TSO_FAST_CPU_ISA={ISA!r} is not available on this machine; it has {', '.join(known)}")
+
+
+def isas(dtype: torch.dtype) -> list[str]:
+    """Instruction sets that this machine has for inputs of ``dtype``, best first."""
+    names: list[str] = _extension().logprob_isas(_name(dtype))
+    return names
+
+
+def bytes_per_row(weight_VD: torch.Tensor) -> int:
+    """Bytes of exponentials that a token keeps, to be multiplied by the number of tokens."""
+    name = _name(weight_VD.dtype)
+    return int(_extension().logprob_exps_bytes(64, weight_VD.shape[0], name, _isa(name))) // 64
+
+
+def forward(
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_T: torch.Tensor,
+    *,
+    softcap: float | None,
+    temperature: float,
+    keep: bool,
+    offset_T: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, Saved | None]:
+    """Log-probs [T] float64 of checked, contiguous arguments, and with ``keep`` what ``backward`` needs."""
+    extension, name = _extension(), _name(hidden_TD.dtype)
+    isa = _isa(name)
+    head = (
+        _numpy(hidden_TD),
+        _numpy(weight_VD),
+        _numpy(bias_V),
+        targets_T.numpy(),
+        name,
+        softcap or 0.0,
+        1 / temperature,
+        torch.get_num_threads(),
+        isa,
+    )
+    exps = None
+    if keep:
+        size = extension.logprob_exps_bytes(targets_T.numel(), weight_VD.shape[0], name, isa)
+        exps = torch.empty(size, dtype=torch.uint8)
+    logprobs, rows = extension.logprob_forward(*head, None if exps is None else exps.numpy())
+    return torch.from_numpy(logprobs), None, None if exps is None else Saved(head=head, rows=rows, exps=exps)
+
+
+def backward(
+    saved: Saved,
+    dlogprobs_T: torch.Tensor,
+    *,
+    dhidden_TD: torch.Tensor | None,
+    dweight_acc_VD: torch.Tensor | None,
+    dweight_VD: torch.Tensor | None,
+    dbias_V: torch.Tensor | None,
+    is_first: bool,
+) -> None:
+    """Writes the gradients of one chunk; see ``fused.Backend``."""
+    upstream = dlogprobs_T.to(torch.float64).contiguous()
+    _extension().logprob_backward(
+        *saved.head,
+        saved.exps.numpy(),
+        saved.rows,
+        upstream.numpy(),
+        _numpy(dhidden_TD),
+        _name(torch.float32 if dhidden_TD is None else dhidden_TD.dtype),
+        _numpy(dweight_acc_VD),
+        _numpy(dweight_VD),
+        _numpy(dbias_V),
+        is_first,
+    )
+
+
+def _extension() -> Any:
+    return importlib.import_module("tso_fast._C")
+
+
+def _isa(dtype_name: str) -> str:
+    """The table that serves a dtype: ``avx512_bf16`` and ``amx`` are for bfloat16 alone."""
+    return ISA if ISA in _extension().logprob_isas(dtype_name) else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _numpy(tensor: torch.Tensor | None) -> Any:
+    """The tensor's own memory; numpy has no bfloat16, whose bits pass as int16."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,0 +1,562 @@
+"""The ops as passes over chunks of rows: what a backend computes, in which order, and what is kept.
+
+rows of a group of pairs -> reference log-probs -> policy log-probs, exponentials kept -> loss -> dhidden, dweight
+
+With z the logits, every loss L(logprobs) has dL/dz = dL/dlogprob (onehot - softmax(z)). The exponentials of the forward pass
+serve as the operand of both gradient products, so that a pass costs four products of [T, D, V]: reference, policy, dhidden,
+dweight. What no longer fits into the memory budget is computed again, at the price of a fifth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tso_fast.types import PairLogprobs
+
+MIB = 2**20
+_DEFAULT_BUDGET_MIB = {"cpu": 32.0, "cuda": 2048.0}
+_budget_mib: dict[str, float] = {}
+
+
+def memory_budget_mib(device_type: str) -> float:
+    """Memory for stored exponentials, MiB: what ``set_memory_budget_mib`` was given, else the environment variable
+    ``TSO_FAST_MEMORY_BUDGET_MIB``, else 32 on CPU and 2048 on GPUs."""
+    if device_type in _budget_mib:
+        return _budget_mib[device_type]
+    if given := os.environ.get("TSO_FAST_MEMORY_BUDGET_MIB"):
+        return _checked_budget(given)
+    return _DEFAULT_BUDGET_MIB.get(device_type, 2048.0)
+
+
+def set_memory_budget_mib(mib: float | None, device_type: str) -> None:
+    """Sets the memory for stored exponentials on ``cpu`` or ``cuda``; None: the default again.
+
+    Larger chunks are faster: fewer passes over the gradient of the output head. A pair whose rows don't fit is computed
+    twice (five products instead of four).
+    """
+    if mib is None:
+        _budget_mib.pop(device_type, None)
+    else:
+        _budget_mib[device_type] = _checked_budget(mib)
+
+
+def _checked_budget(mib: float | str) -> float:
+    try:
+        value = float(mib)
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise ValueError(f"the memory budget must be a number of MiB > 0, got {mib!r}")
+    return value
+
+
+class Backend(Protocol):
+    """What computes on rows: ``cpu`` or ``triton``. Arguments are checked and contiguous, no row is ignored."""
+
+    def bytes_per_row(self, weight_VD: torch.Tensor) -> int:
+        """Bytes that a row keeps."""
+
+    def forward(
+        self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_T: torch.Tensor, *,
+        softcap: float | None, temperature: float, keep: bool, offset_T: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:  # fmt: skip
+        """Log-probs [T] in float32 or better, their log-sum-exps [T] if there are any, what ``backward`` needs if ``keep``.
+
+        offset_T: a guess of the log-sum-exps, e.g. those of the reference.
+        """
+
+    def backward(
+        self, saved: Any, dlogprobs_T: torch.Tensor, *, dhidden_TD: torch.Tensor | None,
+        dweight_acc_VD: torch.Tensor | None, dweight_VD: torch.Tensor | None, dbias_V: torch.Tensor | None, is_first: bool,
+    ) -> None:  # fmt: skip
+        """Gradients of sum(dlogprobs_T * logprobs_T). Uses up ``saved``; a row with a zero costs nothing.
+
+        dhidden_TD: written. dweight_acc_VD: added to, or written when ``is_first``; with dweight_VD, which comes with
+        the last chunk, the sum goes there instead, rounded once. dbias_V: added to, or written when ``is_first``.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Head:
+    """Everything about an output head that is no tensor to be differentiated."""
+
+    backend: Backend
+    softcap: float | None
+    temperature: float
+    is_grad_enabled: bool
+    """Of the caller: inside of an autograd function it never is."""
+
+    def needs(self, ctx: Any) -> tuple[bool, ...]:
+        """Whether hidden, weight and bias need gradients."""
+        return tuple(need and self.is_grad_enabled for need in ctx.needs_input_grad[:3])
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Rows:
+    """Some rows of [T, D] tensors, without a copy where they are adjacent."""
+
+    def __init__(self, index: torch.Tensor, span: tuple[int, int] | None) -> None:
+        self.index, self.span = index, span
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        if self.span is not None:
+            return values[self.span[0] : self.span[1]].contiguous()
+        return values.index_select(0, self.index)
+
+
+class _Gradients:
+    """Gradients that are collected chunk by chunk, the last chunk writing that of the weight in its dtype."""
+
+    def __init__(
+        self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, needs: Sequence[bool],
+        num_chunks: int, covers_all_rows: bool,
+    ) -> None:  # fmt: skip
+        self.need_dhidden, self.need_dweight, self.need_dbias = needs
+        acc = acc_dtype(weight_VD.dtype)
+        make = torch.empty_like if covers_all_rows else torch.zeros_like
+        self.dhidden_TD = make(hidden_TD, memory_format=torch.contiguous_format) if self.need_dhidden else None
+        has_acc = self.need_dweight and num_chunks > 1
+        self.acc_VD = torch.empty_like(weight_VD, dtype=acc) if has_acc else None
+        self.dweight_VD: torch.Tensor | None = None
+        # float64: it is small, and the sum over rows of many chunks.
+        self.dbias_V = torch.empty_like(bias_V, dtype=torch.float64) if bias_V is not None and self.need_dbias else None
+        self.weight_VD, self.bias_V = weight_VD, bias_V
+        self.num_left, self.is_first = num_chunks, True
+
+    def add(self, backend: Backend, saved: Any, dlogprobs_T: torch.Tensor, rows: _Rows) -> None:
+        """``saved`` None: a chunk without any gradient."""
+        self.num_left -= 1
+        if self.need_dweight and self.num_left == 0:
+            self.dweight_VD = torch.empty_like(self.weight_VD)
+        if saved is None:
+            self._add_nothing(rows)
+            return
+        dhidden_RD = None
+        if self.dhidden_TD is not None:
+            if rows.span is not None:
+                dhidden_RD = self.dhidden_TD[rows.span[0] : rows.span[1]]
+            else:
+                dhidden_RD = self.dhidden_TD.new_empty(dlogprobs_T.numel(), self.dhidden_TD.shape[1])
+        backend.backward(
+            saved,
+            dlogprobs_T,
+            dhidden_TD=dhidden_RD,
+            dweight_acc_VD=self.acc_VD,
+            dweight_VD=self.dweight_VD,
+            dbias_V=self.dbias_V,
+            is_first=self.is_first,
+        )
+        self.is_first = False
+        if self.dhidden_TD is not None and dhidden_RD is not None and rows.span is None:
+            self.dhidden_TD.index_copy_(0, rows.index, dhidden_RD)
+
+    def _add_nothing(self, rows: _Rows) -> None:
+        if self.dhidden_TD is not None:
+            self.dhidden_TD.index_fill_(0, rows.index, 0)
+        if self.dweight_VD is not None:
+            if self.is_first or self.acc_VD is None:
+                self.dweight_VD.zero_()
+            else:
+                self.dweight_VD.copy_(self.acc_VD)
+        if self.num_left == 0 and self.is_first and self.dbias_V is not None:
+            self.dbias_V.zero_()
+
+    def finished(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        assert self.num_left == 0
+        self.acc_VD = None
+        dbias = None if self.dbias_V is None or self.bias_V is None else self.dbias_V.to(self.bias_V.dtype)
+        return self.dhidden_TD, self.dweight_VD, dbias
+
+
+def _tiles(size: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, max(step, 1))]
+
+
+def _row_limit(backend: Backend, weight_VD: torch.Tensor) -> int:
+    """Rows whose exponentials fill the memory budget."""
+    return max(16, int(memory_budget_mib(weight_VD.device.type) * MIB) // backend.bytes_per_row(weight_VD))
+
+
+def _single_chunk_limit(backend: Backend, weight_VD: torch.Tensor, need_dweight: bool) -> int:
+    """As ``_row_limit``, for all rows at once: then no accumulator of the weight's gradient is needed."""
+    limit = _row_limit(backend, weight_VD)
+    if need_dweight:
+        limit += weight_VD.numel() * acc_dtype(weight_VD.dtype).itemsize // backend.bytes_per_row(weight_VD)
+    return limit
+
+
+# --------------------------------------------------------------------------------------------------- linear_logprobs
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_R: torch.Tensor,
+        rows: _Rows, head: Head,
+    ) -> torch.Tensor:  # fmt: skip
+        backend, needs = head.backend, head.needs(ctx)
+        out = targets_R.new_zeros(targets_R.numel(), dtype=acc_dtype(hidden_TD.dtype))
+        ctx.rows, ctx.head, ctx.saved, ctx.is_frozen = rows, head, None, needs == (True, False, False)
+        if not targets_R.numel():
+            ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_R)
+            return out
+        hidden_RD = rows.take(hidden_TD)
+        options = {"softcap": head.softcap, "temperature": head.temperature}
+        limit = _row_limit(backend, weight_VD)
+        if ctx.is_frozen:
+            # The gradient of a log-prob with respect to its hidden state needs nothing from upstream: two products.
+            jacobian_RD = torch.empty_like(hidden_RD, dtype=acc_dtype(hidden_TD.dtype))
+            for start, end in _tiles(targets_R.numel(), limit):
+                args = hidden_RD[start:end], weight_VD, bias_V, targets_R[start:end]
+                logprobs, _, saved = backend.forward(*args, **options, keep=True)
+                out[start:end] = logprobs
+                backend.backward(
+                    saved, torch.ones_like(out[start:end]), dhidden_TD=jacobian_RD[start:end], dweight_acc_VD=None,
+                    dweight_VD=None, dbias_V=None, is_first=True,
+                )  # fmt: skip
+                del saved
+            ctx.save_for_backward(jacobian_RD, hidden_TD)
+            return out
+        keep = any(needs) and targets_R.numel() <= limit
+        logprobs, _, ctx.saved = backend.forward(hidden_RD, weight_VD, bias_V, targets_R, **options, keep=keep)
+        out.copy_(logprobs)
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_R)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (dlogprobs_R,) = grads
+        rows, backend = ctx.rows, ctx.head.backend
+        if ctx.is_frozen and len(ctx.saved_tensors) == 2:
+            jacobian_RD, hidden_TD = ctx.saved_tensors
+            dhidden_TD = torch.zeros_like(hidden_TD)
+            dhidden_TD.index_copy_(0, rows.index, (dlogprobs_R[:, None] * jacobian_RD).to(hidden_TD.dtype))
+            return dhidden_TD, None, None, None, None, None
+        hidden_TD, weight_VD, bias_V, targets_R = ctx.saved_tensors
+        need_dweight = ctx.needs_input_grad[1]
+        saved, ctx.saved = ctx.saved, None
+        num_rows = targets_R.numel()
+        limit = num_rows
+        if saved is None and num_rows > _single_chunk_limit(backend, weight_VD, need_dweight):
+            limit = _row_limit(backend, weight_VD)
+        chunks = _tiles(num_rows, limit)
+        covers_all = num_rows == hidden_TD.shape[0]
+        gradients = _Gradients(hidden_TD, weight_VD, bias_V, ctx.needs_input_grad[:3], max(1, len(chunks)), covers_all)
+        if not chunks:
+            gradients.add(backend, None, dlogprobs_R, rows)
+        for start, end in chunks:
+            part = _Rows(rows.index[start:end], None if rows.span is None else (rows.span[0] + start, rows.span[0] + end))
+            if saved is None:
+                _, _, saved = backend.forward(
+                    part.take(hidden_TD), weight_VD, bias_V, targets_R[start:end], softcap=ctx.head.softcap,
+                    temperature=ctx.head.temperature, keep=True,
+                )  # fmt: skip
+            gradients.add(backend, saved, dlogprobs_R[start:end], part)
+            saved = None
+        return (*gradients.finished(), None, None, None)
+
+
+def linear_logprobs(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_T: torch.Tensor,
+    index: torch.Tensor, head: Head,
+) -> torch.Tensor:  # fmt: skip
+    """Log-probs [R] of the rows ``index`` [R], which rises; see ``tso_fast.linear_logprobs``."""
+    is_all = index.numel() == targets_T.numel()
+    rows = _Rows(index, (0, index.numel()) if is_all else None)
+    out: torch.Tensor = _LinearLogprobs.apply(
+        hidden_TD, weight_VD.contiguous(), None if bias_V is None else bias_V.contiguous(), rows.take(targets_T), rows, head
+    )
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- preference_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Sequences, pairs and scalars of a preference loss; on the device, with what the host must know in lists."""
+
+    targets_T: torch.Tensor
+    """[T] of the flattened input, ``ignore_index`` included."""
+    index: torch.Tensor
+    """[R] rows that count, in the order of the sequences."""
+    num_tokens: list[int]
+    """Rows of each sequence."""
+    pairs: list[tuple[int, int]]
+    token_weights_T: torch.Tensor | None
+    scale_N: torch.Tensor | None
+    soft_label_N: torch.Tensor | None
+    margin_N: torch.Tensor | None
+    loss: Callable[[PairLogprobs], torch.Tensor]
+    is_per_pair: bool
+    """Whether a pair's loss depends on that pair alone; unknown for a function of the user's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Sequences whose loss is computed together."""
+
+    sequences: list[int]
+    pairs: list[int]
+    num_rows: int
+
+
+def _components(num_sequences: int, pairs: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+    """Sequences and pairs that hang together, in the order of their first sequence's first pair."""
+    parent = list(range(num_sequences))
+
+    def root(s: int) -> int:
+        while parent[s] != s:
+            parent[s] = parent[parent[s]]
+            s = parent[s]
+        return s
+
+    for chosen, rejected in pairs:
+        parent[root(rejected)] = root(chosen)
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for n, (chosen, _) in enumerate(pairs):
+        found.setdefault(root(chosen), ([], []))[1].append(n)
+    for s in range(num_sequences):
+        found.setdefault(root(s), ([], []))[0].append(s)
+    return list(found.values())
+
+
+def _groups(batch: Batch, row_limit: int, single_limit: int) -> list[_Group]:
+    """Whole components, as many to a group as ``row_limit`` rows hold."""
+    num_rows = sum(batch.num_tokens)
+    everything = [_Group(sequences=list(range(len(batch.num_tokens))), pairs=list(range(len(batch.pairs))), num_rows=num_rows)]
+    if not batch.is_per_pair or num_rows <= single_limit:
+        return everything
+    groups: list[_Group] = []
+    for sequences, pairs in _components(len(batch.num_tokens), batch.pairs):
+        rows = sum(batch.num_tokens[s] for s in sequences)
+        if groups and groups[-1].num_rows + rows <= row_limit:
+            last = groups.pop()
+            sequences, pairs, rows = last.sequences + sequences, last.pairs + pairs, last.num_rows + rows
+        groups.append(_Group(sequences=sequences, pairs=pairs, num_rows=rows))
+    return groups
+
+
+class _PreferenceLoss(torch.autograd.Function):
+    """Gradients are made in the forward pass, where the exponentials are; backward scales them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None,
+        reference: _Reference, batch: Batch, head: Head,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        needs = head.needs(ctx)
+        run = _Pass(hidden_TD, weight_VD, bias_V, reference, batch, head, needs)
+        for group, chunks in run.plan:
+            run.group(group, chunks)
+        loss = run.loss_N if batch.scale_N is None else run.loss_N * batch.scale_N
+        total = (loss.sum() / run.weight_sum).to(run.out_dtype)
+        if any(needs):
+            assert run.gradients is not None
+            ctx.save_for_backward(*run.gradients.finished())
+        outputs = run.loss_N.to(run.out_dtype), run.logprob_S.to(run.out_dtype), run.ref_logprob_S.to(run.out_dtype)
+        ctx.mark_non_differentiable(*outputs)
+        return (total, *outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        dloss = grads[0]
+        assert dloss is not None
+        # Not in place: a graph that is kept may be walked again. On a GPU the test would wait for the device.
+        is_one = dloss.device.type == "cpu" and dloss.item() == 1
+        scaled = [g if g is None or is_one else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
+        return (*scaled, None, None, None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reference:
+    """Either its sums of log-probs, [S], or what they are computed from."""
+
+    logprob_S: torch.Tensor | None
+    hidden_TD: torch.Tensor | None = None
+    weight_VD: torch.Tensor | None = None
+    bias_V: torch.Tensor | None = None
+
+
+class _Pass:
+    """One evaluation of a preference loss."""
+
+    def __init__(
+        self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, reference: _Reference,
+        batch: Batch, head: Head, needs: Sequence[bool],
+    ) -> None:  # fmt: skip
+        self.hidden_TD, self.weight_VD, self.bias_V = hidden_TD, weight_VD, bias_V
+        self.reference, self.batch, self.head, self.backend = reference, batch, head, head.backend
+        self.needs_grad = any(needs)
+        device, self.out_dtype = hidden_TD.device, acc_dtype(hidden_TD.dtype)
+        dtype = torch.float64 if device.type == "cpu" else self.out_dtype  # of the sums and of the loss
+        S, N = len(batch.num_tokens), len(batch.pairs)
+        self.logprob_S = torch.zeros(S, dtype=dtype, device=device)
+        self.ref_logprob_S = torch.zeros(S, dtype=dtype, device=device)
+        if reference.logprob_S is not None:
+            self.ref_logprob_S.copy_(reference.logprob_S)
+        self.loss_N = torch.zeros(N, dtype=dtype, device=device)
+        if batch.scale_N is None:
+            self.weight_sum = torch.full((), float(N), dtype=dtype, device=device)
+        else:
+            self.weight_sum = batch.scale_N.sum(dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
+
+        row_limit = _row_limit(self.backend, weight_VD)
+        single_limit = _single_chunk_limit(self.backend, weight_VD, needs[1])
+        groups = _groups(batch, row_limit, single_limit)
+        starts = [0]
+        for count in batch.num_tokens:
+            starts.append(starts[-1] + count)
+        is_all = batch.index.numel() == hidden_TD.shape[0]  # then row r of the input is the r-th that counts
+        self.plan = []
+        for group in groups:
+            is_adjacent = group.sequences == list(range(group.sequences[0], group.sequences[-1] + 1))
+            if is_adjacent:
+                begin, end = starts[group.sequences[0]], starts[group.sequences[-1] + 1]
+                index, span = batch.index[begin:end], (begin, end) if is_all else None
+            else:
+                index = torch.cat([batch.index[starts[s] : starts[s + 1]] for s in group.sequences])
+                span = None
+            limit = max(row_limit, single_limit if len(groups) == 1 else 0, 1)
+            chunks = _tiles(group.num_rows, group.num_rows if group.num_rows <= limit else row_limit)
+            parts = [
+                (start, end, _Rows(index[start:end], None if span is None else (span[0] + start, span[0] + end)))
+                for start, end in chunks
+            ]
+            self.plan.append((group, parts))
+        num_chunks = sum(len(parts) for _, parts in self.plan)
+        self.gradients = None
+        if self.needs_grad:
+            self.gradients = _Gradients(hidden_TD, weight_VD, bias_V, needs, max(num_chunks, 1), is_all)
+            if not num_chunks:
+                self.gradients.add(self.backend, None, self.loss_N, _Rows(batch.index, None))
+
+    def _forward(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: _Rows, **kw: Any) -> Any:
+        options = {"softcap": self.head.softcap, "temperature": self.head.temperature, **kw}
+        return self.backend.forward(rows.take(hidden), weight, bias, rows.take(self.batch.targets_T), **options)
+
+    def group(self, group: _Group, chunks: list[tuple[int, int, _Rows]]) -> None:
+        """Log-probs, losses and gradients of a group whose exponentials are kept only if they are one chunk."""
+        device, dtype = self.logprob_S.device, self.logprob_S.dtype
+        sequences = torch.tensor(group.sequences, device=device)
+        lengths = torch.tensor([self.batch.num_tokens[s] for s in group.sequences], device=device)
+        local_R = torch.arange(len(group.sequences), device=device).repeat_interleave(lengths, output_size=group.num_rows)
+        logprob_R = torch.zeros(group.num_rows, dtype=dtype, device=device)
+        ref_logprob_R = None if self.reference.hidden_TD is None else torch.zeros_like(logprob_R)
+        saved = None
+        for start, end, rows in chunks:
+            offset = None
+            if ref_logprob_R is not None:
+                reference = self.reference.hidden_TD, self.reference.weight_VD, self.reference.bias_V
+                ref_logprob_R[start:end], offset, _ = self._forward(*reference, rows, keep=False)  # type: ignore[arg-type]
+            head = self.hidden_TD, self.weight_VD, self.bias_V
+            keep = self.needs_grad and len(chunks) == 1
+            logprob_R[start:end], _, saved = self._forward(*head, rows, keep=keep, offset_T=offset)
+
+        weight_R = None
+        if self.batch.token_weights_T is not None and chunks:
+            weight_R = torch.cat([rows.take(self.batch.token_weights_T) for _, _, rows in chunks]).to(dtype)
+
+        def sums(values_R: torch.Tensor) -> torch.Tensor:
+            weighted = values_R if weight_R is None else values_R * weight_R
+            return _segment_sum(weighted, local_R, lengths)
+
+        self.logprob_S[sequences] = sums(logprob_R)
+        if ref_logprob_R is not None:
+            self.ref_logprob_S[sequences] = sums(ref_logprob_R)
+        dlogprob_R = self._losses(group, sequences, lengths)[local_R]
+        if weight_R is not None:
+            dlogprob_R = dlogprob_R * weight_R
+        if self.gradients is None:
+            return
+        for start, end, rows in chunks:
+            upstream = dlogprob_R[start:end]
+            # Only where looking costs no wait for the device.
+            is_nothing = device.type == "cpu" and not bool(upstream.any())
+            if saved is None and not is_nothing:
+                saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, keep=True)[2]
+            self.gradients.add(self.backend, None if is_nothing else saved, upstream, rows)
+            saved = None
+
+    def _losses(self, group: _Group, sequences: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Fills the losses of the group's pairs and returns the total's derivative by its sequences' log-probs."""
+        batch, device = self.batch, self.logprob_S.device
+        where = {s: i for i, s in enumerate(group.sequences)}
+        pairs = torch.tensor([[where[s] for s in batch.pairs[n]] for n in group.pairs], device=device).view(-1, 2)
+        chosen, rejected = pairs.unbind(1)
+        index = torch.tensor(group.pairs, dtype=torch.int64, device=device)
+
+        def of_pairs(values_N: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values_N is None else values_N[index].to(self.logprob_S.dtype)
+
+        if not group.pairs:
+            return self.logprob_S.new_zeros(len(group.sequences))
+        with torch.enable_grad():
+            logprob = self.logprob_S[sequences].requires_grad_()
+            ref_logprob = self.ref_logprob_S[sequences]
+            losses = batch.loss(
+                PairLogprobs(
+                    chosen=logprob[chosen],
+                    rejected=logprob[rejected],
+                    ref_chosen=ref_logprob[chosen],
+                    ref_rejected=ref_logprob[rejected],
+                    num_chosen_tokens=lengths[chosen],
+                    num_rejected_tokens=lengths[rejected],
+                    soft_label=of_pairs(batch.soft_label_N),
+                    margin=of_pairs(batch.margin_N),
+                )
+            )
+            check_losses(losses, len(group.pairs))
+            scale = of_pairs(batch.scale_N)
+            total = (losses if scale is None else losses * scale).sum() / self.weight_sum
+        self.loss_N[index] = losses.detach().to(self.loss_N.dtype)
+        if not self.needs_grad or not total.requires_grad:
+            return torch.zeros_like(logprob)
+        (dlogprob,) = torch.autograd.grad(total, logprob, materialize_grads=True)
+        return dlogprob
+
+
+def check_losses(losses: torch.Tensor, num_pairs: int) -> None:
+    """Raises ValueError unless a loss returned one value a pair."""
+    if losses.shape != (num_pairs,):
+        raise ValueError(f"the loss must return one value a pair, [{num_pairs}], got {tuple(losses.shape)}")
+
+
+def _segment_sum(values_R: torch.Tensor, segment_R: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Sums over the rows of each sequence, in the order of the rows: no atomics, the same bits alone or in a batch."""
+    if values_R.device.type == "cpu":
+        return values_R.new_zeros(lengths.numel()).index_add_(0, segment_R, values_R)
+    return torch.segment_reduce(values_R, "sum", lengths=lengths, initial=0.0)
+
+
+def preference_loss(
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *, ref_logprob_S: torch.Tensor | None,
+    ref_hidden_TD: torch.Tensor | None, ref_weight_VD: torch.Tensor | None, ref_bias_V: torch.Tensor | None, batch: Batch,
+    head: Head,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Loss, losses [N], sums of log-probs [S] of policy and reference; see ``tso_fast.preference_loss``."""
+
+    def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.detach().contiguous()
+
+    reference = _Reference(
+        logprob_S=ref_logprob_S,
+        hidden_TD=None if ref_hidden_TD is None else ref_hidden_TD.detach(),
+        weight_VD=detached(ref_weight_VD),
+        bias_V=detached(ref_bias_V),
+    )
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = _PreferenceLoss.apply(
+        hidden_TD, weight_VD.contiguous(), None if bias_V is None else bias_V.contiguous(), reference, batch, head
+    )
+    return out
