@@ -22,7 +22,7 @@ bool may_use_amx() {
 #endif
 
 struct Tables {
-    const Ops* bf16[6] = {};
+    const Ops* bf16[7] = {};
     const Ops* others[4] = {};
     const Ops* f64[4] = {};
 
@@ -40,6 +40,9 @@ struct Tables {
         if (has_avx2) add(avx2_ops, i, j);
 #endif
         add(portable_ops, i, j);
+#ifdef TSO_X86
+        if (has_bf16) bf16[i++] = amx_emulated_ops();
+#endif
     }
 
     void add(const Ops* (*ops)(Dtype), int& i, int& j) {

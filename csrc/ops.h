@@ -65,7 +65,7 @@ struct Ops {
     void (*store_exp)(void* exps, int64_t index, double value);
 };
 
-// Tables that this machine can run, best first, for inputs of that dtype; null-terminated.
+// Tables that this machine can run, best first (and, last, what is for tests), for inputs of that dtype; null-terminated.
 const Ops* const* available_ops(Dtype dtype);
 
 const Ops* portable_ops(Dtype dtype);
@@ -75,6 +75,7 @@ const Ops* avx2_ops(Dtype dtype);
 const Ops* avx512_ops(Dtype dtype);
 const Ops* avx512_bf16_ops();
 const Ops* amx_ops();
+const Ops* amx_emulated_ops();  // AMX without AMX, for tests: slow
 #endif
 
 }  // namespace tso

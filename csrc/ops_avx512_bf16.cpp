@@ -184,10 +184,6 @@ const void* vocab_operand_bf16(const void* exps_, int64_t ld, int64_t num_vocab,
     return dst;
 }
 
-const Ops kAvx512Bf16 = {"avx512_bf16",  Dtype::bf16,       2,    4, 2, 32, 32, 1, gemm_bf16, convert_bf16, pack_rows_bf16,
-                         pack_columns_bf16, vocab_operand_bf16, softmax_tile<float, Bf16>, store_rows<float>, dot_exps<Bf16>,
-                         dot,            load_exp<Bf16>,    store_exp<Bf16>};
-
 // ------------------------------------------------------------------------------------------------------------------ AMX
 
 struct alignas(64) TileConfig {
@@ -196,77 +192,140 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
+// The tile registers, and the same in software: so that what is built on them is tested on machines without them.
+// Assembly, as the intrinsics are macros that take literals only.
+struct HardwareTiles {
+    void configure(const TileConfig& config) { _tile_loadconfig(&config); }
+    void release() { _tile_release(); }
+    template <int kTile>
+    void zero() {
+        __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
+    }
+    template <int kTile>
+    void load(const void* p, int64_t stride) {
+        __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
+    }
+    template <int kTile>
+    void store(void* p, int64_t stride) {
+        __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(kTile) : "memory");
+    }
+    template <int kC, int kA, int kB>
+    void multiply() {
+        __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+    }
+};
+
+struct SoftwareTiles {
+    TileConfig config;
+    alignas(64) uint8_t data[8][16][64];
+
+    void configure(const TileConfig& given) { config = given; }
+    void release() {}
+    template <int kTile>
+    void zero() {
+        __builtin_memset(data[kTile], 0, sizeof data[kTile]);
+    }
+    template <int kTile>
+    void load(const void* p, int64_t stride) {
+        zero<kTile>();
+        for (int r = 0; r < config.rows[kTile]; ++r)
+            __builtin_memcpy(data[kTile][r], static_cast<const char*>(p) + r * stride, config.colsb[kTile]);
+    }
+    template <int kTile>
+    void store(void* p, int64_t stride) {
+        for (int r = 0; r < config.rows[kTile]; ++r)
+            __builtin_memcpy(static_cast<char*>(p) + r * stride, data[kTile][r], config.colsb[kTile]);
+    }
+    template <int kC, int kA, int kB>
+    void multiply() {
+        for (int m = 0; m < config.rows[kC]; ++m)
+            for (int k = 0; k < config.colsb[kA] / 4; ++k) {
+                const Bf16* a = reinterpret_cast<const Bf16*>(data[kA][m]) + 2 * k;
+                const Bf16* b = reinterpret_cast<const Bf16*>(data[kB][k]);
+                float* c = reinterpret_cast<float*>(data[kC][m]);
+                for (int n = 0; n < config.colsb[kC] / 4; ++n)
+                    c[n] += widen(a[0]) * widen(b[2 * n]) + widen(a[1]) * widen(b[2 * n + 1]);
+            }
+    }
+};
+
 // Tiles 0-3: accumulators of two blocks of rows by two of 16 columns; 4, 5: A; 6, 7: B.
-inline void configure(int64_t rows0, int64_t rows1) {
+inline TileConfig tile_config(int64_t rows0, int64_t rows1) {
     TileConfig config;
     const int64_t rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, 16, 16};
     for (int i = 0; i < 8; ++i) {
         config.rows[i] = static_cast<uint8_t>(rows[i] > 0 ? rows[i] : 1);
         config.colsb[i] = 64;
     }
-    _tile_loadconfig(&config);
+    return config;
 }
 
 // [rows <= 32] x [32 columns].
-template <bool kTwoBlocks>
-inline void tile_block(const uint32_t* A, int64_t row_stride, const uint32_t* B, int64_t width, float* C, int64_t ldc,
-                       int64_t num_groups, bool accumulate) {
+template <bool kTwoBlocks, typename Tiles>
+inline void tile_block(Tiles& tiles, const uint32_t* A, int64_t row_stride, const uint32_t* B, int64_t width, float* C,
+                       int64_t ldc, int64_t num_groups, bool accumulate) {
+    float* lower = C + 16 * ldc;
     if (accumulate) {
-        _tile_loadd(0, C, 4 * ldc);
-        _tile_loadd(1, C + 16, 4 * ldc);
-        if (kTwoBlocks) {
-            _tile_loadd(2, C + 16 * ldc, 4 * ldc);
-            _tile_loadd(3, C + 16 * ldc + 16, 4 * ldc);
+        tiles.template load<0>(C, 4 * ldc);
+        tiles.template load<1>(C + 16, 4 * ldc);
+        if constexpr (kTwoBlocks) {
+            tiles.template load<2>(lower, 4 * ldc);
+            tiles.template load<3>(lower + 16, 4 * ldc);
         }
     } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (kTwoBlocks) {
-            _tile_zero(2);
-            _tile_zero(3);
+        tiles.template zero<0>();
+        tiles.template zero<1>();
+        if constexpr (kTwoBlocks) {
+            tiles.template zero<2>();
+            tiles.template zero<3>();
         }
     }
     for (int64_t g = 0; g < num_groups; g += 16) {
-        _tile_loadd(6, B + g * width, 4 * width);
-        _tile_loadd(7, B + g * width + 16, 4 * width);
-        _tile_loadd(4, A + g, 4 * row_stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (kTwoBlocks) {
-            _tile_loadd(5, A + 16 * row_stride + g, 4 * row_stride);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+        tiles.template load<6>(B + g * width, 4 * width);
+        tiles.template load<7>(B + g * width + 16, 4 * width);
+        tiles.template load<4>(A + g, 4 * row_stride);
+        tiles.template multiply<0, 4, 6>();
+        tiles.template multiply<1, 4, 7>();
+        if constexpr (kTwoBlocks) {
+            tiles.template load<5>(A + 16 * row_stride + g, 4 * row_stride);
+            tiles.template multiply<2, 5, 6>();
+            tiles.template multiply<3, 5, 7>();
         }
     }
-    _tile_stored(0, C, 4 * ldc);
-    _tile_stored(1, C + 16, 4 * ldc);
-    if (kTwoBlocks) {
-        _tile_stored(2, C + 16 * ldc, 4 * ldc);
-        _tile_stored(3, C + 16 * ldc + 16, 4 * ldc);
+    tiles.template store<0>(C, 4 * ldc);
+    tiles.template store<1>(C + 16, 4 * ldc);
+    if constexpr (kTwoBlocks) {
+        tiles.template store<2>(lower, 4 * ldc);
+        tiles.template store<3>(lower + 16, 4 * ldc);
     }
 }
 
 // group_stride is 1, width a multiple of 32, num_groups of 16.
-void gemm_amx(const void* A_, int64_t row_stride, int64_t, const void* B_, int64_t width, void* C_, int64_t ldc, int64_t M,
-              int64_t num_groups, bool accumulate) {
+template <typename Tiles>
+void gemm_tiles(const void* A_, int64_t row_stride, int64_t, const void* B_, int64_t width, void* C_, int64_t ldc, int64_t M,
+                int64_t num_groups, bool accumulate) {
     const uint32_t* A = static_cast<const uint32_t*>(A_);
     const uint32_t* B = static_cast<const uint32_t*>(B_);
     float* C = static_cast<float*>(C_);
-    configure(16, 16);
+    Tiles tiles;
+    tiles.configure(tile_config(16, 16));
     int64_t m = 0;
     for (; m + 32 <= M; m += 32)
         for (int64_t n = 0; n < width; n += 32)
-            tile_block<true>(A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups, accumulate);
+            tile_block<true>(tiles, A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups,
+                             accumulate);
     if (const int64_t left = M - m; left > 0) {
-        configure(left < 16 ? left : 16, left - 16);
+        tiles.configure(tile_config(left < 16 ? left : 16, left - 16));
         for (int64_t n = 0; n < width; n += 32) {
             if (left > 16)
-                tile_block<true>(A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups, accumulate);
+                tile_block<true>(tiles, A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups,
+                                 accumulate);
             else
-                tile_block<false>(A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups, accumulate);
+                tile_block<false>(tiles, A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups,
+                                  accumulate);
         }
     }
-    _tile_release();
+    tiles.release();
 }
 
 // dst[token][g]: rows of a tile are contiguous in K.
@@ -291,14 +350,24 @@ const void* vocab_operand_amx(const void* exps_, int64_t ld, int64_t num_vocab, 
     return dst;
 }
 
-const Ops kAmx = {"amx",        Dtype::bf16,       2,    4, 2, 32, 32, 16, gemm_amx, convert_bf16, pack_rows_bf16,
-                  pack_columns_bf16, vocab_operand_amx, softmax_tile<float, Bf16>, store_rows<float>, dot_exps<Bf16>,
-                  dot,          load_exp<Bf16>,    store_exp<Bf16>};
+typedef decltype(Ops::gemm) Gemm;
+typedef decltype(Ops::vocab_operand) VocabOperand;
+
+constexpr Ops make_bf16_ops(const char* isa, int64_t group_align, Gemm gemm, VocabOperand vocab_operand) {
+    return Ops{isa,  Dtype::bf16,  2,  4,  2,  32,  32,  group_align,  gemm,  convert_bf16,  pack_rows_bf16,
+               pack_columns_bf16,  vocab_operand,  softmax_tile<float, Bf16>,  store_rows<float>,  dot_exps<Bf16>,  dot,
+               load_exp<Bf16>,  store_exp<Bf16>};
+}
+
+const Ops kAvx512Bf16 = make_bf16_ops("avx512_bf16", 1, gemm_bf16, vocab_operand_bf16);
+const Ops kAmx = make_bf16_ops("amx", 16, gemm_tiles<HardwareTiles>, vocab_operand_amx);
+const Ops kAmxEmulated = make_bf16_ops("amx_emulated", 16, gemm_tiles<SoftwareTiles>, vocab_operand_amx);
 
 }  // namespace
 
 const Ops* avx512_bf16_ops() { return &kAvx512Bf16; }
 const Ops* amx_ops() { return &kAmx; }
+const Ops* amx_emulated_ops() { return &kAmxEmulated; }
 
 }  // namespace tso
 #endif

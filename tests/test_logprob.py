@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tso_fast import LOSSES, linear_logprobs, preference_loss
-from tso_fast.logprob import reference
+from tso_fast import LOSSES, linear_logprobs, logprob, preference_loss
+from tso_fast.logprob import fused, reference
 from tso_fast.types import PairLogprobs
 
 F64 = torch.float64
@@ -24,11 +25,22 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small shapes have several tiles, the last one short."""
+@pytest.fixture(autouse=True, params=["reference", "cpu", "cpu-chunks", "cpu-again"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What ``auto`` stands for: each implementation, and the C++ op with memory for a few pairs, or not even for one.
+
+    Tiles are small, so that small shapes have several of them, the last one short.
+    """
+    name, _, memory = request.param.partition("-")
+    monkeypatch.setattr(logprob, "_choose_impl", lambda device, dtype: (name, ""))
     monkeypatch.setattr(reference, "ROWS", 5)
     monkeypatch.setattr(reference, "VOCAB", 32)
+    if memory:
+        per_row = logprob._backend("cpu").bytes_per_row(torch.zeros(67, 1, dtype=F64))
+        monkeypatch.setattr(fused, "_single_chunk_limit", lambda *args: fused._row_limit(*args[:2]))
+        logprob.set_memory_budget_mib({"chunks": 20, "again": 1}[memory] * per_row / fused.MIB, "cpu")
+    yield name
+    logprob.set_memory_budget_mib(None, "cpu")
 
 
 def truth(
@@ -77,7 +89,7 @@ def gradients(out: torch.Tensor, args: list[torch.Tensor], head: dict[str, Any],
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_values_and_gradients(head: str, dtype: torch.dtype) -> None:
     args, kw = inputs(3, 7, dtype=dtype, **HEADS[head])
-    out, want = linear_logprobs(*args, impl="reference", **kw), truth(*args, **kw)
+    out, want = linear_logprobs(*args, **kw), truth(*args, **kw)
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-5, "atol": 1e-5}
     assert out.dtype == dtype
     torch.testing.assert_close(out, want.to(dtype), **tolerance)
@@ -227,25 +239,54 @@ def test_a_second_derivative_is_refused_not_wrong() -> None:
         (slope**2).sum().backward()
 
 
-def test_no_grad_and_frozen_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_grad_and_frozen_parts() -> None:
     args, kw = inputs(6, bias=True)
     hidden, weight, targets = args
     with torch.no_grad():
         assert not linear_logprobs(*args, **kw).requires_grad
-    real, seen = reference.LinearLogprobs.backward, []
-    monkeypatch.setattr(
-        reference.LinearLogprobs, "backward", staticmethod(lambda ctx, *g: seen.append(real(ctx, *g)) or seen[-1])
-    )
+        assert not preference_loss(hidden[None].expand(2, -1, -1), weight, targets.expand(2, -1),
+                                   ref_logprobs=torch.zeros(2)).loss.requires_grad  # fmt: skip
     full = gradients(linear_logprobs(*args, **kw), args, kw)
-    for frozen in range(3):
-        leaves = [hidden, weight, kw["bias"]]
-        leaves[frozen] = leaves[frozen].detach()
+    upstream = torch.randn(6, generator=torch.Generator().manual_seed(9), dtype=F64)
+    for frozen in ([0], [1], [2], [0, 1], [0, 2], [1, 2]):
+        leaves = [leaf.detach() if i in frozen else leaf for i, leaf in enumerate((hidden, weight, kw["bias"]))]
         out = linear_logprobs(leaves[0], leaves[1], targets, bias=leaves[2])
-        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=F64))
-        for i, leaf in enumerate(leaves):
-            assert (seen[-1][i] is None) == (i == frozen)  # not even computed
-            assert i == frozen or torch.equal(leaf.grad, full[i])
-            leaf.grad = None
+        slopes = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], upstream))
+        for i, want in enumerate(full):
+            if i not in frozen:
+                torch.testing.assert_close(next(slopes), want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "hidden"])
+def test_a_frozen_part_is_not_computed(frozen: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = set()
+    if impl == "reference":
+        real = reference.LinearLogprobs.backward
+
+        def watch(ctx: Any, *grads: torch.Tensor) -> Any:
+            out = real(ctx, *grads)
+            computed.update(name for name, g in zip(("hidden", "weight"), out, strict=False) if g is not None)
+            return out
+
+        monkeypatch.setattr(reference.LinearLogprobs, "backward", staticmethod(watch))
+    else:
+        backend = logprob._backend(impl)
+        real = backend.backward
+
+        def spy(*args: Any, **kw: Any) -> None:
+            if kw["dhidden_TD"] is not None:
+                computed.add("hidden")
+            if kw["dweight_acc_VD"] is not None or kw["dweight_VD"] is not None:
+                computed.add("weight")
+            real(*args, **kw)
+
+        monkeypatch.setattr(backend, "backward", spy)
+    args, kw, ref = batch()
+    args[{"hidden": 0, "weight": 1}[frozen]].requires_grad_(False)
+    linear_logprobs(*args, **kw).sum().backward()
+    assert computed == {"hidden", "weight"} - {frozen}
+    preference_loss(*args, **kw, ref_logprobs=ref).loss.backward()
+    assert computed == {"hidden", "weight"} - {frozen}
 
 
 def test_autocast_does_not_round_the_logits() -> None:
@@ -259,7 +300,7 @@ def test_autocast_does_not_round_the_logits() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Number of elements of the largest tensor that any operation makes."""
+    """Bytes of the largest tensor that any operation makes."""
 
     largest = 0
 
@@ -267,18 +308,20 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
+                self.largest = max(self.largest, tensor.nbytes)
         return out
 
 
-def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_logits_never_exist(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "ROWS", 16)
     monkeypatch.setattr(reference, "VOCAB", 64)
-    args, _ = inputs(8, 25, vocab=640, dim=4, ignored=0, dtype=torch.bfloat16)
-    full, tile = 8 * 25 * 640, 640 * 4
-    with LargestTensor() as seen:
-        preference_loss(*args, ref_logprobs=torch.zeros(8)).loss.backward()
-    assert seen.largest == tile < full / 10
+    logprob.set_memory_budget_mib(0.05, "cpu")
+    args, _ = inputs(8, 75, vocab=640, dim=4, ignored=0, dtype=torch.bfloat16)
+    full = 2 * 8 * 75 * 640
+    for loss in ("dpo", LOSSES["dpo"]):
+        with LargestTensor() as seen:
+            preference_loss(*args, ref_logprobs=torch.zeros(8), loss=loss).loss.backward()
+        assert seen.largest <= 0.06 * fused.MIB < full / 10
     with LargestTensor() as seen:  # the mode does see them
         truth(*args).sum().backward()
     assert seen.largest >= full
@@ -335,7 +378,7 @@ SCALARS = {
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_loss_and_gradient(loss: str, head: str, scalars: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     args, kw, ref = batch(dtype, **HEADS[head])
-    out = preference_loss(*args, **kw, ref_logprobs=ref, loss=loss, impl="reference", **scalars)
+    out = preference_loss(*args, **kw, ref_logprobs=ref, loss=loss, **scalars)
     want = expected_loss(args, kw, ref, loss=loss, **scalars)
     tolerance = {"rtol": 1e-11, "atol": 1e-12} if dtype == F64 else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(out.loss, want.to(dtype), **tolerance)
@@ -535,8 +578,6 @@ LP = torch.zeros(4)
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
         ({"temperature": -1.0}, "temperature must be > 0"),
         ({"impl": "fast"}, "unknown impl 'fast'; known: auto, reference"),
-        ({"impl": "cpu"}, "impl='cpu' is not available: .*use impl='auto'"),
-        ({"impl": "triton"}, "impl='triton' is not available: .*use impl='auto'"),
     ],
 )
 def test_what_both_ops_refuse(change: dict[str, Any], message: str) -> None:
@@ -597,13 +638,17 @@ def test_bad_cu_seqlens(cu_seqlens: Any) -> None:
         preference_loss(H.reshape(12, 8), W, T.reshape(12), cu_seqlens=torch.tensor(cu_seqlens), ref_logprobs=LP)
 
 
-def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
-    from tso_fast import logprob
-
+def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture, impl: str) -> None:
     logprob._log_choice.cache_clear()
     with caplog.at_level("INFO", logger="tso_fast.logprob"):
         linear_logprobs(H, W, T)
         linear_logprobs(H, W, T)
     assert [r.getMessage() for r in caplog.records] == [
-        "linear_logprobs: impl='auto' chose 'reference' for tensors on cpu"
+        f"linear_logprobs: impl='auto' chose {impl!r} for torch.float32 tensors on cpu"
     ]
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, math.nan, "much"])
+def test_a_memory_budget_is_a_positive_number(budget: Any) -> None:
+    with pytest.raises(ValueError, match="memory budget must be a number of MiB > 0"):
+        logprob.set_memory_budget_mib(budget, "cpu")

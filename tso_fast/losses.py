@@ -108,11 +108,18 @@ def loss_options(loss: str | Loss) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
+_ONE_PAIR = PairLogprobs(
+    **{name: torch.zeros(1) for name in ("chosen", "rejected", "ref_chosen", "ref_rejected")},
+    num_chosen_tokens=torch.ones(1),
+    num_rejected_tokens=torch.ones(1),
+)
+
+
 def resolve_loss(loss: str | Loss, options: dict[str, Any]) -> Loss:
     """The loss with its options bound and checked: a function from ``PairLogprobs`` to [N].
 
     Raises:
-        ValueError: an unknown name, or an option that the loss does not take.
+        ValueError: an unknown name, or an option that the loss does not take, or one outside its range.
     """
     if callable(loss):
         return (lambda pairs: loss(pairs, **options)) if options else loss
@@ -122,6 +129,7 @@ def resolve_loss(loss: str | Loss, options: dict[str, Any]) -> Loss:
             f"loss {loss!r} has no option {', '.join(map(repr, unknown))}; its options: {', '.join(known) or 'none'}"
         )
     function = LOSSES[loss]
+    function(_ONE_PAIR, **options)  # an option outside its range is refused here, before any work
     return lambda pairs: function(pairs, **options)
 
 

@@ -22,40 +22,42 @@ from tso_fast.types import PairLogprobs, PreferenceOutput
 logger = logging.getLogger(__name__)
 
 IMPLS = ("reference", "cpu", "triton")
-_DEVICE = {"cpu": "cpu", "triton": "cuda"}
 
 
 @functools.cache
 def _log_choice(device: str, dtype: torch.dtype, chosen: str, reason: str) -> None:
-    logger.info("log-probs: impl='auto' chose %r for %s tensors on %s%s", chosen, dtype, device, reason)
+    logger.info("linear_logprobs: impl='auto' chose %r for %s tensors on %s%s", chosen, dtype, device, reason)
 
 
 def _resolve_impl(impl: str, hidden: torch.Tensor) -> Any:
     """The backend's module, or None for the reference."""
     device, dtype = hidden.device.type, hidden.dtype
     if impl == "auto":
-        chosen, reason = "reference", ""
-        if device == "cpu" or (device == "cuda" and dtype != torch.float64):
-            chosen = "cpu" if device == "cpu" else "triton"
-            try:
-                backend = _backend(chosen)
-            except ValueError as error:
-                chosen, reason, backend = "reference", f": {error}", None
-        else:
-            backend = None
-        _log_choice(device, dtype, chosen, reason)
-        return backend
+        impl, reason = _choose_impl(device, dtype)
+        _log_choice(device, dtype, impl, reason)
     if impl == "reference":
         return None
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; known: auto, {', '.join(IMPLS)}")
     backend = _backend(impl)
-    if device != _DEVICE[impl] and not getattr(backend, "is_interpreted", lambda: False)():
-        raise ValueError(f"impl={impl!r} is for tensors on {_DEVICE[impl]}, got hidden on {hidden.device}; "
+    if device not in backend.DEVICES:
+        raise ValueError(f"impl={impl!r} is for tensors on {backend.DEVICES[0]}, got hidden on {hidden.device}; "
                          "use impl='auto'")  # fmt: skip
-    if impl == "triton" and dtype == torch.float64:
-        raise ValueError("impl='triton' has no float64, got hidden in float64; use impl='reference'")
+    if dtype not in backend.DTYPES:
+        raise ValueError(f"impl={impl!r} has no {dtype}; use impl='reference'")
     return backend
+
+
+def _choose_impl(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The best implementation for a device and dtype, and why it is not a faster one."""
+    fastest = {"cpu": "cpu", "cuda": "triton"}.get(device)
+    if fastest is None:
+        return "reference", ""
+    try:
+        has_dtype = dtype in _backend(fastest).DTYPES
+    except ValueError as error:
+        return "reference", f": {error}"
+    return (fastest, "") if has_dtype else ("reference", f": impl={fastest!r} has no {dtype}")
 
 
 @functools.cache
@@ -257,9 +259,9 @@ def preference_loss(
         if ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')} like hidden, "
                              f"got {tuple(ref_hidden.shape)}")  # fmt: skip
-        if ref_hidden.device != hidden.device or ref_weight.shape[0] != weight.shape[0]:
-            raise ValueError(f"the reference must have V = {weight.shape[0]} on {hidden.device} like the policy, "
-                             f"got V = {ref_weight.shape[0]} on {ref_hidden.device}")  # fmt: skip
+        if ref_hidden.device != hidden.device:
+            raise ValueError(f"ref_hidden is on {ref_hidden.device} but hidden is on {hidden.device}")
+        _check_targets(targets, ref_hidden, ref_weight.shape[0], ignore_index)
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave them out")
     if ref_logprobs is not None and ref_logprobs.shape != (num_sequences,):
@@ -272,7 +274,9 @@ def preference_loss(
 
             def sums(logprobs: torch.Tensor) -> torch.Tensor:
                 values = (logprobs if token_weights is None else logprobs * token_weights).reshape(-1)
-                return values.new_zeros(num_sequences).index_add(0, sequence.reshape(-1), values)
+                # In float64: a margin is the small difference of large sums.
+                out = torch.zeros(num_sequences, dtype=torch.float64, device=values.device)
+                return out.index_add(0, sequence.reshape(-1), values.double()).to(logprobs.dtype)
 
             if ref_hidden is not None and ref_weight is not None:
                 with torch.no_grad():

@@ -12,6 +12,9 @@ import torch
 ISA = os.environ.get("TSO_FAST_CPU_ISA", "")
 """Instruction set to use, e.g. ``avx2``; empty: the best that this machine has."""
 
+DEVICES = ("cpu",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
