@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tso_fast.logprob import linear_logprobs as linear_logprobs
     from tso_fast.logprob import preference_loss as preference_loss
+    from tso_fast.logprob.module import FusedLinearTSOLoss as FusedLinearTSOLoss
     from tso_fast.losses import LOSSES as LOSSES
 
 __version__ = "0.1.0"
@@ -16,9 +17,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "linear_logprobs": "tso_fast.logprob",
     "preference_loss": "tso_fast.logprob",
+    "FusedLinearTSOLoss": "tso_fast.logprob.module",
     "LOSSES": "tso_fast.losses",
 }
-__all__ = ["LOSSES", "__version__", "linear_logprobs", "preference_loss"]
+__all__ = ["LOSSES", "FusedLinearTSOLoss", "__version__", "linear_logprobs", "preference_loss"]
 
 
 def __getattr__(name: str) -> Any:
