@@ -1,0 +1,508 @@
+"""The Triton kernels against float64: on a GPU if there is one, else in Triton's interpreter; and what they compile to.
+
+The interpreter is set up in conftest.py, before triton is imported. It has small tiles of its own, so small shapes have
+several; on a GPU the same shapes are a part of one tile, and ``test_large`` has several of those.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from tso_fast.kernels import linear_logprob, pair_loss
+
+from tso_fast.logprob import triton as backend
+from tso_fast.losses import dual_clip
+from tso_fast.types import PairLogprobs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not linear_logprob.INTERPRETED.value, reason="no GPU, and triton was imported uninterpreted"
+)
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {"softcap": None, "temperature": 1.0},
+    "softcap": {"softcap": 4.0, "temperature": 1.0},
+    "temperature": {"softcap": None, "temperature": 0.7},
+    "both": {"softcap": 4.0, "temperature": 1.5},
+}
+
+
+class Problem(NamedTuple):
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+    upstream: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        return self.hidden, self.weight, self.bias, self.targets
+
+
+def problem(T: int, V: int, D: int, dtype: torch.dtype = BF16, *, bias: bool = False, std: float = 2.5) -> Problem:
+    """Logits have the standard deviation ``std``; every third row has no gradient, if there are three."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(T, D, generator=g), torch.randn(V, D, generator=g) * std / math.sqrt(D)
+    bias_V = torch.randn(V, generator=g) if bias else None
+    targets, upstream = torch.randint(V, (T,), generator=g), torch.randn(T, generator=g)
+    upstream[2::3] = 0
+    floats = [None if x is None else x.to(DEVICE, dtype) for x in (hidden, weight, bias_V)]
+    return Problem(*floats, targets.to(DEVICE), upstream.to(DEVICE))
+
+
+def nan_like(tensor: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    return (
+        None
+        if tensor is None
+        else torch.full_like(tensor, math.nan, dtype=dtype, memory_format=torch.contiguous_format)
+    )
+
+
+def plain(p: Problem, dtype: torch.dtype, softcap: float | None, temperature: float) -> list[torch.Tensor]:
+    """Log-probs and the gradients of hidden, weight and bias by torch, all in ``dtype``."""
+    leaves = [x.to(dtype).requires_grad_() for x in p.inputs[:3] if x is not None]
+    z = leaves[0] @ leaves[1].T
+    if p.bias is not None:
+        z = z + leaves[2]
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    out = (z / temperature).log_softmax(-1).gather(1, p.targets[:, None])[:, 0]
+    return [out.detach(), *torch.autograd.grad(out, leaves, p.upstream.to(dtype))]
+
+
+def fused(p: Problem, *, offset: torch.Tensor | None = None, **head: Any) -> list[torch.Tensor]:
+    """The same by the kernels, in one chunk."""
+    logprob, _, saved = backend.forward(*p.inputs, **head, keep=True, offset_T=offset)
+    return [logprob, *gradients(p, saved)]
+
+
+def gradients(p: Problem, saved: linear_logprob.Saved) -> list[torch.Tensor]:
+    grads = nan_like(p.hidden), nan_like(p.weight), nan_like(p.bias, F32)
+    backend.backward(saved, p.upstream, dhidden_TD=grads[0], dweight_acc_VD=None, dweight_VD=grads[1], dbias_V=grads[2],
+                     is_first=True)  # fmt: skip
+    return [x for x in grads if x is not None]
+
+
+def assert_as_good_as_torch(p: Problem, got: list[torch.Tensor], **head: Any) -> None:
+    """Log-probs as good as float32's whatever the dtype, gradients as good as the dtype's, plus a hair."""
+    exact, in_dtype, in_f32 = plain(p, F64, **head), plain(p, p.hidden.dtype, **head), plain(p, F32, **head)
+    error = (got[0] - exact[0]).abs().max()
+    assert got[0].dtype == F32
+    assert error <= (in_f32[0] - exact[0]).abs().max() + 1e-6 * (1 + exact[0].abs().max()), error
+    for mine, true, torchs in zip(got[1:], exact[1:], in_dtype[1:], strict=True):
+        hair = torch.finfo(p.hidden.dtype).eps * true.abs().max() / 2
+        assert (mine - true).abs().max() <= (torchs - true).abs().max() + hair
+        # Over few elements it is chance which rounding errs less.
+        hair = torch.finfo(p.hidden.dtype).eps * true.norm() * (0.1 if true.numel() > 500 else 1)
+        assert (mine - true).norm() <= (torchs - true).norm() + hair
+
+
+# ------------------------------------------------------------------------------------------------------- log-probs
+
+
+# Whole tiles fetched by descriptors; D that only pointers can fetch; primes; one token; fewer classes than a tile.
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(
+    ("T", "V", "D", "bias", "head"),
+    [(32, 128, 64, False, "plain"), (37, 131, 72, True, "both"), (23, 149, 43, True, "temperature"),
+     (1, 67, 13, False, "softcap"), (7, 5, 1, True, "plain")],
+)  # fmt: skip
+def test_values_and_gradients(T: int, V: int, D: int, bias: bool, head: str, dtype: torch.dtype) -> None:
+    p = problem(T, V, D, dtype, bias=bias)
+    got = fused(p, **HEADS[head])
+    assert_as_good_as_torch(p, got, **HEADS[head])
+    assert not got[1][p.upstream == 0].any()
+    logprob, lse, saved = backend.forward(*p.inputs, **HEADS[head], keep=False)
+    assert saved is None
+    torch.testing.assert_close(logprob, got[0], rtol=2e-6, atol=2e-6)
+    z = p.hidden.to(F64) @ p.weight.to(F64).T + (0 if p.bias is None else p.bias.to(F64))
+    softcap, temperature = HEADS[head].values()
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    torch.testing.assert_close(lse, (z / temperature).logsumexp(1).to(F32), rtol=2e-6, atol=2e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("D", "head", "bias"), [(2048, "plain", False), (2050, "both", True), (512, "softcap", True)])
+def test_large(D: int, head: str, bias: bool, dtype: torch.dtype) -> None:
+    p = problem(701, 50257, D, dtype, bias=bias)
+    assert_as_good_as_torch(p, fused(p, **HEADS[head]), **HEADS[head])
+    alone = backend.forward(p.hidden[5:6], p.weight, p.bias, p.targets[5:6], **HEADS[head], keep=True)[0]
+    assert torch.equal(alone, backend.forward(*p.inputs, **HEADS[head], keep=True)[0][5:6])
+
+
+@needs_gpu
+def test_more_than_2_to_31_logits() -> None:
+    p = problem(20000, 120001, 64)
+    _, lse, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    z = p.hidden[-3:].to(F64) @ p.weight.to(F64).T
+    torch.testing.assert_close(lse[-3:], z.logsumexp(1).to(F32), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        saved.exp_TV[-3:, :120001].to(F64), (z - saved.offset_T[-3:, None]).exp(), rtol=8e-3, atol=0
+    )
+    last = Problem(p.hidden[-3:], p.weight, None, p.targets[-3:], p.upstream[-3:])
+    torch.testing.assert_close(
+        gradients(p, saved)[0][-3:].to(F64), plain(last, F64, **HEADS["plain"])[1], rtol=0.02, atol=1e-4
+    )
+
+
+@needs_gpu
+def test_autotune(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TSO_FAST_AUTOTUNE", "1")
+    linear_logprob.tiles.cache_clear()
+    p = problem(301, 32000, 2048)
+    assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
+    assert linear_logprob.tiles.cache_info().currsize == 1
+    linear_logprob.tiles.cache_clear()
+
+
+@needs_kernels
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(keep: bool) -> None:
+    p = problem(37, 131, 72, bias=True)
+    logprob, lse, saved = backend.forward(*p.inputs, **HEADS["both"], keep=keep)
+    dhidden = gradients(p, saved)[0] if keep else None
+    for t in (0, 20, 36):
+        one = Problem(p.hidden[t : t + 1], p.weight, p.bias, p.targets[t : t + 1], p.upstream[t : t + 1])
+        one_logprob, one_lse, one_saved = backend.forward(*one.inputs, **HEADS["both"], keep=keep)
+        assert torch.equal(one_logprob, logprob[t : t + 1])
+        assert torch.equal(one_lse, lse[t : t + 1])
+        if dhidden is not None:
+            assert torch.equal(gradients(one, one_saved)[0], dhidden[t : t + 1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("head", ["plain", "both"])
+def test_an_offset_may_be_wrong(dtype: torch.dtype, head: str) -> None:
+    p = problem(37, 131, 72, dtype, bias=True)
+    logprob, lse, _ = backend.forward(*p.inputs, **HEADS[head], keep=False)
+    wrong = torch.tensor([0, 30, -30, 39, -39, 41, -41, 79, 90, -90, 500, -500, 3e38, math.inf, -math.inf, math.nan])
+    offset = lse + torch.cat([wrong, torch.zeros(21)]).to(DEVICE)
+    given = offset.clone()
+    got = fused(p, offset=offset, **HEADS[head])
+    torch.testing.assert_close(offset, given, rtol=0, atol=0, equal_nan=True)  # the caller's is left alone
+    assert_as_good_as_torch(p, got, **HEADS[head])
+    torch.testing.assert_close(got[0], logprob, rtol=0, atol=1e-5)
+    # What is done again for some rows leaves their neighbours as they were.
+    offset[:16] = lse[:16]
+    assert torch.equal(fused(p, offset=offset, **HEADS[head])[0][16:], got[0][16:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("std", [2.5, 40.0])
+def test_an_offset_guessed_from_a_sample(std: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_logprob, "PILOT_ROWS", 16)
+    p = problem(23, 300, 40, std=std, bias=True)
+    assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
+
+
+@needs_kernels
+def test_float16_logits_of_10_000_and_upstream_gradients_of_1e_9() -> None:
+    p = problem(23, 131, 40, F16, std=3000.0)
+    assert (p.hidden.float() @ p.weight.float().T).abs().max() > 9000
+    exact, got = plain(p, F64, **HEADS["plain"]), fused(p, **HEADS["plain"])
+    torch.testing.assert_close(got[0], exact[0].to(F32), rtol=1e-5, atol=0.01)
+    p = problem(23, 131, 40, F16)
+    exact = plain(p, F64, **HEADS["plain"])
+    _, _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    dhidden, dweight = nan_like(p.hidden, F32), nan_like(p.weight, F32)
+    backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_acc_VD=dweight, dweight_VD=None, dbias_V=None,
+                     is_first=True)  # fmt: skip
+    for mine, true in ((dhidden, exact[1]), (dweight, exact[2])):
+        assert (mine * 1e9 - true).norm() < 1e-3 * true.norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_chunks_add_up(dtype: torch.dtype) -> None:
+    p = problem(50, 131, 40, dtype, bias=True)
+    exact = plain(p, F64, **HEADS["both"])
+    acc, dweight, dbias = nan_like(p.weight, F32), nan_like(p.weight), nan_like(p.bias, F64)
+    dhidden = torch.full((60, 40), math.nan, dtype=F32, device=DEVICE)
+    bounds = [0, 17, 18, 50]
+    for start, end in itertools.pairwise(bounds):
+        inputs = p.hidden[start:end], p.weight, p.bias, p.targets[start:end]
+        _, _, saved = backend.forward(*inputs, **HEADS["both"], keep=True)
+        backend.backward(
+            saved, p.upstream[start:end], dhidden_TD=dhidden[start:end], dweight_acc_VD=acc,
+            dweight_VD=dweight if end == 50 else None, dbias_V=dbias, is_first=start == 0,
+        )  # fmt: skip
+        assert dweight.isnan().all() == (end != 50)
+    once = fused(p, **HEADS["both"])
+    assert dhidden[50:].isnan().all()
+    tolerance = 3 * torch.finfo(dtype).eps
+    for mine, one_shot, true in zip((dhidden[:50], dweight, dbias), once[1:], exact[1:], strict=True):
+        assert (mine - true).norm() <= tolerance * true.norm()
+        assert (mine - one_shot).norm() <= tolerance * true.norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [1e4, math.inf, math.nan])
+@pytest.mark.parametrize("head", ["plain", "both"])
+def test_rows_without_a_gradient_add_nothing_whatever_they_hold(value: float, head: str) -> None:
+    p = problem(64, 131, 40)  # three rows in a block, and a whole block
+    idle = torch.tensor([3, 5, 60, *range(16, 32)])
+    p.upstream[:] = 1.5
+    p.upstream[idle] = 0
+    want = fused(p, **HEADS[head])
+    p.hidden[idle] = p.hidden[idle] * value
+    got = fused(p, **HEADS[head])
+    assert not got[1][idle].any()
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[2], want[2])
+    if not math.isfinite(value):
+        assert not got[0][idle].isfinite().any()
+    # A block of such rows is not even read.
+    _, _, saved = backend.forward(*p.inputs, **HEADS[head], keep=True)
+    if DEVICE == "cpu":
+        saved.exp_TV[16:32] = math.nan
+    assert torch.equal(gradients(p, saved)[1], want[2])
+
+
+@needs_kernels
+def test_no_gradient_at_all() -> None:
+    p = problem(20, 131, 40, F16, bias=True)
+    p.upstream.zero_()
+    assert not any(g.any() for g in fused(p, **HEADS["plain"])[1:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("head", ["plain", "both"])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_row_that_is_not_finite_shows_and_disturbs_no_other(value: float, dtype: torch.dtype, head: str) -> None:
+    p = problem(23, 131, 40, dtype)
+    p.upstream[:] = 1.0
+    want = fused(p, **HEADS[head])
+    p.hidden[4, 7] = value
+    got = fused(p, **HEADS[head])
+    others = torch.arange(23) != 4
+    assert not got[0][4].isfinite()
+    assert not backend.forward(*p.inputs, **HEADS[head], keep=False)[0][4].isfinite()
+    assert torch.equal(got[0][others], want[0][others])
+    assert torch.equal(got[1][others], want[1][others])
+    assert not got[1][4].isfinite().all()
+    assert not got[2].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_bias_may_rule_out_classes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_logprob, "PILOT_ROWS", 16)
+    p = problem(23, 200, 40, dtype, bias=True)
+    p.bias[64:128] = -math.inf  # a whole tile
+    p.bias[::12] = -math.inf  # and all of the sample
+    p.targets[p.bias[p.targets].isinf()] = 1
+    assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
+    exact = plain(p, F64, **HEADS["plain"])[0].to(F32)
+    torch.testing.assert_close(backend.forward(*p.inputs, **HEADS["plain"], keep=False)[0], exact, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_probabilities_sum_to_one_and_are_at_most_one() -> None:
+    p = problem(1, 131, 40, std=0.5)
+    every = Problem(p.hidden.expand(131, -1), p.weight, None, torch.arange(131, device=DEVICE), torch.ones(131))
+    logprob = backend.forward(*every.inputs, **HEADS["plain"], keep=False)[0]
+    torch.testing.assert_close(logprob.to(F64).exp().sum().item(), 1.0, rtol=1e-6, atol=0)
+    p = problem(16, 131, 40, std=100.0)
+    targets = (p.hidden.float() @ p.weight.float().T).argmax(1)
+    for keep in (True, False):
+        assert (backend.forward(p.hidden, p.weight, None, targets, **HEADS["plain"], keep=keep)[0] <= 0).all()
+
+
+@needs_kernels
+def test_strides_and_addresses_do_not_matter() -> None:
+    p = problem(23, 131, 40)
+    want = fused(p, **HEADS["plain"])
+    wide = torch.full((2, 23, 41), math.nan, dtype=BF16, device=DEVICE)
+    wide[1, :, 1:] = p.hidden
+    turned = p.weight.T.contiguous().T
+    for hidden, weight in ((wide[1, :, 1:], p.weight), (p.hidden, turned), (wide[1, :, 1:], turned)):
+        for a, b in zip(fused(p._replace(hidden=hidden, weight=weight), **HEADS["plain"]), want, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_kernels
+def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(23, 131, 40)
+    _, dhidden, dweight = fused(p, **HEADS["plain"])
+    called = []
+    monkeypatch.setattr(linear_logprob, "scaled_hidden", lambda *args: called.append("scaled_hidden"))
+    given: dict[str, Any] = {"dweight_acc_VD": None, "dbias_V": None, "is_first": True}
+    _, _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    out = nan_like(p.hidden)
+    backend.backward(saved, p.upstream, dhidden_TD=out, dweight_VD=None, **given)
+    assert torch.equal(out, dhidden)
+    assert not called
+    monkeypatch.undo()
+    monkeypatch.setattr(linear_logprob, "dhidden", lambda *args: called.append("dhidden"))
+    _, _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    out = nan_like(p.weight)
+    backend.backward(saved, p.upstream, dhidden_TD=None, dweight_VD=out, **given)
+    assert torch.equal(out, dweight)
+    assert not called
+
+
+@needs_kernels
+def test_memory_of_a_row() -> None:
+    for V, dtype in ((131, BF16), (131, F32), (64, F16)):
+        p = problem(23, V, 40, dtype)
+        for head in HEADS.values():
+            _, _, saved = backend.forward(*p.inputs, **head, keep=True)
+            kept = [saved.exp_TV, saved.sumexp_T, saved.offset_T, saved.target_logit_T]
+            assert sum(x.nbytes for x in kept) <= 23 * backend.bytes_per_row(p.weight) <= 23 * (256 + V) * 8
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"no torch.float64; use impl='reference'"):
+        backend.forward(*problem(2, 5, 3, F64).inputs, **HEADS["plain"], keep=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backend, "IS_INTERPRETED", False)
+    with pytest.raises(ValueError, match="torch sees no CUDA device; install"):
+        backend.check_available()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton is not installed; pip install triton"):
+        backend.check_available()
+
+
+# ------------------------------------------------------------------------------------------------------- pair losses
+
+CU_SEQLENS = [0, 3, 3, 1200, 3300, 3301]
+
+
+@needs_kernels
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_sums_over_sequences_and_back(has_weights: bool, integer: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    logprob, weight = torch.randn(3301, generator=g).to(DEVICE), torch.rand(3301, generator=g).to(DEVICE)
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=integer, device=DEVICE)
+    weights = weight if has_weights else torch.ones_like(weight)
+    sums = backend.segment_sum(logprob, weight if has_weights else None, cu_seqlens)
+    parts = [(logprob * weights)[a:b].to(F64).sum() for a, b in itertools.pairwise(CU_SEQLENS)]
+    torch.testing.assert_close(sums, torch.stack(parts).to(F32), rtol=1e-5, atol=1e-5)
+    tokens = backend.expand(sums, weight if has_weights else None, cu_seqlens, 3301)
+    assert torch.equal(tokens, weights * sums.repeat_interleave(cu_seqlens.diff()))
+    alone = backend.segment_sum(logprob[3:1200], weight[3:1200] if has_weights else None, cu_seqlens[2:4] - 3)
+    assert torch.equal(alone, sums[2:3])
+
+
+@needs_kernels
+@pytest.mark.parametrize("has_scalars", [False, True])
+@pytest.mark.parametrize("clips", [(0.5, 0.3), (math.inf, math.inf), (0.0, 0.0)])
+def test_dual_clip_agrees_with_the_loss(clips: tuple[float, float], has_scalars: bool) -> None:
+    g = torch.Generator().manual_seed(1)
+    S, N = 40, 300  # most sequences are in several pairs; sequence 39 is in none
+    logprob, ref = torch.randn(S, generator=g) * 9 - 80, torch.randn(S, generator=g) * 9 - 80
+    pairs = torch.randint(S - 1, (N, 2), generator=g)
+    scale, label, margin = (torch.rand(N, generator=g) if has_scalars else None for _ in range(3))
+    weight_sum = N if scale is None else scale.sum()
+    kw = {"beta": 0.1, "clip_chosen": clips[0], "clip_rejected": clips[1]}
+    there = [None if x is None else x.to(DEVICE) for x in (scale, label, margin)]
+    losses, grad = backend.dual_clip_epilogue(
+        logprob.to(DEVICE), ref.to(DEVICE), pairs.to(DEVICE), *there, **kw, weight_sum=weight_sum
+    )
+
+    leaf, ref = logprob.to(F64).requires_grad_(), ref.to(F64)
+    tokens = torch.ones(N, dtype=torch.int64)
+    record = PairLogprobs(
+        chosen=leaf[pairs[:, 0]], rejected=leaf[pairs[:, 1]], ref_chosen=ref[pairs[:, 0]],
+        ref_rejected=ref[pairs[:, 1]], num_chosen_tokens=tokens, num_rejected_tokens=tokens,
+        soft_label=None if label is None else label.to(F64), margin=None if margin is None else margin.to(F64),
+    )  # fmt: skip
+    want = dual_clip(record, **kw)
+    ((want if scale is None else scale * want).sum() / weight_sum).backward()
+    torch.testing.assert_close(losses.cpu(), want.detach().to(F32), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(grad.cpu(), leaf.grad.to(F32), rtol=1e-5, atol=1e-7)
+    assert grad[-1] == 0
+
+
+@needs_kernels
+def test_a_side_at_its_bound_has_no_gradient() -> None:
+    # beta 1 and references 0: rewards are log-probs. Pairs 0 and 1 are at a bound on one side, pair 2 has scale 0.
+    logprob = torch.tensor([0.5, 0.1, 0.4, -0.25, 0.3, 0.2, math.nan, 0.0], device=DEVICE)
+    pairs = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]], device=DEVICE)
+    scale = torch.tensor([1.0, 1.0, 0.0, 1.0], device=DEVICE)
+    losses, grad = pair_loss.dual_clip_epilogue(
+        logprob, torch.zeros_like(logprob), pairs, scale, None, None, 1.0, 0.5, 0.25, torch.tensor(3.0, device=DEVICE)
+    )
+    assert grad[[0, 3, 4, 5]].tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert (grad[1] > 0) & (grad[2] < 0)
+    assert losses.isfinite().tolist() == [True, True, True, False]
+    assert not grad[6:].isfinite().any()
+
+
+@needs_kernels
+def test_losses_far_out() -> None:
+    logprob = torch.tensor([0.0, 200.0, 1e6, 0.0], device=DEVICE)
+    pairs = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]], device=DEVICE)
+    losses, grad = pair_loss.dual_clip_epilogue(
+        logprob, torch.zeros_like(logprob), pairs, None, None, None, 1.0, math.inf, math.inf, 4.0
+    )
+    assert losses.tolist() == [200.0, 0.0, 0.0, 1e6]
+    assert grad.tolist() == [-0.25, 0.25, 0.25, -0.25]
+
+
+# ---------------------------------------------------------------------------------------------------------- compiling
+
+SHARED_KB = {"80": 163, "90": 227, "100": 227}
+
+
+# Every product tile that is launched; the heads whose epilogue takes registers; every architecture and dtype.
+CASES = [
+    "90-bfloat16-4096-plain", "80-bfloat16-4096-bias", "90-float32-4096-plain",
+    "100-bfloat16-4096-plain", "90-bfloat16-1024-softcap", "90-float16-4096-bias",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    """One row a kernel, compiled in processes of their own: this one may hold triton in its interpreter mode."""
+    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([*command, *cases], env=env, **pipes) for cases in (CASES[:3], CASES[3:])]
+    rows = []
+    for run in runs:
+        out, err = run.communicate(timeout=600)
+        assert run.returncode == 0, err[-3000:]
+        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return rows
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_fit_without_spills(case: str, compiled: list[dict[str, Any]]) -> None:
+    capability, dtype, _, head = case.split("-")
+    rows = [row for row in compiled if row["case"] == case]
+    products = {"sumexp_kernel", "exp_kernel", "redo_kernel", "dhidden_kernel", "dweight_kernel"}
+    assert products <= {row["kernel"] for row in rows}
+    assert head != "bias" or "dbias_kernel" in {row["kernel"] for row in rows}
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= SHARED_KB[capability] * 1024, row
+        if row["kernel"] in products and dtype != "float32":
+            assert row["product"] == {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma"}[capability], row
+            is_tma = capability != "80" and row["kernel"] != "redo_kernel"
+            assert row["loads"] == ("cp.async.bulk.tensor" if is_tma else "cp.async"), row
+
+
+def test_every_kernel_is_compiled(compiled: list[dict[str, Any]]) -> None:
+    kernels = {name for module in (linear_logprob, pair_loss) for name in vars(module) if name.endswith("_kernel")}
+    assert {row["kernel"] for row in compiled} == kernels

@@ -1,0 +1,246 @@
+"""The C++ op, every instruction set that this machine has: against float64, and that nothing but a row decides its bits."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tso_fast import linear_logprobs, logprob, preference_loss
+from tso_fast.logprob import cpu
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TABLES = [(isa, name) for name, dtype in DTYPES.items() for isa in cpu.isas(dtype)]
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, which is on by default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=TABLES, ids="-".join)
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """A dtype, computed with each instruction set."""
+    isa, name = request.param
+    monkeypatch.setattr(cpu, "ISA", isa)
+    return DTYPES[name]
+
+
+def make(
+    rows: int, dim: int, vocab: int, dtype: torch.dtype, seed: int = 0, bias: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, dim, generator=g, dtype=torch.float64)
+    weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64) * (2.5 / math.sqrt(dim))
+    targets = torch.randint(vocab, (rows,), generator=g)
+    bias_V = torch.randn(vocab, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets, bias_V
+
+
+def plain(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, softcap: float | None,
+    temperature: float,
+) -> torch.Tensor:  # fmt: skip
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def slopes(out: torch.Tensor, leaves: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+    return [g.double() for g in torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def norm(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+# One token, primes, nothing divides anything, a whole number of tiles and more tiles than a task takes, one class, one
+# dimension, more columns than a block.
+SHAPES = [(1, 16, 64), (7, 13, 67), (252, 123, 507), (131, 96, 1201), (64, 64, 2400), (100, 1, 5), (33, 700, 97), (5, 8, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("head", ["plain", "all"])
+def test_errs_no_more_than_plain_torch(dtype: torch.dtype, shape: tuple[int, int, int], head: str) -> None:
+    rows, dim, vocab = shape
+    options: dict[str, Any] = {"softcap": 6.0, "temperature": 0.7} if head == "all" else {"softcap": None, "temperature": 1.0}
+    hidden, weight, targets, bias = make(rows, dim, vocab, dtype, bias=head == "all")
+    leaves = [hidden, weight] if bias is None else [hidden, weight, bias]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    upstream = torch.randn(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream[rows // 3 : rows // 2] = 0
+
+    want = plain(exact[0], exact[1], targets, exact[2] if bias is not None else None, **options)
+    want_slopes = slopes(want, exact, upstream)
+    torch_out = plain(hidden, weight, targets, bias, **options)
+    torch_slopes = slopes(torch_out, leaves, upstream)
+    out = linear_logprobs(hidden, weight, targets, bias=bias, impl="cpu", **options)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+    # Logits are never rounded to a half: log-probs are as good as float32's, whatever the dtype.
+    atol = 1e-13 if dtype == torch.float64 else 4e-6
+    torch.testing.assert_close(out.double(), want.detach(), rtol=1e-6 if atol > 1e-7 else 1e-13, atol=atol)
+    eps = torch.finfo(dtype).eps
+    for got, theirs, true in zip(slopes(out, leaves, upstream), torch_slopes, want_slopes, strict=True):
+        assert got.isfinite().all()
+        if vocab == 1:
+            assert got.abs().max() <= 1e-6 if atol > 1e-7 else got.abs().max() <= 1e-14
+        else:  # at least eps: a few elements may round worse than torch's
+            assert norm(got, true) <= max(1.1 * norm(theirs, true), eps if dtype in (torch.bfloat16, torch.float16) else 16 * eps)
+
+
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    hidden, weight, targets, bias = make(300, 200, 1500, dtype, bias=True)
+    assert bias is not None
+    seen = []
+    for threads in (1, 2, 7):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = linear_logprobs(hidden, weight, targets, bias=bias, impl="cpu")
+            seen.append([out, *torch.autograd.grad(out.sum(), [hidden, weight, bias])])
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+def test_a_row_scores_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> None:
+    hidden, weight, targets, _ = make(150, 96, 1201, dtype)
+    # Row 3 is computed once more, by the safe way: its neighbours must not notice.
+    with torch.no_grad():
+        hidden[3] *= 60
+        targets[3] = (hidden[3].double() @ weight.double().T).argmin()
+        together = linear_logprobs(hidden, weight, targets, impl="cpu")
+        order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+        shuffled = linear_logprobs(hidden[order], weight, targets[order], impl="cpu")
+        alone = torch.cat([linear_logprobs(hidden[t : t + 1], weight, targets[t : t + 1], impl="cpu") for t in range(0, 150, 9)])
+    assert together[3] < -80
+    assert torch.equal(together[order], shuffled)
+    assert torch.equal(together[::9], alone)
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0, 300.0])
+def test_a_target_far_below_the_maximum(dtype: torch.dtype, factor: float) -> None:
+    """Exponentials are relative to the target's logit; where that overflows the row is done again with its maximum."""
+    hidden, weight, _, _ = make(40, 64, 301, dtype)
+    with torch.no_grad():
+        hidden[::2] *= factor
+    exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    targets = (exact[0] @ exact[1].T).argmin(-1)
+    want = plain(*exact, targets, None, None, 1.0)  # type: ignore[misc]
+    out = linear_logprobs(hidden, weight, targets, impl="cpu")
+    torch.testing.assert_close(out.double(), want.detach(), rtol=3e-6 if dtype != torch.float64 else 1e-12, atol=1e-5)
+    upstream = torch.ones(40, dtype=torch.float64)
+    for got, true in zip(slopes(out, [hidden, weight], upstream), slopes(want, exact, upstream), strict=True):
+        assert norm(got, true) <= (4e-3 if dtype == torch.bfloat16 else 1e-3 if dtype == torch.float16 else 2e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_row_keeps_to_itself(dtype: torch.dtype, bad: float) -> None:
+    hidden, weight, targets, _ = make(70, 32, 150, dtype)
+    with torch.no_grad():
+        good = linear_logprobs(hidden, weight, targets, impl="cpu")
+        hidden[5, 7] = bad
+        out = linear_logprobs(hidden, weight, targets, impl="cpu")
+    others = torch.arange(70) != 5
+    assert not out[5].isfinite()
+    assert torch.equal(out[others], good[others])
+
+
+def test_rows_without_a_gradient_enter_no_product(dtype: torch.dtype) -> None:
+    hidden, weight, targets, bias = make(200, 48, 333, dtype, bias=True)
+    assert bias is not None
+    upstream = torch.zeros(200)
+    upstream[[3, 64, 65, 199]] = torch.tensor([1.0, -2.0, 0.5, 1.5])
+    some = upstream.nonzero()[:, 0]
+    got = torch.autograd.grad(linear_logprobs(hidden, weight, targets, bias=bias, impl="cpu"), [hidden, weight, bias], upstream)
+    assert got[0].abs().sum(1).nonzero()[:, 0].tolist() == some.tolist()
+    with torch.no_grad():
+        hidden[10] = torch.finfo(dtype).max / 1e3  # would drown the others, if it entered
+    again = torch.autograd.grad(
+        linear_logprobs(hidden, weight, targets, bias=bias, impl="cpu"), [hidden, weight, bias], upstream
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_chunks_add_up(dtype: torch.dtype) -> None:
+    """With room for one pair at a time, and for less than one, the result is that of one chunk, rounding aside."""
+    hidden, weight, targets, bias = make(8 * 40, 64, 300, dtype, bias=True)
+    assert bias is not None
+    hidden, targets = hidden.detach().view(8, 40, 64).requires_grad_(), targets.view(8, 40)
+    targets[:, :7] = -100
+    targets[2, 20:] = -100
+    results = []
+    try:
+        for rows in (1000, 80, 20):
+            logprob.set_memory_budget_mib(rows * cpu.bytes_per_row(weight) / 2**20, "cpu")
+            out = preference_loss(hidden, weight, targets, bias=bias, ref_hidden=hidden.detach() + 0.1, ref_weight=weight,
+                                  loss="dpo", impl="cpu")  # fmt: skip
+            results.append([out.loss, out.logprobs, *torch.autograd.grad(out.loss, [hidden, weight, bias])])
+    finally:
+        logprob.set_memory_budget_mib(None, "cpu")
+    for other in results[1:]:
+        assert torch.equal(results[0][1], other[1])
+        for a, b in zip(results[0][2:], other[2:], strict=True):
+            assert norm(a, b.double()) <= 4 * torch.finfo(dtype).eps
+
+
+def test_memory_that_malloc_filled(tmp_path: Any) -> None:
+    """glibc fills what it hands out with 0x7f, 1e38 and more in every dtype: nothing may read what was not written."""
+    tests = [f"{__file__}::{test}" for test in ("test_chunks_add_up", "test_rows_without_a_gradient_enter_no_product")]
+    env = {**os.environ, "MALLOC_PERTURB_": str(0x7F ^ 0xFF), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], env=env, cwd=tmp_path,
+                         capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_an_instruction_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "portable" in cpu.isas(torch.float32)
+    monkeypatch.setattr(cpu, "ISA", "avx1024")
+    logprob._backend.cache_clear()
+    with pytest.raises(ValueError, match=r"TSO_FAST_CPU_ISA='avx1024' is not available on this machine; it has .*portable"):
+        linear_logprobs(torch.zeros(1, 4), torch.zeros(3, 4), torch.zeros(1, dtype=torch.int64), impl="cpu")
+
+
+def test_a_missing_extension_is_an_error_by_name_and_logged_by_auto(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = torch.zeros(1, 4), torch.zeros(3, 4), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setitem(sys.modules, "tso_fast._C", None)
+    logprob._backend.cache_clear()
+    logprob._log_choice.cache_clear()
+    with pytest.raises(ValueError, match="impl='cpu' is not available: the C.. extension is not built .*reinstall"):
+        linear_logprobs(*args, impl="cpu")
+    with caplog.at_level("INFO", logger="tso_fast.logprob"):
+        assert linear_logprobs(*args).item() == pytest.approx(-math.log(3))
+    assert "chose 'reference'" in caplog.text
+    assert "extension is not built" in caplog.text
+    monkeypatch.undo()
+    logprob._backend.cache_clear()
+    logprob._log_choice.cache_clear()
+
+
+def test_the_extension_checks_what_it_is_given() -> None:
+    from tso_fast import _C
+
+    hidden, weight, targets, _ = make(4, 8, 11, torch.float32)
+    head = [hidden.detach().numpy(), weight.detach().numpy(), None, targets.numpy(), "float32", 0.0, 1.0, 1, "", None]
+    for index, wrong, message in (
+        (0, hidden.detach().numpy()[:, ::2], "hidden"),
+        (1, weight.detach().double().numpy(), "weight must be 88 contiguous items of 4 bytes"),
+        (3, torch.tensor([0, 1, 2, 11]).numpy(), r"targets must be in \[0, V\)"),
+        (3, torch.tensor([0, 1, 2]).numpy(), r"targets must be \[T\]"),
+        (8, "mmx", "this machine has no 'mmx'"),
+        (9, torch.empty(7, dtype=torch.uint8).numpy(), "exps must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.logprob_forward(*head[:index], wrong, *head[index + 1 :])
