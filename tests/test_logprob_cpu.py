@@ -1,4 +1,4 @@
-"""The C++ op, every instruction set that this machine has: against float64, and that nothing but a row decides its bits."""
+"""The C++ op with every instruction set of this machine: against float64, and that only a row decides its bits."""
 
 from __future__ import annotations
 
@@ -65,14 +65,25 @@ def norm(got: torch.Tensor, want: torch.Tensor) -> float:
 
 # One token, primes, nothing divides anything, a whole number of tiles and more tiles than a task takes, one class, one
 # dimension, more columns than a block.
-SHAPES = [(1, 16, 64), (7, 13, 67), (252, 123, 507), (131, 96, 1201), (64, 64, 2400), (100, 1, 5), (33, 700, 97), (5, 8, 1)]
+SHAPES = [
+    (1, 16, 64),
+    (7, 13, 67),
+    (252, 123, 507),
+    (131, 96, 1201),
+    (64, 64, 2400),
+    (100, 1, 5),
+    (33, 700, 97),
+    (5, 8, 1),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("head", ["plain", "all"])
 def test_errs_no_more_than_plain_torch(dtype: torch.dtype, shape: tuple[int, int, int], head: str) -> None:
     rows, dim, vocab = shape
-    options: dict[str, Any] = {"softcap": 6.0, "temperature": 0.7} if head == "all" else {"softcap": None, "temperature": 1.0}
+    options: dict[str, Any] = (
+        {"softcap": 6.0, "temperature": 0.7} if head == "all" else {"softcap": None, "temperature": 1.0}
+    )
     hidden, weight, targets, bias = make(rows, dim, vocab, dtype, bias=head == "all")
     leaves = [hidden, weight] if bias is None else [hidden, weight, bias]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -95,7 +106,9 @@ def test_errs_no_more_than_plain_torch(dtype: torch.dtype, shape: tuple[int, int
         if vocab == 1:
             assert got.abs().max() <= 1e-6 if atol > 1e-7 else got.abs().max() <= 1e-14
         else:  # at least eps: a few elements may round worse than torch's
-            assert norm(got, true) <= max(1.1 * norm(theirs, true), eps if dtype in (torch.bfloat16, torch.float16) else 16 * eps)
+            assert norm(got, true) <= max(
+                1.1 * norm(theirs, true), eps if dtype in (torch.bfloat16, torch.float16) else 16 * eps
+            )
 
 
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
@@ -122,7 +135,9 @@ def test_a_row_scores_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -> 
         together = linear_logprobs(hidden, weight, targets, impl="cpu")
         order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
         shuffled = linear_logprobs(hidden[order], weight, targets[order], impl="cpu")
-        alone = torch.cat([linear_logprobs(hidden[t : t + 1], weight, targets[t : t + 1], impl="cpu") for t in range(0, 150, 9)])
+        alone = torch.cat(
+            [linear_logprobs(hidden[t : t + 1], weight, targets[t : t + 1], impl="cpu") for t in range(0, 150, 9)]
+        )
     assert together[3] < -80
     assert torch.equal(together[order], shuffled)
     assert torch.equal(together[::9], alone)
@@ -162,7 +177,9 @@ def test_rows_without_a_gradient_enter_no_product(dtype: torch.dtype) -> None:
     upstream = torch.zeros(200)
     upstream[[3, 64, 65, 199]] = torch.tensor([1.0, -2.0, 0.5, 1.5])
     some = upstream.nonzero()[:, 0]
-    got = torch.autograd.grad(linear_logprobs(hidden, weight, targets, bias=bias, impl="cpu"), [hidden, weight, bias], upstream)
+    got = torch.autograd.grad(
+        linear_logprobs(hidden, weight, targets, bias=bias, impl="cpu"), [hidden, weight, bias], upstream
+    )
     assert got[0].abs().sum(1).nonzero()[:, 0].tolist() == some.tolist()
     with torch.no_grad():
         hidden[10] = torch.finfo(dtype).max / 1e3  # would drown the others, if it entered
@@ -183,8 +200,8 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
     try:
         for rows in (1000, 80, 20):
             logprob.set_memory_budget_mib(rows * cpu.bytes_per_row(weight) / 2**20, "cpu")
-            out = preference_loss(hidden, weight, targets, bias=bias, ref_hidden=hidden.detach() + 0.1, ref_weight=weight,
-                                  loss="dpo", impl="cpu")  # fmt: skip
+            reference = {"ref_hidden": hidden.detach() + 0.1, "ref_weight": weight}
+            out = preference_loss(hidden, weight, targets, bias=bias, **reference, loss="dpo", impl="cpu")
             results.append([out.loss, out.logprobs, *torch.autograd.grad(out.loss, [hidden, weight, bias])])
     finally:
         logprob.set_memory_budget_mib(None, "cpu")
@@ -195,11 +212,11 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
 
 
 def test_memory_that_malloc_filled(tmp_path: Any) -> None:
-    """glibc fills what it hands out with 0x7f, 1e38 and more in every dtype: nothing may read what was not written."""
+    """glibc fills what it hands out with 0x7f, huge numbers in every dtype: nothing reads what was not written."""
     tests = [f"{__file__}::{test}" for test in ("test_chunks_add_up", "test_rows_without_a_gradient_enter_no_product")]
     env = {**os.environ, "MALLOC_PERTURB_": str(0x7F ^ 0xFF), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], env=env, cwd=tmp_path,
-                         capture_output=True, text=True, timeout=300)  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:]
 
 
@@ -207,7 +224,9 @@ def test_an_instruction_set_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "portable" in cpu.isas(torch.float32)
     monkeypatch.setattr(cpu, "ISA", "avx1024")
     logprob._backend.cache_clear()
-    with pytest.raises(ValueError, match=r"TSO_FAST_CPU_ISA='avx1024' is not available on this machine; it has .*portable"):
+    with pytest.raises(
+        ValueError, match=r"TSO_FAST_CPU_ISA='avx1024' is not available on this machine; it has .*portable"
+    ):
         linear_logprobs(torch.zeros(1, 4), torch.zeros(3, 4), torch.zeros(1, dtype=torch.int64), impl="cpu")
 
 
@@ -218,7 +237,7 @@ def test_a_missing_extension_is_an_error_by_name_and_logged_by_auto(
     monkeypatch.setitem(sys.modules, "tso_fast._C", None)
     logprob._backend.cache_clear()
     logprob._log_choice.cache_clear()
-    with pytest.raises(ValueError, match="impl='cpu' is not available: the C.. extension is not built .*reinstall"):
+    with pytest.raises(ValueError, match=r"impl='cpu' is not available: the C\+\+ extension is not built .*reinstall"):
         linear_logprobs(*args, impl="cpu")
     with caplog.at_level("INFO", logger="tso_fast.logprob"):
         assert linear_logprobs(*args).item() == pytest.approx(-math.log(3))

@@ -106,12 +106,17 @@ class Policy(nn.Module):
     def forward(self, batch: PairBatch, *, impl: str, loss: str | None = None, **options: Any) -> Any:
         """The loss of a batch as ``PreferenceOutput``, or, without a ``loss``, its sums of log-probs, [S] nats."""
         hidden = self.hidden(batch.input_ids, batch.attention_mask)
-        # Under autocast the model hands over bf16 while the weight stays float32.
-        weight = self.head.weight.to(hidden.dtype)
-        bias = None if self.head.bias is None else self.head.bias.to(hidden.dtype)
-        head: dict[str, Any] = {"bias": bias, "softcap": self.softcap, "temperature": self.temperature, "impl": impl}
+        weight = self.head.weight
+        head: dict[str, Any] = {
+            "bias": self.head.bias,
+            "softcap": self.softcap,
+            "temperature": self.temperature,
+            "impl": impl,
+        }
         if loss is None:
-            return linear_logprobs(hidden, weight, batch.targets, **head).sum(dim=1)
+            logprobs = linear_logprobs(hidden, weight, batch.targets, **head)
+            # As preference_loss sums them: where policy and reference are the same, so are their sums.
+            return logprobs.sum(dim=1, dtype=torch.float64).to(logprobs.dtype)
         return preference_loss(
             hidden,
             weight,

@@ -270,7 +270,7 @@ def preference_loss(
 
     with torch.autocast(hidden.device.type, enabled=False):
         if backend is None:
-            head = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index, "impl": "reference"}
+            options: dict[str, Any] = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index}
 
             def sums(logprobs: torch.Tensor) -> torch.Tensor:
                 values = (logprobs if token_weights is None else logprobs * token_weights).reshape(-1)
@@ -280,8 +280,10 @@ def preference_loss(
 
             if ref_hidden is not None and ref_weight is not None:
                 with torch.no_grad():
-                    ref_logprobs = sums(linear_logprobs(ref_hidden, ref_weight, targets, bias=ref_bias, **head))
-            logprobs = sums(linear_logprobs(hidden, weight, targets, bias=bias, **head))
+                    ref_logprobs = sums(
+                        linear_logprobs(ref_hidden, ref_weight, targets, bias=ref_bias, impl=impl, **options)
+                    )
+            logprobs = sums(linear_logprobs(hidden, weight, targets, bias=bias, impl=impl, **options))
             assert ref_logprobs is not None
             ref_logprobs = ref_logprobs.detach().to(logprobs)
             total, losses = _reduced_loss(

@@ -2,9 +2,9 @@
 
 rows of a group of pairs -> reference log-probs -> policy log-probs, exponentials kept -> loss -> dhidden, dweight
 
-With z the logits, every loss L(logprobs) has dL/dz = dL/dlogprob (onehot - softmax(z)). The exponentials of the forward pass
-serve as the operand of both gradient products, so that a pass costs four products of [T, D, V]: reference, policy, dhidden,
-dweight. What no longer fits into the memory budget is computed again, at the price of a fifth.
+With z the logits, every loss L(logprobs) has dL/dz = dL/dlogprob (onehot - softmax(z)). The exponentials of the forward
+pass serve as the operand of both gradient products, so that a pass costs four products of [T, D, V]: reference, policy,
+dhidden, dweight. What no longer fits into the memory budget is computed again, at the price of a fifth.
 """
 
 from __future__ import annotations
@@ -66,14 +66,15 @@ class Backend(Protocol):
         self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_T: torch.Tensor, *,
         softcap: float | None, temperature: float, keep: bool, offset_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:  # fmt: skip
-        """Log-probs [T] in float32 or better, their log-sum-exps [T] if there are any, what ``backward`` needs if ``keep``.
+        """Log-probs [T] in float32 or better, log-sum-exps [T] or None, and if ``keep`` what ``backward`` needs.
 
         offset_T: a guess of the log-sum-exps, e.g. those of the reference.
         """
 
     def backward(
         self, saved: Any, dlogprobs_T: torch.Tensor, *, dhidden_TD: torch.Tensor | None,
-        dweight_acc_VD: torch.Tensor | None, dweight_VD: torch.Tensor | None, dbias_V: torch.Tensor | None, is_first: bool,
+        dweight_acc_VD: torch.Tensor | None, dweight_VD: torch.Tensor | None, dbias_V: torch.Tensor | None,
+        is_first: bool,
     ) -> None:  # fmt: skip
         """Gradients of sum(dlogprobs_T * logprobs_T). Uses up ``saved``; a row with a zero costs nothing.
 
@@ -200,9 +201,9 @@ def _single_chunk_limit(backend: Backend, weight_VD: torch.Tensor, need_dweight:
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_R: torch.Tensor,
-        rows: _Rows, head: Head,
+    def forward(
+        ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None,
+        targets_R: torch.Tensor, rows: _Rows, head: Head,
     ) -> torch.Tensor:  # fmt: skip
         backend, needs = head.backend, head.needs(ctx)
         out = targets_R.new_zeros(targets_R.numel(), dtype=acc_dtype(hidden_TD.dtype))
@@ -211,7 +212,7 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_R)
             return out
         hidden_RD = rows.take(hidden_TD)
-        options = {"softcap": head.softcap, "temperature": head.temperature}
+        options: dict[str, Any] = {"softcap": head.softcap, "temperature": head.temperature}
         limit = _row_limit(backend, weight_VD)
         if ctx.is_frozen:
             # The gradient of a log-prob with respect to its hidden state needs nothing from upstream: two products.
@@ -235,7 +236,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (dlogprobs_R,) = grads
         rows, backend = ctx.rows, ctx.head.backend
         if ctx.is_frozen and len(ctx.saved_tensors) == 2:
@@ -256,7 +257,9 @@ class _LinearLogprobs(torch.autograd.Function):
         if not chunks:
             gradients.add(backend, None, dlogprobs_R, rows)
         for start, end in chunks:
-            part = _Rows(rows.index[start:end], None if rows.span is None else (rows.span[0] + start, rows.span[0] + end))
+            part = _Rows(
+                rows.index[start:end], None if rows.span is None else (rows.span[0] + start, rows.span[0] + end)
+            )
             if saved is None:
                 _, _, saved = backend.forward(
                     part.take(hidden_TD), weight_VD, bias_V, targets_R[start:end], softcap=ctx.head.softcap,
@@ -275,7 +278,12 @@ def linear_logprobs(
     is_all = index.numel() == targets_T.numel()
     rows = _Rows(index, (0, index.numel()) if is_all else None)
     out: torch.Tensor = _LinearLogprobs.apply(
-        hidden_TD, weight_VD.contiguous(), None if bias_V is None else bias_V.contiguous(), rows.take(targets_T), rows, head
+        hidden_TD,
+        weight_VD.contiguous(),
+        None if bias_V is None else bias_V.contiguous(),
+        rows.take(targets_T),
+        rows,
+        head,
     )
     return out
 
@@ -335,7 +343,9 @@ def _components(num_sequences: int, pairs: list[tuple[int, int]]) -> list[tuple[
 def _groups(batch: Batch, row_limit: int, single_limit: int) -> list[_Group]:
     """Whole components, as many to a group as ``row_limit`` rows hold."""
     num_rows = sum(batch.num_tokens)
-    everything = [_Group(sequences=list(range(len(batch.num_tokens))), pairs=list(range(len(batch.pairs))), num_rows=num_rows)]
+    everything = [
+        _Group(sequences=list(range(len(batch.num_tokens))), pairs=list(range(len(batch.pairs))), num_rows=num_rows)
+    ]
     if not batch.is_per_pair or num_rows <= single_limit:
         return everything
     groups: list[_Group] = []
@@ -352,7 +362,7 @@ class _PreferenceLoss(torch.autograd.Function):
     """Gradients are made in the forward pass, where the exponentials are; backward scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None,
         reference: _Reference, batch: Batch, head: Head,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -371,7 +381,7 @@ class _PreferenceLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         dloss = grads[0]
         assert dloss is not None
         # Not in place: a graph that is kept may be walked again. On a GPU the test would wait for the device.
@@ -443,7 +453,9 @@ class _Pass:
             if not num_chunks:
                 self.gradients.add(self.backend, None, self.loss_N, _Rows(batch.index, None))
 
-    def _forward(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: _Rows, **kw: Any) -> Any:
+    def _forward(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: _Rows, **kw: Any
+    ) -> Any:
         options = {"softcap": self.head.softcap, "temperature": self.head.temperature, **kw}
         return self.backend.forward(rows.take(hidden), weight, bias, rows.take(self.batch.targets_T), **options)
 
@@ -452,7 +464,9 @@ class _Pass:
         device, dtype = self.logprob_S.device, self.logprob_S.dtype
         sequences = torch.tensor(group.sequences, device=device)
         lengths = torch.tensor([self.batch.num_tokens[s] for s in group.sequences], device=device)
-        local_R = torch.arange(len(group.sequences), device=device).repeat_interleave(lengths, output_size=group.num_rows)
+        local_R = torch.arange(len(group.sequences), device=device).repeat_interleave(
+            lengths, output_size=group.num_rows
+        )
         logprob_R = torch.zeros(group.num_rows, dtype=dtype, device=device)
         ref_logprob_R = None if self.reference.hidden_TD is None else torch.zeros_like(logprob_R)
         saved = None
@@ -542,9 +556,9 @@ def _segment_sum(values_R: torch.Tensor, segment_R: torch.Tensor, lengths: torch
 
 
 def preference_loss(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *, ref_logprob_S: torch.Tensor | None,
-    ref_hidden_TD: torch.Tensor | None, ref_weight_VD: torch.Tensor | None, ref_bias_V: torch.Tensor | None, batch: Batch,
-    head: Head,
+    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *,
+    ref_logprob_S: torch.Tensor | None, ref_hidden_TD: torch.Tensor | None, ref_weight_VD: torch.Tensor | None,
+    ref_bias_V: torch.Tensor | None, batch: Batch, head: Head,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Loss, losses [N], sums of log-probs [S] of policy and reference; see ``tso_fast.preference_loss``."""
 
