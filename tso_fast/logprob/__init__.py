@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tso_fast.logprob import fused, reference
+from tso_fast.logprob import checks, fused, reference
 from tso_fast.logprob.fused import memory_budget_mib as memory_budget_mib
 from tso_fast.logprob.fused import set_memory_budget_mib as set_memory_budget_mib
 from tso_fast.losses import Loss, clipped_sides, loss_options, resolve_loss
@@ -76,51 +76,6 @@ def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = "") -> None:
-    if not hidden.is_floating_point():
-        raise ValueError(f"{prefix}hidden must be a floating-point tensor, got {hidden.dtype}")
-    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{prefix}weight must be [V, D] with D = {hidden.shape[-1] if hidden.dim() else '?'} "
-            f"as in {prefix}hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
-        )
-    if weight.dtype != hidden.dtype:
-        raise ValueError(f"{prefix}weight is {weight.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them")
-    if weight.device != hidden.device:
-        raise ValueError(f"{prefix}weight is on {weight.device} but {prefix}hidden is on {hidden.device}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
-        raise ValueError(
-            f"{prefix}bias must be [{weight.shape[0]}] on {hidden.device}, got {tuple(bias.shape)} on {bias.device}"
-        )
-
-
-def _check_targets(targets: torch.Tensor, hidden: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
-    """Checks the targets and returns which of them count, bool of their shape."""
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets must be int64, got {targets.dtype}")
-    if targets.device != hidden.device:
-        raise ValueError(f"targets are on {targets.device} but hidden is on {hidden.device}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])} as hidden without its last dimension, "
-                         f"got {tuple(targets.shape)}")  # fmt: skip
-    is_valid = targets != ignore_index
-    is_bad = is_valid & ((targets < 0) | (targets >= vocab))
-    if is_bad.any():
-        where = is_bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"targets{where} is {targets[tuple(where)].item()}; expected 0 <= target < {vocab} "
-            f"or ignore_index {ignore_index}"
-        )
-    return is_valid
-
-
-def _check_scalars(softcap: float | None, temperature: float) -> None:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature!r}")
-
-
 def linear_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -154,11 +109,14 @@ def linear_logprobs(
         ValueError: shapes, dtypes or devices that do not fit, a target outside [0, V), an ``impl`` not available.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)  # type: ignore[assignment]
-    _check_head(hidden, weight, bias)
-    _check_scalars(softcap, temperature)
-    is_valid = _check_targets(targets, hidden, weight.shape[0], ignore_index)
+    checks.check_head(hidden, weight, bias)
+    checks.check_scalars(softcap, temperature)
+    checks.check_targets(targets, hidden)
     backend = _resolve_impl(impl, hidden)
-    rows = is_valid.reshape(-1).nonzero()[:, 0]
+    (targets_host,) = checks.to_host(targets)
+    assert targets_host is not None
+    is_valid = checks.valid_targets(targets_host, weight.shape[0], ignore_index)
+    rows = is_valid.reshape(-1).nonzero()[:, 0].to(hidden.device, non_blocking=True)
     hidden_TD, targets_T = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     with torch.autocast(hidden.device.type, enabled=False):
         if backend is None:
@@ -228,55 +186,58 @@ def preference_loss(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = _autocast(  # type: ignore[assignment]
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     )
-    _check_head(hidden, weight, bias)
-    _check_scalars(softcap, temperature)
+    device = hidden.device
+    checks.check_head(hidden, weight, bias)
+    checks.check_scalars(softcap, temperature)
+    checks.check_targets(targets, hidden)
     loss_function = resolve_loss(loss, loss_options)
-    is_valid = _check_targets(targets, hidden, weight.shape[0], ignore_index)
-    sequence = _sequence_index(targets, cu_seqlens)
-    num_sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    pairs = _check_pairs(pairs, num_sequences, hidden.device)
-    num_pairs = pairs.shape[0]
-    index = is_valid.reshape(-1).nonzero()[:, 0]
-    num_tokens = torch.bincount(sequence.reshape(-1)[index], minlength=num_sequences)
-    if (is_empty := num_tokens[pairs.reshape(-1)] == 0).any():
-        empty = pairs.reshape(-1)[is_empty][0].item()
-        raise ValueError(f"sequence {empty} belongs to a pair but has no completion token: "
-                         f"every target is ignore_index ({ignore_index})")  # fmt: skip
     if token_weights is not None and token_weights.shape != targets.shape:
         raise ValueError(f"token_weights must be {tuple(targets.shape)}, got {tuple(token_weights.shape)}")
-    if token_weights is not None and token_weights.device != hidden.device:
-        raise ValueError(f"token_weights are on {token_weights.device} but hidden is on {hidden.device}")
-    scale = _check_pair_scalars("scale", scale, num_pairs, hidden.device, 0.0, None)
-    soft_label = _check_pair_scalars("soft_label", soft_label, num_pairs, hidden.device, 0.0, 1.0)
-    margin = _check_pair_scalars("margin", margin, num_pairs, hidden.device, 0.0, None)
+    if token_weights is not None and token_weights.device != device:
+        raise ValueError(f"token_weights are on {token_weights.device} but hidden is on {device}")
     if (ref_logprobs is None) == (ref_hidden is None):
         raise ValueError("give exactly one of ref_logprobs and ref_hidden: "
                          + ("neither was given" if ref_logprobs is None else "both were given"))  # fmt: skip
     if ref_hidden is not None:
         if ref_weight is None:
             ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        _check_head(ref_hidden, ref_weight, ref_bias, "ref_")
+        checks.check_head(ref_hidden, ref_weight, ref_bias, "ref_")
         if ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')} like hidden, "
                              f"got {tuple(ref_hidden.shape)}")  # fmt: skip
-        if ref_hidden.device != hidden.device:
-            raise ValueError(f"ref_hidden is on {ref_hidden.device} but hidden is on {hidden.device}")
-        _check_targets(targets, ref_hidden, ref_weight.shape[0], ignore_index)
+        if ref_hidden.device != device:
+            raise ValueError(f"ref_hidden is on {ref_hidden.device} but hidden is on {device}")
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave them out")
-    if ref_logprobs is not None and ref_logprobs.shape != (num_sequences,):
-        raise ValueError(f"ref_logprobs must be [{num_sequences}], one sum a sequence, got {tuple(ref_logprobs.shape)}")
     backend = _resolve_impl(impl, hidden)
 
+    host = checks.to_host(targets, cu_seqlens, pairs, scale, soft_label, margin)
+    assert host[0] is not None
+    vocab = min(weight.shape[0], weight.shape[0] if ref_weight is None else ref_weight.shape[0])
+    layout = checks.layout(host[0], vocab, ignore_index, host[1], host[2])
+    num_pairs, num_sequences = layout.pairs.shape[0], len(layout.num_tokens)
+    checks.check_pair_scalars("scale", host[3], num_pairs, 0.0, None)
+    checks.check_pair_scalars("soft_label", host[4], num_pairs, 0.0, 1.0)
+    checks.check_pair_scalars("margin", host[5], num_pairs, 0.0, None)
+    if ref_logprobs is not None and ref_logprobs.shape != (num_sequences,):
+        raise ValueError(f"ref_logprobs must be [{num_sequences}], one sum a sequence, got {tuple(ref_logprobs.shape)}")
+
+    def upload(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values.detach().to(device, non_blocking=True)
+
+    pairs = layout.pairs.to(device, non_blocking=True)
+    num_tokens = torch.tensor(layout.num_tokens).to(device, non_blocking=True)
+    scale, soft_label, margin, ref_logprobs = map(upload, (scale, soft_label, margin, ref_logprobs))
     with torch.autocast(hidden.device.type, enabled=False):
         if backend is None:
             options: dict[str, Any] = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index}
+            index, sequence = layout.index.to(device), layout.sequence.to(device)
 
             def sums(logprobs: torch.Tensor) -> torch.Tensor:
                 values = (logprobs if token_weights is None else logprobs * token_weights).reshape(-1)
                 # In float64: a margin is the small difference of large sums.
                 out = torch.zeros(num_sequences, dtype=torch.float64, device=values.device)
-                return out.index_add(0, sequence.reshape(-1), values.double()).to(logprobs.dtype)
+                return out.index_add(0, sequence, values[index].double()).to(logprobs.dtype)
 
             if ref_hidden is not None and ref_weight is not None:
                 with torch.no_grad():
@@ -285,16 +246,16 @@ def preference_loss(
                     )
             logprobs = sums(linear_logprobs(hidden, weight, targets, bias=bias, impl=impl, **options))
             assert ref_logprobs is not None
-            ref_logprobs = ref_logprobs.detach().to(logprobs)
+            ref_logprobs = ref_logprobs.to(logprobs)
             total, losses = _reduced_loss(
                 loss_function, logprobs, ref_logprobs, num_tokens, pairs, scale, soft_label, margin
             )
         else:
             batch = fused.Batch(
                 targets_T=targets.reshape(-1),
-                index=index,
-                num_tokens=num_tokens.tolist(),
-                pairs=pairs.tolist(),
+                index=layout.index.to(device, non_blocking=True),
+                num_tokens=layout.num_tokens,
+                pairs=layout.pairs.tolist(),
                 token_weights_T=None if token_weights is None else token_weights.detach().reshape(-1),
                 scale_N=scale,
                 soft_label_N=soft_label,
@@ -306,7 +267,7 @@ def preference_loss(
                 hidden.reshape(-1, hidden.shape[-1]),
                 weight,
                 bias,
-                ref_logprob_S=None if ref_logprobs is None else ref_logprobs.detach(),
+                ref_logprob_S=ref_logprobs,
                 ref_hidden_TD=None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1]),
                 ref_weight_VD=ref_weight,
                 ref_bias_V=ref_bias,
@@ -358,51 +319,3 @@ def _reduced_loss(
 def _reward_options(loss: str | Loss, given: dict[str, Any]) -> dict[str, Any]:
     """Options that the reported rewards and clips depend on; a loss without ``beta`` reports rewards at its default."""
     return {"beta": 0.1, **loss_options(loss), **given}
-
-
-def _sequence_index(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Sequence of every target, int64 of its shape."""
-    if cu_seqlens is None:
-        if targets.dim() != 2:
-            raise ValueError(f"padded input needs hidden [S, L, D] and targets [S, L], got targets "
-                             f"{tuple(targets.shape)}; packed input needs cu_seqlens")  # fmt: skip
-        return torch.arange(targets.shape[0], device=targets.device)[:, None].expand_as(targets)
-    if targets.dim() != 1:
-        raise ValueError(f"cu_seqlens goes with packed targets [T], got {tuple(targets.shape)}")
-    is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2 and not cu_seqlens.is_floating_point()
-    lengths = cu_seqlens.diff() if is_list else None
-    if lengths is None or (lengths < 0).any() or cu_seqlens[0] != 0 or cu_seqlens[-1] != targets.shape[0]:
-        raise ValueError(f"cu_seqlens must be [S+1] integers that rise from 0 to T = {targets.shape[0]}, "
-                         f"got {cu_seqlens.tolist()}")  # fmt: skip
-    index = torch.arange(lengths.numel(), device=targets.device)
-    return index.repeat_interleave(lengths.to(device=targets.device, dtype=torch.int64))
-
-
-def _check_pairs(pairs: torch.Tensor | None, num_sequences: int, device: torch.device) -> torch.Tensor:
-    if pairs is None:
-        if num_sequences % 2 or not num_sequences:
-            raise ValueError(f"without pairs the sequences are halved into chosen and rejected; {num_sequences} are "
-                             "no even, positive number")  # fmt: skip
-        half = num_sequences // 2
-        return torch.stack([torch.arange(half, device=device), torch.arange(half, num_sequences, device=device)], 1)
-    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.shape[0] == 0 or pairs.dtype != torch.int64:
-        raise ValueError(f"pairs must be [N, 2] int64 with N > 0, got {tuple(pairs.shape)} {pairs.dtype}")
-    if (is_bad := (pairs < 0) | (pairs >= num_sequences)).any():
-        row = int(is_bad.any(dim=1).nonzero()[0])
-        raise ValueError(f"pairs[{row}] is {pairs[row].tolist()}; expected sequences in [0, {num_sequences})")
-    return pairs.to(device)
-
-
-def _check_pair_scalars(
-    name: str, values: torch.Tensor | None, num_pairs: int, device: torch.device, low: float, high: float | None
-) -> torch.Tensor | None:
-    if values is None:
-        return None
-    if values.shape != (num_pairs,):
-        raise ValueError(f"{name} must be [{num_pairs}], one value a pair, got {tuple(values.shape)}")
-    is_good = (values >= low) & (values <= (torch.inf if high is None else high)) & values.isfinite()
-    if not is_good.all():
-        row = int((~is_good).nonzero()[0])
-        expected = f"finite and >= {low:g}" if high is None else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}[{row}] is {values[row].item()}; expected {expected}")
-    return values.to(device)

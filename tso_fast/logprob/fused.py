@@ -462,8 +462,8 @@ class _Pass:
     def group(self, group: _Group, chunks: list[tuple[int, int, _Rows]]) -> None:
         """Log-probs, losses and gradients of a group whose exponentials are kept only if they are one chunk."""
         device, dtype = self.logprob_S.device, self.logprob_S.dtype
-        sequences = torch.tensor(group.sequences, device=device)
-        lengths = torch.tensor([self.batch.num_tokens[s] for s in group.sequences], device=device)
+        sequences = _upload(group.sequences, device)
+        lengths = _upload([self.batch.num_tokens[s] for s in group.sequences], device)
         local_R = torch.arange(len(group.sequences), device=device).repeat_interleave(
             lengths, output_size=group.num_rows
         )
@@ -508,9 +508,8 @@ class _Pass:
         """Fills the losses of the group's pairs and returns the total's derivative by its sequences' log-probs."""
         batch, device = self.batch, self.logprob_S.device
         where = {s: i for i, s in enumerate(group.sequences)}
-        pairs = torch.tensor([[where[s] for s in batch.pairs[n]] for n in group.pairs], device=device).view(-1, 2)
-        chosen, rejected = pairs.unbind(1)
-        index = torch.tensor(group.pairs, dtype=torch.int64, device=device)
+        chosen, rejected = (_upload([where[batch.pairs[n][side]] for n in group.pairs], device) for side in (0, 1))
+        index = _upload(group.pairs, device)
 
         def of_pairs(values_N: torch.Tensor | None) -> torch.Tensor | None:
             return None if values_N is None else values_N[index].to(self.logprob_S.dtype)
@@ -548,11 +547,16 @@ def check_losses(losses: torch.Tensor, num_pairs: int) -> None:
         raise ValueError(f"the loss must return one value a pair, [{num_pairs}], got {tuple(losses.shape)}")
 
 
+def _upload(values: list[int], device: torch.device) -> torch.Tensor:
+    """Without waiting for the device, as torch.tensor(values, device=device) would."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
 def _segment_sum(values_R: torch.Tensor, segment_R: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Sums over the rows of each sequence, in the order of the rows: no atomics, the same bits alone or in a batch."""
     if values_R.device.type == "cpu":
         return values_R.new_zeros(lengths.numel()).index_add_(0, segment_R, values_R)
-    return torch.segment_reduce(values_R, "sum", lengths=lengths, initial=0.0)
+    return torch.segment_reduce(values_R, "sum", lengths=lengths, unsafe=True, initial=0.0)
 
 
 def preference_loss(

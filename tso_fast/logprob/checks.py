@@ -1,0 +1,145 @@
+"""What the ops refuse, and the layout of what they accept: on the host, before any work.
+
+Values on a GPU that decide what is computed, or that may be wrong, are fetched in one transfer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = "") -> None:
+    if not hidden.is_floating_point():
+        raise ValueError(f"{prefix}hidden must be a floating-point tensor, got {hidden.dtype}")
+    if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{prefix}weight must be [V, D] with D = {hidden.shape[-1] if hidden.dim() else '?'} "
+            f"as in {prefix}hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"{prefix}weight is {weight.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them")
+    if weight.device != hidden.device:
+        raise ValueError(f"{prefix}weight is on {weight.device} but {prefix}hidden is on {hidden.device}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
+        raise ValueError(
+            f"{prefix}bias must be [{weight.shape[0]}] on {hidden.device}, got {tuple(bias.shape)} on {bias.device}"
+        )
+
+
+def to_host(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Detached copies on the CPU, all of them after a single wait; those that are there already as they are."""
+    out = [None if t is None else t.detach().to("cpu", non_blocking=True) for t in tensors]
+    for device in {t.device for t in tensors if t is not None and t.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return out
+
+
+def check_targets(targets: torch.Tensor, hidden: torch.Tensor) -> None:
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    if targets.device != hidden.device:
+        raise ValueError(f"targets are on {targets.device} but hidden is on {hidden.device}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])} as hidden without its last dimension, "
+                         f"got {tuple(targets.shape)}")  # fmt: skip
+
+
+def valid_targets(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
+    """Which targets, on the host, count: bool of their shape. Raises ValueError where one is outside of [0, V)."""
+    is_valid = targets != ignore_index
+    is_bad = is_valid & ((targets < 0) | (targets >= vocab))
+    if is_bad.any():
+        where = is_bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"targets{where} is {targets[tuple(where)].item()}; expected 0 <= target < {vocab} "
+            f"or ignore_index {ignore_index}"
+        )
+    return is_valid
+
+
+def check_scalars(softcap: float | None, temperature: float) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which rows make which sequences, and which sequences make pairs; on the host."""
+
+    index: torch.Tensor
+    """[R] int64: rows of the flattened input that count."""
+    sequence: torch.Tensor
+    """[R] int64: their sequences."""
+    num_tokens: list[int]
+    pairs: torch.Tensor
+    """[N, 2] int64"""
+
+
+def layout(
+    targets: torch.Tensor, vocab: int, ignore_index: int, cu_seqlens: torch.Tensor | None, pairs: torch.Tensor | None
+) -> Layout:
+    """The layout of arguments on the host.
+
+    Raises:
+        ValueError: shapes that do not fit, targets or pairs outside their range, a pair with an empty sequence.
+    """
+    is_valid = valid_targets(targets, vocab, ignore_index)
+    lengths = _lengths(targets, cu_seqlens)
+    num_sequences = lengths.numel()
+    pairs = _pairs(pairs, num_sequences)
+    index = is_valid.reshape(-1).nonzero()[:, 0]
+    sequence = torch.arange(num_sequences).repeat_interleave(lengths)[index]
+    num_tokens = torch.bincount(sequence, minlength=num_sequences)
+    if (is_empty := num_tokens[pairs.reshape(-1)] == 0).any():
+        empty = pairs.reshape(-1)[is_empty][0].item()
+        raise ValueError(f"sequence {empty} belongs to a pair but has no completion token: "
+                         f"every target is ignore_index ({ignore_index})")  # fmt: skip
+    return Layout(index=index, sequence=sequence, num_tokens=num_tokens.tolist(), pairs=pairs)
+
+
+def _lengths(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """Positions of every sequence, [S] int64."""
+    if cu_seqlens is None:
+        if targets.dim() != 2:
+            raise ValueError(f"padded input needs hidden [S, L, D] and targets [S, L], got targets "
+                             f"{tuple(targets.shape)}; packed input needs cu_seqlens")  # fmt: skip
+        return torch.full((targets.shape[0],), targets.shape[1])
+    if targets.dim() != 1:
+        raise ValueError(f"cu_seqlens goes with packed targets [T], got {tuple(targets.shape)}")
+    is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2 and not cu_seqlens.is_floating_point()
+    lengths = cu_seqlens.diff() if is_list else None
+    if lengths is None or (lengths < 0).any() or cu_seqlens[0] != 0 or cu_seqlens[-1] != targets.shape[0]:
+        raise ValueError(f"cu_seqlens must be [S+1] integers that rise from 0 to T = {targets.shape[0]}, "
+                         f"got {cu_seqlens.tolist()}")  # fmt: skip
+    return lengths.to(torch.int64)
+
+
+def _pairs(pairs: torch.Tensor | None, num_sequences: int) -> torch.Tensor:
+    if pairs is None:
+        if num_sequences % 2 or not num_sequences:
+            raise ValueError(f"without pairs the sequences are halved into chosen and rejected; {num_sequences} are "
+                             "no even, positive number")  # fmt: skip
+        return torch.arange(num_sequences).view(2, -1).T
+    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.shape[0] == 0 or pairs.dtype != torch.int64:
+        raise ValueError(f"pairs must be [N, 2] int64 with N > 0, got {tuple(pairs.shape)} {pairs.dtype}")
+    if (is_bad := (pairs < 0) | (pairs >= num_sequences)).any():
+        row = int(is_bad.any(dim=1).nonzero()[0])
+        raise ValueError(f"pairs[{row}] is {pairs[row].tolist()}; expected sequences in [0, {num_sequences})")
+    return pairs
+
+
+def check_pair_scalars(name: str, values: torch.Tensor | None, num_pairs: int, low: float, high: float | None) -> None:
+    """Raises ValueError unless the scalars, on the host, are [N] finite numbers in [low, high]."""
+    if values is None:
+        return
+    if values.shape != (num_pairs,):
+        raise ValueError(f"{name} must be [{num_pairs}], one value a pair, got {tuple(values.shape)}")
+    is_good = (values >= low) & (values <= (torch.inf if high is None else high)) & values.isfinite()
+    if not is_good.all():
+        row = int((~is_good).nonzero()[0])
+        expected = f"finite and >= {low:g}" if high is None else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}[{row}] is {values[row].item()}; expected {expected}")
