@@ -20,7 +20,7 @@ constexpr double kLn2 = 0.693147180559945309417, kLog2e = 1.44269504088896340736
 // Rows of W to a tile of logits: [96, 64] accumulators stay in the first-level cache between product and exponential.
 constexpr int64_t kVocabTile = 96;
 // Tiles whose sums form one partial sum: short chains of float, few of them.
-constexpr int64_t kTilesPerTask = 12;
+constexpr int64_t kTilesPerTask = 4;
 // Rows of W that one pass of dh's product goes over.
 constexpr int64_t kVocabBlock = 384;
 // A sum outside of [2^-100, 2^100] may have lost terms to a bound of the exponential.
@@ -336,7 +336,10 @@ void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps
 
 void logprob_backward(const Head& head, const double* dlogprob_T, const Row* row_T, void* exps, const Gradients& gradients) {
     const Ops& ops = *head.ops;
-    const int64_t stride = exps_stride(ops, head.T);
+    const int64_t stride = exps_stride(ops, head.T), numel = head.V * head.D;
+    if (gradients.dweight_acc_VD != nullptr && gradients.is_first)
+        advise_huge_pages(gradients.dweight_acc_VD, numel * ops.acc_size);
+    if (gradients.dweight_VD != nullptr) advise_huge_pages(gradients.dweight_VD, numel * dtype_size(head.dtype));
     const std::vector<Range> ranges = active_ranges(ops, dlogprob_T, head.T);
     Buffer factor(stride * ops.acc_size);
     for (int64_t t = 0; t < stride; ++t) {

@@ -262,6 +262,7 @@ def preference_loss(
                 margin_N=margin,
                 loss=loss_function,
                 is_per_pair=isinstance(loss, str),
+                dual_clip=_reward_options(loss, loss_options) if loss == "dual_clip" else None,
             )
             total, losses, logprobs, ref_logprobs = fused.preference_loss(
                 hidden.reshape(-1, hidden.shape[-1]),

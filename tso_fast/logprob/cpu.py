@@ -59,8 +59,7 @@ def forward(
     softcap: float | None,
     temperature: float,
     keep: bool,
-    offset_T: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, Saved | None]:
+) -> tuple[torch.Tensor, Saved | None]:
     """Log-probs [T] float64 of checked, contiguous arguments, and with ``keep`` what ``backward`` needs."""
     extension, name = _extension(), _name(hidden_TD.dtype)
     isa = _isa(name)
@@ -80,7 +79,7 @@ def forward(
         size = extension.logprob_exps_bytes(targets_T.numel(), weight_VD.shape[0], name, isa)
         exps = torch.empty(size, dtype=torch.uint8)
     logprobs, rows = extension.logprob_forward(*head, None if exps is None else exps.numpy())
-    return torch.from_numpy(logprobs), None, None if exps is None else Saved(head=head, rows=rows, exps=exps)
+    return torch.from_numpy(logprobs), None if exps is None else Saved(head=head, rows=rows, exps=exps)
 
 
 def backward(
@@ -107,6 +106,17 @@ def backward(
         _numpy(dbias_V),
         is_first,
     )
+
+
+def segment_sum(values_R: torch.Tensor, weights_R: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Sums [S] float64 over the rows of every sequence; see ``fused.Backend``."""
+    values = values_R.double() if weights_R is None else values_R.double() * weights_R
+    lengths = cu_seqlens.diff()
+    segments = torch.arange(lengths.numel()).repeat_interleave(lengths)
+    return values.new_zeros(lengths.numel()).index_add_(0, segments, values)
+
+
+dual_clip_epilogue = None
 
 
 def _extension() -> Any:

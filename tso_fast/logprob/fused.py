@@ -64,12 +64,9 @@ class Backend(Protocol):
 
     def forward(
         self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_T: torch.Tensor, *,
-        softcap: float | None, temperature: float, keep: bool, offset_T: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:  # fmt: skip
-        """Log-probs [T] in float32 or better, log-sum-exps [T] or None, and if ``keep`` what ``backward`` needs.
-
-        offset_T: a guess of the log-sum-exps, e.g. those of the reference.
-        """
+        softcap: float | None, temperature: float, keep: bool,
+    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
+        """Log-probs [T] in float32 or better, and if ``keep`` what ``backward`` needs."""
 
     def backward(
         self, saved: Any, dlogprobs_T: torch.Tensor, *, dhidden_TD: torch.Tensor | None,
@@ -81,6 +78,14 @@ class Backend(Protocol):
         dhidden_TD: written. dweight_acc_VD: added to, or written when ``is_first``; with dweight_VD, which comes with
         the last chunk, the sum goes there instead, rounded once. dbias_V: added to, or written when ``is_first``.
         """
+
+    def segment_sum(
+        self, values_R: torch.Tensor, weights_R: torch.Tensor | None, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """Sums [S] float64 of (weighted) values over the rows cu_seqlens[s] : cu_seqlens[s + 1], in a fixed order."""
+
+    dual_clip_epilogue: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None
+    """The loss ``dual_clip`` and its gradient in few launches, or None: through autograd like every other loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,7 +224,7 @@ class _LinearLogprobs(torch.autograd.Function):
             jacobian_RD = torch.empty_like(hidden_RD, dtype=acc_dtype(hidden_TD.dtype))
             for start, end in _tiles(targets_R.numel(), limit):
                 args = hidden_RD[start:end], weight_VD, bias_V, targets_R[start:end]
-                logprobs, _, saved = backend.forward(*args, **options, keep=True)
+                logprobs, saved = backend.forward(*args, **options, keep=True)
                 out[start:end] = logprobs
                 backend.backward(
                     saved, torch.ones_like(out[start:end]), dhidden_TD=jacobian_RD[start:end], dweight_acc_VD=None,
@@ -229,7 +234,7 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.save_for_backward(jacobian_RD, hidden_TD)
             return out
         keep = any(needs) and targets_R.numel() <= limit
-        logprobs, _, ctx.saved = backend.forward(hidden_RD, weight_VD, bias_V, targets_R, **options, keep=keep)
+        logprobs, ctx.saved = backend.forward(hidden_RD, weight_VD, bias_V, targets_R, **options, keep=keep)
         out.copy_(logprobs)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_R)
         return out
@@ -261,7 +266,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 rows.index[start:end], None if rows.span is None else (rows.span[0] + start, rows.span[0] + end)
             )
             if saved is None:
-                _, _, saved = backend.forward(
+                _, saved = backend.forward(
                     part.take(hidden_TD), weight_VD, bias_V, targets_R[start:end], softcap=ctx.head.softcap,
                     temperature=ctx.head.temperature, keep=True,
                 )  # fmt: skip
@@ -309,6 +314,8 @@ class Batch:
     loss: Callable[[PairLogprobs], torch.Tensor]
     is_per_pair: bool
     """Whether a pair's loss depends on that pair alone; unknown for a function of the user's."""
+    dual_clip: dict[str, float] | None
+    """The options, all of them, if that is the loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -411,7 +418,7 @@ class _Pass:
         self.reference, self.batch, self.head, self.backend = reference, batch, head, head.backend
         self.needs_grad = any(needs)
         device, self.out_dtype = hidden_TD.device, acc_dtype(hidden_TD.dtype)
-        dtype = torch.float64 if device.type == "cpu" else self.out_dtype  # of the sums and of the loss
+        dtype = torch.float64  # of the sums and of the loss: a margin is the small difference of large sums
         S, N = len(batch.num_tokens), len(batch.pairs)
         self.logprob_S = torch.zeros(S, dtype=dtype, device=device)
         self.ref_logprob_S = torch.zeros(S, dtype=dtype, device=device)
@@ -464,33 +471,25 @@ class _Pass:
         device, dtype = self.logprob_S.device, self.logprob_S.dtype
         sequences = _upload(group.sequences, device)
         lengths = _upload([self.batch.num_tokens[s] for s in group.sequences], device)
-        local_R = torch.arange(len(group.sequences), device=device).repeat_interleave(
-            lengths, output_size=group.num_rows
-        )
-        logprob_R = torch.zeros(group.num_rows, dtype=dtype, device=device)
-        ref_logprob_R = None if self.reference.hidden_TD is None else torch.zeros_like(logprob_R)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        logprob_R = torch.empty(group.num_rows, dtype=torch.float64, device=device)
+        ref_logprob_R = None if self.reference.hidden_TD is None else torch.empty_like(logprob_R)
         saved = None
         for start, end, rows in chunks:
-            offset = None
             if ref_logprob_R is not None:
                 reference = self.reference.hidden_TD, self.reference.weight_VD, self.reference.bias_V
-                ref_logprob_R[start:end], offset, _ = self._forward(*reference, rows, keep=False)  # type: ignore[arg-type]
-            head = self.hidden_TD, self.weight_VD, self.bias_V
+                ref_logprob_R[start:end], _ = self._forward(*reference, rows, keep=False)  # type: ignore[arg-type]
             keep = self.needs_grad and len(chunks) == 1
-            logprob_R[start:end], _, saved = self._forward(*head, rows, keep=keep, offset_T=offset)
+            logprob_R[start:end], saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, keep=keep)
 
         weight_R = None
         if self.batch.token_weights_T is not None and chunks:
-            weight_R = torch.cat([rows.take(self.batch.token_weights_T) for _, _, rows in chunks]).to(dtype)
-
-        def sums(values_R: torch.Tensor) -> torch.Tensor:
-            weighted = values_R if weight_R is None else values_R * weight_R
-            return _segment_sum(weighted, local_R, lengths)
-
-        self.logprob_S[sequences] = sums(logprob_R)
+            weight_R = torch.cat([rows.take(self.batch.token_weights_T) for _, _, rows in chunks]).to(torch.float64)
+        self.logprob_S[sequences] = self.backend.segment_sum(logprob_R, weight_R, cu_seqlens)
         if ref_logprob_R is not None:
-            self.ref_logprob_S[sequences] = sums(ref_logprob_R)
-        dlogprob_R = self._losses(group, sequences, lengths)[local_R]
+            self.ref_logprob_S[sequences] = self.backend.segment_sum(ref_logprob_R, weight_R, cu_seqlens)
+        dlogprob_S = self._losses(group, sequences, lengths)
+        dlogprob_R = dlogprob_S.repeat_interleave(lengths, output_size=group.num_rows)
         if weight_R is not None:
             dlogprob_R = dlogprob_R * weight_R
         if self.gradients is None:
@@ -500,7 +499,7 @@ class _Pass:
             # Only where looking costs no wait for the device.
             is_nothing = device.type == "cpu" and not bool(upstream.any())
             if saved is None and not is_nothing:
-                saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, keep=True)[2]
+                saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, keep=True)[1]
             self.gradients.add(self.backend, None if is_nothing else saved, upstream, rows)
             saved = None
 
@@ -516,9 +515,16 @@ class _Pass:
 
         if not group.pairs:
             return self.logprob_S.new_zeros(len(group.sequences))
+        logprob, ref_logprob, scale = self.logprob_S[sequences], self.ref_logprob_S[sequences], of_pairs(batch.scale_N)
+        if batch.dual_clip is not None and self.backend.dual_clip_epilogue is not None:
+            soft_label, margin = of_pairs(batch.soft_label_N), of_pairs(batch.margin_N)
+            self.loss_N[index], dlogprob = self.backend.dual_clip_epilogue(
+                logprob, ref_logprob, torch.stack([chosen, rejected], 1), scale, soft_label, margin,
+                weight_sum=self.weight_sum, **batch.dual_clip,
+            )  # fmt: skip
+            return dlogprob
         with torch.enable_grad():
-            logprob = self.logprob_S[sequences].requires_grad_()
-            ref_logprob = self.ref_logprob_S[sequences]
+            logprob.requires_grad_()
             losses = batch.loss(
                 PairLogprobs(
                     chosen=logprob[chosen],
@@ -532,7 +538,6 @@ class _Pass:
                 )
             )
             check_losses(losses, len(group.pairs))
-            scale = of_pairs(batch.scale_N)
             total = (losses if scale is None else losses * scale).sum() / self.weight_sum
         self.loss_N[index] = losses.detach().to(self.loss_N.dtype)
         if not self.needs_grad or not total.requires_grad:
@@ -550,13 +555,6 @@ def check_losses(losses: torch.Tensor, num_pairs: int) -> None:
 def _upload(values: list[int], device: torch.device) -> torch.Tensor:
     """Without waiting for the device, as torch.tensor(values, device=device) would."""
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def _segment_sum(values_R: torch.Tensor, segment_R: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Sums over the rows of each sequence, in the order of the rows: no atomics, the same bits alone or in a batch."""
-    if values_R.device.type == "cpu":
-        return values_R.new_zeros(lengths.numel()).index_add_(0, segment_R, values_R)
-    return torch.segment_reduce(values_R, "sum", lengths=lengths, unsafe=True, initial=0.0)
 
 
 def preference_loss(
