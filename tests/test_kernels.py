@@ -24,6 +24,7 @@ if importlib.util.find_spec("triton") is None:
 
 from tso_fast.kernels import linear_logprob, pair_loss
 
+from tso_fast import logprob
 from tso_fast.logprob import triton as backend
 from tso_fast.losses import dual_clip
 from tso_fast.types import PairLogprobs
@@ -32,6 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not linear_logprob.INTERPRETED.value, reason="no GPU, and triton was imported uninterpreted"
 )
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on what is not finite
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 HEADS: dict[str, dict[str, Any]] = {
@@ -85,9 +87,9 @@ def plain(p: Problem, dtype: torch.dtype, softcap: float | None, temperature: fl
     return [out.detach(), *torch.autograd.grad(out, leaves, p.upstream.to(dtype))]
 
 
-def fused(p: Problem, *, offset: torch.Tensor | None = None, **head: Any) -> list[torch.Tensor]:
+def fused(p: Problem, **head: Any) -> list[torch.Tensor]:
     """The same by the kernels, in one chunk."""
-    logprob, _, saved = backend.forward(*p.inputs, **head, keep=True, offset_T=offset)
+    logprob, saved = backend.forward(*p.inputs, **head, keep=True)
     return [logprob, *gradients(p, saved)]
 
 
@@ -105,10 +107,13 @@ def assert_as_good_as_torch(p: Problem, got: list[torch.Tensor], **head: Any) ->
     assert got[0].dtype == F32
     assert error <= (in_f32[0] - exact[0]).abs().max() + 1e-6 * (1 + exact[0].abs().max()), error
     for mine, true, torchs in zip(got[1:], exact[1:], in_dtype[1:], strict=True):
-        hair = torch.finfo(p.hidden.dtype).eps * true.abs().max() / 2
+        # In float32 both err by a few roundings, in another order.
+        hair = torch.finfo(p.hidden.dtype).eps * true.abs().max() * (3 if p.hidden.dtype == F32 else 0.5)
         assert (mine - true).abs().max() <= (torchs - true).abs().max() + hair
         # Over few elements it is chance which rounding errs less.
-        hair = torch.finfo(p.hidden.dtype).eps * true.norm() * (0.1 if true.numel() > 500 else 1)
+        hair = (
+            torch.finfo(p.hidden.dtype).eps * true.norm() * (0.1 if true.numel() > 500 and p.hidden.dtype != F32 else 1)
+        )
         assert (mine - true).norm() <= (torchs - true).norm() + hair
 
 
@@ -128,13 +133,9 @@ def test_values_and_gradients(T: int, V: int, D: int, bias: bool, head: str, dty
     got = fused(p, **HEADS[head])
     assert_as_good_as_torch(p, got, **HEADS[head])
     assert not got[1][p.upstream == 0].any()
-    logprob, lse, saved = backend.forward(*p.inputs, **HEADS[head], keep=False)
+    logprob, saved = backend.forward(*p.inputs, **HEADS[head], keep=False)
     assert saved is None
     torch.testing.assert_close(logprob, got[0], rtol=2e-6, atol=2e-6)
-    z = p.hidden.to(F64) @ p.weight.to(F64).T + (0 if p.bias is None else p.bias.to(F64))
-    softcap, temperature = HEADS[head].values()
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    torch.testing.assert_close(lse, (z / temperature).logsumexp(1).to(F32), rtol=2e-6, atol=2e-6)
 
 
 @needs_gpu
@@ -150,9 +151,10 @@ def test_large(D: int, head: str, bias: bool, dtype: torch.dtype) -> None:
 @needs_gpu
 def test_more_than_2_to_31_logits() -> None:
     p = problem(20000, 120001, 64)
-    _, lse, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    logprob, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
     z = p.hidden[-3:].to(F64) @ p.weight.to(F64).T
-    torch.testing.assert_close(lse[-3:], z.logsumexp(1).to(F32), rtol=1e-6, atol=1e-6)
+    exact = z.log_softmax(1).gather(1, p.targets[-3:, None])[:, 0]
+    torch.testing.assert_close(logprob[-3:], exact.to(F32), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         saved.exp_TV[-3:, :120001].to(F64), (z - saved.offset_T[-3:, None]).exp(), rtol=8e-3, atol=0
     )
@@ -176,13 +178,12 @@ def test_autotune(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(keep: bool) -> None:
     p = problem(37, 131, 72, bias=True)
-    logprob, lse, saved = backend.forward(*p.inputs, **HEADS["both"], keep=keep)
+    logprob, saved = backend.forward(*p.inputs, **HEADS["both"], keep=keep)
     dhidden = gradients(p, saved)[0] if keep else None
     for t in (0, 20, 36):
         one = Problem(p.hidden[t : t + 1], p.weight, p.bias, p.targets[t : t + 1], p.upstream[t : t + 1])
-        one_logprob, one_lse, one_saved = backend.forward(*one.inputs, **HEADS["both"], keep=keep)
+        one_logprob, one_saved = backend.forward(*one.inputs, **HEADS["both"], keep=keep)
         assert torch.equal(one_logprob, logprob[t : t + 1])
-        assert torch.equal(one_lse, lse[t : t + 1])
         if dhidden is not None:
             assert torch.equal(gradients(one, one_saved)[0], dhidden[t : t + 1])
 
@@ -190,27 +191,19 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(keep: bool) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("head", ["plain", "both"])
-def test_an_offset_may_be_wrong(dtype: torch.dtype, head: str) -> None:
+def test_targets_out_of_reach(dtype: torch.dtype, head: str) -> None:
+    """Exponentials are relative to the target's logit; rows where that is too low are done again, and no others."""
     p = problem(37, 131, 72, dtype, bias=True)
-    logprob, lse, _ = backend.forward(*p.inputs, **HEADS[head], keep=False)
-    wrong = torch.tensor([0, 30, -30, 39, -39, 41, -41, 79, 90, -90, 500, -500, 3e38, math.inf, -math.inf, math.nan])
-    offset = lse + torch.cat([wrong, torch.zeros(21)]).to(DEVICE)
-    given = offset.clone()
-    got = fused(p, offset=offset, **HEADS[head])
-    torch.testing.assert_close(offset, given, rtol=0, atol=0, equal_nan=True)  # the caller's is left alone
+    usual = fused(p, **HEADS[head])
+    p.hidden[:16] *= torch.linspace(2, 400, 16, device=DEVICE)[:, None].to(dtype)
+    p.targets[:16] = (p.hidden[:16].to(F64) @ p.weight.to(F64).T + p.bias.to(F64)).argmin(1)
+    got = fused(p, **HEADS[head])
     assert_as_good_as_torch(p, got, **HEADS[head])
-    torch.testing.assert_close(got[0], logprob, rtol=0, atol=1e-5)
-    # What is done again for some rows leaves their neighbours as they were.
-    offset[:16] = lse[:16]
-    assert torch.equal(fused(p, offset=offset, **HEADS[head])[0][16:], got[0][16:])
-
-
-@needs_kernels
-@pytest.mark.parametrize("std", [2.5, 40.0])
-def test_an_offset_guessed_from_a_sample(std: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_logprob, "PILOT_ROWS", 16)
-    p = problem(23, 300, 40, std=std, bias=True)
-    assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
+    if head == "plain":  # a softcap keeps all targets within reach
+        assert (got[0][:16] < -linear_logprob.REACH.value).sum() > 8
+    torch.testing.assert_close(got[0], backend.forward(*p.inputs, **HEADS[head], keep=False)[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[0][16:], usual[0][16:])
+    assert torch.equal(got[1][16:], usual[1][16:])
 
 
 @needs_kernels
@@ -221,10 +214,10 @@ def test_float16_logits_of_10_000_and_upstream_gradients_of_1e_9() -> None:
     torch.testing.assert_close(got[0], exact[0].to(F32), rtol=1e-5, atol=0.01)
     p = problem(23, 131, 40, F16)
     exact = plain(p, F64, **HEADS["plain"])
-    _, _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
     dhidden, dweight = nan_like(p.hidden, F32), nan_like(p.weight, F32)
-    backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_acc_VD=dweight, dweight_VD=None, dbias_V=None,
-                     is_first=True)  # fmt: skip
+    backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_acc_VD=dweight, dweight_VD=None,
+                     dbias_V=None, is_first=True)  # fmt: skip
     for mine, true in ((dhidden, exact[1]), (dweight, exact[2])):
         assert (mine * 1e9 - true).norm() < 1e-3 * true.norm()
 
@@ -239,7 +232,7 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
     bounds = [0, 17, 18, 50]
     for start, end in itertools.pairwise(bounds):
         inputs = p.hidden[start:end], p.weight, p.bias, p.targets[start:end]
-        _, _, saved = backend.forward(*inputs, **HEADS["both"], keep=True)
+        _, saved = backend.forward(*inputs, **HEADS["both"], keep=True)
         backend.backward(
             saved, p.upstream[start:end], dhidden_TD=dhidden[start:end], dweight_acc_VD=acc,
             dweight_VD=dweight if end == 50 else None, dbias_V=dbias, is_first=start == 0,
@@ -254,8 +247,7 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("value", [1e4, math.inf, math.nan])
-@pytest.mark.parametrize("head", ["plain", "both"])
+@pytest.mark.parametrize(("value", "head"), [(1e4, "plain"), (math.inf, "both"), (math.nan, "plain")])
 def test_rows_without_a_gradient_add_nothing_whatever_they_hold(value: float, head: str) -> None:
     p = problem(64, 131, 40)  # three rows in a block, and a whole block
     idle = torch.tensor([3, 5, 60, *range(16, 32)])
@@ -270,7 +262,7 @@ def test_rows_without_a_gradient_add_nothing_whatever_they_hold(value: float, he
     if not math.isfinite(value):
         assert not got[0][idle].isfinite().any()
     # A block of such rows is not even read.
-    _, _, saved = backend.forward(*p.inputs, **HEADS[head], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS[head], keep=True)
     if DEVICE == "cpu":
         saved.exp_TV[16:32] = math.nan
     assert torch.equal(gradients(p, saved)[1], want[2])
@@ -284,9 +276,11 @@ def test_no_gradient_at_all() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("head", ["plain", "both"])
-@pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("value", "dtype", "head"),
+    [(math.inf, BF16, "plain"), (-math.inf, BF16, "both"), (math.inf, F16, "both"), (math.nan, F16, "plain"),
+     (math.nan, BF16, "both")],
+)  # fmt: skip
 def test_a_row_that_is_not_finite_shows_and_disturbs_no_other(value: float, dtype: torch.dtype, head: str) -> None:
     p = problem(23, 131, 40, dtype)
     p.upstream[:] = 1.0
@@ -304,11 +298,9 @@ def test_a_row_that_is_not_finite_shows_and_disturbs_no_other(value: float, dtyp
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_bias_may_rule_out_classes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_logprob, "PILOT_ROWS", 16)
+def test_a_bias_may_rule_out_classes(dtype: torch.dtype) -> None:
     p = problem(23, 200, 40, dtype, bias=True)
     p.bias[64:128] = -math.inf  # a whole tile
-    p.bias[::12] = -math.inf  # and all of the sample
     p.targets[p.bias[p.targets].isinf()] = 1
     assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
     exact = plain(p, F64, **HEADS["plain"])[0].to(F32)
@@ -346,14 +338,14 @@ def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     called = []
     monkeypatch.setattr(linear_logprob, "scaled_hidden", lambda *args: called.append("scaled_hidden"))
     given: dict[str, Any] = {"dweight_acc_VD": None, "dbias_V": None, "is_first": True}
-    _, _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
     out = nan_like(p.hidden)
     backend.backward(saved, p.upstream, dhidden_TD=out, dweight_VD=None, **given)
     assert torch.equal(out, dhidden)
     assert not called
     monkeypatch.undo()
     monkeypatch.setattr(linear_logprob, "dhidden", lambda *args: called.append("dhidden"))
-    _, _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
     out = nan_like(p.weight)
     backend.backward(saved, p.upstream, dhidden_TD=None, dweight_VD=out, **given)
     assert torch.equal(out, dweight)
@@ -365,7 +357,7 @@ def test_memory_of_a_row() -> None:
     for V, dtype in ((131, BF16), (131, F32), (64, F16)):
         p = problem(23, V, 40, dtype)
         for head in HEADS.values():
-            _, _, saved = backend.forward(*p.inputs, **head, keep=True)
+            _, saved = backend.forward(*p.inputs, **head, keep=True)
             kept = [saved.exp_TV, saved.sumexp_T, saved.offset_T, saved.target_logit_T]
             assert sum(x.nbytes for x in kept) <= 23 * backend.bytes_per_row(p.weight) <= 23 * (256 + V) * 8
 
@@ -390,16 +382,14 @@ CU_SEQLENS = [0, 3, 3, 1200, 3300, 3301]
 @needs_kernels
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 @pytest.mark.parametrize("has_weights", [False, True])
-def test_sums_over_sequences_and_back(has_weights: bool, integer: torch.dtype) -> None:
+def test_sums_over_sequences(has_weights: bool, integer: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     logprob, weight = torch.randn(3301, generator=g).to(DEVICE), torch.rand(3301, generator=g).to(DEVICE)
     cu_seqlens = torch.tensor(CU_SEQLENS, dtype=integer, device=DEVICE)
     weights = weight if has_weights else torch.ones_like(weight)
     sums = backend.segment_sum(logprob, weight if has_weights else None, cu_seqlens)
-    parts = [(logprob * weights)[a:b].to(F64).sum() for a, b in itertools.pairwise(CU_SEQLENS)]
-    torch.testing.assert_close(sums, torch.stack(parts).to(F32), rtol=1e-5, atol=1e-5)
-    tokens = backend.expand(sums, weight if has_weights else None, cu_seqlens, 3301)
-    assert torch.equal(tokens, weights * sums.repeat_interleave(cu_seqlens.diff()))
+    parts = [(logprob.to(F64) * weights)[a:b].sum() for a, b in itertools.pairwise(CU_SEQLENS)]
+    torch.testing.assert_close(sums, torch.stack(parts), rtol=1e-13, atol=1e-13)
     alone = backend.segment_sum(logprob[3:1200], weight[3:1200] if has_weights else None, cu_seqlens[2:4] - 3)
     assert torch.equal(alone, sums[2:3])
 
@@ -413,11 +403,11 @@ def test_dual_clip_agrees_with_the_loss(clips: tuple[float, float], has_scalars:
     logprob, ref = torch.randn(S, generator=g) * 9 - 80, torch.randn(S, generator=g) * 9 - 80
     pairs = torch.randint(S - 1, (N, 2), generator=g)
     scale, label, margin = (torch.rand(N, generator=g) if has_scalars else None for _ in range(3))
-    weight_sum = N if scale is None else scale.sum()
+    weight_sum = torch.tensor(float(N)) if scale is None else scale.sum()
     kw = {"beta": 0.1, "clip_chosen": clips[0], "clip_rejected": clips[1]}
     there = [None if x is None else x.to(DEVICE) for x in (scale, label, margin)]
     losses, grad = backend.dual_clip_epilogue(
-        logprob.to(DEVICE), ref.to(DEVICE), pairs.to(DEVICE), *there, **kw, weight_sum=weight_sum
+        logprob.to(DEVICE), ref.to(DEVICE), pairs.to(DEVICE), *there, **kw, weight_sum=weight_sum.to(DEVICE)
     )
 
     leaf, ref = logprob.to(F64).requires_grad_(), ref.to(F64)
@@ -429,8 +419,8 @@ def test_dual_clip_agrees_with_the_loss(clips: tuple[float, float], has_scalars:
     )  # fmt: skip
     want = dual_clip(record, **kw)
     ((want if scale is None else scale * want).sum() / weight_sum).backward()
-    torch.testing.assert_close(losses.cpu(), want.detach().to(F32), rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(grad.cpu(), leaf.grad.to(F32), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses.cpu(), want.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad.cpu(), leaf.grad, rtol=1e-11, atol=1e-14)
     assert grad[-1] == 0
 
 
@@ -454,10 +444,76 @@ def test_losses_far_out() -> None:
     logprob = torch.tensor([0.0, 200.0, 1e6, 0.0], device=DEVICE)
     pairs = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]], device=DEVICE)
     losses, grad = pair_loss.dual_clip_epilogue(
-        logprob, torch.zeros_like(logprob), pairs, None, None, None, 1.0, math.inf, math.inf, 4.0
-    )
-    assert losses.tolist() == [200.0, 0.0, 0.0, 1e6]
-    assert grad.tolist() == [-0.25, 0.25, 0.25, -0.25]
+        logprob, torch.zeros_like(logprob), pairs, None, None, None, 1.0, math.inf, math.inf,
+        torch.tensor(4.0, device=DEVICE),
+    )  # fmt: skip
+    assert losses.tolist() == pytest.approx([200.0, 0.0, 0.0, 1e6])
+    assert grad.tolist() == pytest.approx([-0.25, 0.25, 0.25, -0.25])
+
+
+# --------------------------------------------------------------------------------------------------- through the ops
+
+
+@needs_kernels
+@pytest.mark.parametrize("loss", ["dual_clip", "dpo"])
+@pytest.mark.parametrize("rows", [1000, 40, 16])
+def test_the_ops_agree_with_the_reference(loss: str, rows: int) -> None:
+    """In one chunk, in chunks of pairs, and with pairs that fit into none."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 15, 40, generator=g), torch.randn(131, 40, generator=g) / 3
+    targets = torch.randint(131, (6, 15), generator=g)
+    targets[:, :3] = -100
+    targets[1, 9:] = -100
+    targets = targets.to(DEVICE)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (hidden, weight, torch.randn(131, generator=g))]
+    options = {
+        "pairs": torch.tensor([[0, 1], [4, 3], [0, 5], [2, 1]]), "scale": torch.tensor([1.0, 2.0, 0.5, 0.0]),
+        "soft_label": torch.tensor([1.0, 0.9, 0.8, 0.7]), "margin": torch.tensor([0.0, 0.1, 0.0, 0.2]),
+        "token_weights": torch.rand(6, 15, generator=g),
+        "ref_hidden": hidden + 0.3 * torch.randn(6, 15, 40, generator=g),
+    }  # fmt: skip
+    options = {name: x.to(DEVICE) for name, x in options.items()}
+    if loss == "dual_clip":
+        options.update(clip_chosen=0.05, clip_rejected=0.05, beta=0.2)
+    results = []
+    try:
+        for impl in ("reference", "triton"):
+            logprob.set_memory_budget_mib(rows * backend.bytes_per_row(leaves[1]) / 2**20, DEVICE)
+            head = {"bias": leaves[2], "impl": impl}
+            out = logprob.preference_loss(
+                *leaves[:2], targets, loss=loss, softcap=8.0, temperature=1.2, **head, **options
+            )
+            tokens = logprob.linear_logprobs(*leaves[:2], targets, **head)
+            slopes = [torch.autograd.grad(x, leaves) for x in (out.loss, tokens.square().sum())]
+            frozen = logprob.linear_logprobs(leaves[0], leaves[1].detach(), targets, impl=impl).sum()
+            slopes.append(torch.autograd.grad(frozen, leaves[0]))
+            results.append([out.loss, out.losses, out.logprobs, out.chosen_rewards, tokens, *itertools.chain(*slopes)])
+            clipped = out.clipped
+    finally:
+        logprob.set_memory_budget_mib(None, DEVICE)
+    assert loss == "dpo" or 0 < clipped.sum() < clipped.numel()
+    for mine, true in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, true, rtol=2e-5, atol=3e-5 * true.abs().max().item())
+
+
+@needs_gpu
+def test_nothing_waits_for_the_device_once_work_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(8, 300, 256, device=DEVICE, dtype=BF16, requires_grad=True)
+    weight = torch.randn(5000, 256, device=DEVICE, dtype=BF16, requires_grad=True)
+    targets = torch.randint(5000, (8, 300), device=DEVICE)
+    fused = logprob.fused.preference_loss
+
+    def watched(*args: Any, **kw: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        return fused(*args, **kw)
+
+    for loss in ("dual_clip", "dpo", "dual_clip"):
+        monkeypatch.setattr(logprob.fused, "preference_loss", fused if loss == "dpo" else watched)
+        try:
+            logprob.preference_loss(hidden, weight, targets, ref_hidden=hidden.detach(), loss=loss).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert hidden.grad.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------- compiling

@@ -237,7 +237,7 @@ def preference_loss(
                 values = (logprobs if token_weights is None else logprobs * token_weights).reshape(-1)
                 # In float64: a margin is the small difference of large sums.
                 out = torch.zeros(num_sequences, dtype=torch.float64, device=values.device)
-                return out.index_add(0, sequence, values[index].double()).to(logprobs.dtype)
+                return out.index_add(0, sequence, values[index].double())
 
             if ref_hidden is not None and ref_weight is not None:
                 with torch.no_grad():
@@ -276,19 +276,20 @@ def preference_loss(
                 head=_head(backend, softcap, temperature),
             )
 
+    dtype = fused.acc_dtype(hidden.dtype)
     chosen, rejected = pairs[:, 0], pairs[:, 1]
     log_ratio = (logprobs - ref_logprobs).detach()
     options = _reward_options(loss, loss_options)
     chosen_rewards, rejected_rewards = options["beta"] * log_ratio[chosen], options["beta"] * log_ratio[rejected]
     clips = {name: options[name] for name in ("clip_chosen", "clip_rejected") if name in options}
     return PreferenceOutput(
-        loss=total,
-        losses=losses.detach(),
-        logprobs=logprobs.detach(),
-        ref_logprobs=ref_logprobs,
+        loss=total.to(dtype),
+        losses=losses.detach().to(dtype),
+        logprobs=logprobs.detach().to(dtype),
+        ref_logprobs=ref_logprobs.to(dtype),
         num_tokens=num_tokens,
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
+        chosen_rewards=chosen_rewards.to(dtype),
+        rejected_rewards=rejected_rewards.to(dtype),
         clipped=clipped_sides(chosen_rewards, rejected_rewards, **clips),
     )
 

@@ -382,7 +382,7 @@ class _PreferenceLoss(torch.autograd.Function):
         if any(needs):
             assert run.gradients is not None
             ctx.save_for_backward(*run.gradients.finished())
-        outputs = run.loss_N.to(run.out_dtype), run.logprob_S.to(run.out_dtype), run.ref_logprob_S.to(run.out_dtype)
+        outputs = run.loss_N, run.logprob_S, run.ref_logprob_S
         ctx.mark_non_differentiable(*outputs)
         return (total, *outputs)
 
@@ -468,7 +468,7 @@ class _Pass:
 
     def group(self, group: _Group, chunks: list[tuple[int, int, _Rows]]) -> None:
         """Log-probs, losses and gradients of a group whose exponentials are kept only if they are one chunk."""
-        device, dtype = self.logprob_S.device, self.logprob_S.dtype
+        device = self.logprob_S.device
         sequences = _upload(group.sequences, device)
         lengths = _upload([self.batch.num_tokens[s] for s in group.sequences], device)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -562,7 +562,7 @@ def preference_loss(
     ref_logprob_S: torch.Tensor | None, ref_hidden_TD: torch.Tensor | None, ref_weight_VD: torch.Tensor | None,
     ref_bias_V: torch.Tensor | None, batch: Batch, head: Head,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Loss, losses [N], sums of log-probs [S] of policy and reference; see ``tso_fast.preference_loss``."""
+    """Loss; in float64 losses [N] and sums [S] of policy and reference. See ``tso_fast.preference_loss``."""
 
     def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.detach().contiguous()
