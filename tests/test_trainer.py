@@ -315,8 +315,9 @@ def test_config_fields_are_really_used_by_training(base: TrainConfig, run: Path,
                 "num_train_epochs": 2, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "max_pairs": 2,
                 "scale_by": "gap", "margin_weight": 1.0, "soft_label_kappa": 1.0, "num_generations": 3,
                 "policy_num_generations": 3, "pair_strategy": "best_worst", "score_normalize": "z",
-                "max_versions": 1, "clip_rejected": 0.0, "clip_chosen": 0.0, "policy": "m.v1"}  # fmt: skip
-    unchanged = {"generation_batch_size": 3, "gradient_checkpointing": True, "logging_steps": 7, "impl": "reference"}
+                "max_versions": 1, "clip_rejected": 0.0, "clip_chosen": 0.0, "policy": "m.v1",
+                "impl": "reference"}  # fmt: skip
+    unchanged = {"generation_batch_size": 3, "gradient_checkpointing": True, "logging_steps": 7}
     same = {"score_normalize": "scale_by", "max_versions": None}
     for name, value in {**changing, **unchanged}.items():
         extra = {"scale_by": "gap"} if same.get(name) == "scale_by" else {}
