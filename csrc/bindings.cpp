@@ -154,8 +154,8 @@ void logprob_backward(const py::array& hidden_TD, const py::array& weight_VD, co
                       const Array<int64_t>& targets_T, const std::string& dtype, double softcap, double scale, int num_threads,
                       const std::string& isa, py::array exps, const Array<double>& rows, const Array<double>& dlogprob_T,
                       std::optional<py::array> dhidden_TD, const std::string& dhidden_dtype,
-                      std::optional<py::array> dweight_acc_VD, std::optional<py::array> dweight_VD,
-                      std::optional<py::array> dbias_V, bool is_first) {
+                      std::optional<py::array> dweight_VD, std::optional<py::array> dweight_rest_VD,
+                      std::optional<py::array> dbias_V, bool is_first, bool is_last) {
     const CheckedHead checked(hidden_TD, weight_VD, bias_V, targets_T, dtype, softcap, scale, num_threads, isa);
     const tso::Head& head = checked.head;
     if (dlogprob_T.size() != head.T || rows.size() != head.T * kRowFields)
@@ -165,10 +165,14 @@ void logprob_backward(const py::array& hidden_TD, const py::array& weight_VD, co
     tso::Gradients gradients;
     gradients.dhidden_dtype = named(kDtypes, dhidden_dtype);
     gradients.dhidden_TD = writable(dhidden_TD, "dhidden", head.T * head.D, size_of(gradients.dhidden_dtype));
-    gradients.dweight_acc_VD = writable(dweight_acc_VD, "dweight_acc", head.V * head.D, head.ops->acc_size);
     gradients.dweight_VD = writable(dweight_VD, "dweight", head.V * head.D, size_of(head.dtype));
+    const bool is_half = head.dtype == tso::Dtype::bf16 || head.dtype == tso::Dtype::f16;
+    const int64_t rest_size = head.dtype == tso::Dtype::bf16 ? 2 : 4;
+    gradients.dweight_rest_VD = writable(dweight_rest_VD, "dweight_rest", head.V * head.D, rest_size);
+    if (is_half && dweight_VD && !dweight_rest_VD && !(is_first && is_last))
+        throw py::value_error("a sum of several chunks in half precision needs dweight_rest");
     gradients.dbias_V = static_cast<double*>(writable(dbias_V, "dbias", head.V, sizeof(double)));
-    gradients.is_first = is_first;
+    gradients.is_first = is_first, gradients.is_last = is_last;
     const double* dlogprob = dlogprob_T.data();
     const tso::Row* row_T = reinterpret_cast<const tso::Row*>(rows.data());
     const py::gil_scoped_release release;
@@ -191,6 +195,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("logprob_backward", &logprob_backward, py::arg("hidden_TD"), py::arg("weight_VD"), py::arg("bias_V"),
           py::arg("targets_T").noconvert(), py::arg("dtype"), py::arg("softcap"), py::arg("scale"), py::arg("num_threads"),
           py::arg("isa"), py::arg("exps"), py::arg("rows").noconvert(), py::arg("dlogprob_T").noconvert(),
-          py::arg("dhidden_TD"), py::arg("dhidden_dtype"), py::arg("dweight_acc_VD"), py::arg("dweight_VD"),
-          py::arg("dbias_V"), py::arg("is_first"));
+          py::arg("dhidden_TD"), py::arg("dhidden_dtype"), py::arg("dweight_VD"), py::arg("dweight_rest_VD"),
+          py::arg("dbias_V"), py::arg("is_first"), py::arg("is_last"));
 }

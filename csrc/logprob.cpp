@@ -202,13 +202,12 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
     const Ops& ops = *head.ops;
     const int64_t stride = exps_stride(ops, head.T), acc = ops.acc_size, size = ops.element_size;
     const int64_t source = dtype_size(head.dtype);
-    const bool has_acc = gradients.dweight_acc_VD != nullptr, has_out = gradients.dweight_VD != nullptr;
+    const int64_t rest_size = head.dtype == Dtype::bf16 ? 2 : 4;
     Packed hidden(ops, head.D, stride / ops.group);
     parallel_for(hidden.num_panels(), head.num_threads, [&](int64_t panel) {
         ops.pack_rows(offset_bytes(head.hidden_TD, panel * kPanel * source), head.dtype, head.D, head.T, hidden.count(panel),
                       factor_T, hidden.num_groups, hidden.width(panel), hidden.panel(panel));
     });
-    const bool adds = has_acc && !gradients.is_first;
     parallel_for(divide_up(head.V, kVocabTile), head.num_threads, [&](int64_t task) {
         const int64_t v = task * kVocabTile, count = std::min(kVocabTile, head.V - v);
         const Buffer tile(kVocabTile * kPanel * acc);
@@ -219,11 +218,10 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
                          hidden.panel(panel, range.begin / ops.group), hidden.width(panel), tile.get(), kPanel, count,
                          (range.end - range.begin) / ops.group, &range != &ranges.front());
             const int64_t at = v * head.D + panel * kPanel;
-            void* sum = has_acc ? offset_bytes(gradients.dweight_acc_VD, at * acc) : nullptr;
-            void* out = has_out ? offset_bytes(gradients.dweight_VD, at * source) : sum;
-            const Dtype dtype = has_out ? head.dtype : acc == 8 ? Dtype::f64 : Dtype::f32;
-            ops.store(tile.get(), kPanel, adds ? sum : nullptr, head.D, nullptr, count, hidden.count(panel), out, dtype,
-                      head.D);
+            void* rest = gradients.dweight_rest_VD;
+            ops.add(tile.get(), kPanel, count, hidden.count(panel), offset_bytes(gradients.dweight_VD, at * source),
+                    rest == nullptr ? nullptr : offset_bytes(rest, at * rest_size), head.dtype, head.D, gradients.is_first,
+                    gradients.is_last);
         }
     });
 }
@@ -269,7 +267,7 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
                          sums.at(panel * kPanel * acc), columns, M, groups, v > 0);
             }
         }
-        ops.store(sums.get(), columns, nullptr, 0, offset_bytes(factor_T, range.begin * acc),
+        ops.store(sums.get(), columns, offset_bytes(factor_T, range.begin * acc),
                   std::min(range.end, head.T) - range.begin, num_columns,
                   offset_bytes(gradients.dhidden_TD, (range.begin * head.D + d) * out_size), gradients.dhidden_dtype, head.D);
     });
@@ -337,9 +335,10 @@ void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps
 void logprob_backward(const Head& head, const double* dlogprob_T, const Row* row_T, void* exps, const Gradients& gradients) {
     const Ops& ops = *head.ops;
     const int64_t stride = exps_stride(ops, head.T), numel = head.V * head.D;
-    if (gradients.dweight_acc_VD != nullptr && gradients.is_first)
-        advise_huge_pages(gradients.dweight_acc_VD, numel * ops.acc_size);
-    if (gradients.dweight_VD != nullptr) advise_huge_pages(gradients.dweight_VD, numel * dtype_size(head.dtype));
+    if (gradients.dweight_VD != nullptr && gradients.is_first) {
+        advise_huge_pages(gradients.dweight_VD, numel * dtype_size(head.dtype));
+        if (gradients.dweight_rest_VD != nullptr) advise_huge_pages(gradients.dweight_rest_VD, numel * 2);
+    }
     const std::vector<Range> ranges = active_ranges(ops, dlogprob_T, head.T);
     Buffer factor(stride * ops.acc_size);
     for (int64_t t = 0; t < stride; ++t) {
@@ -359,8 +358,8 @@ void logprob_backward(const Head& head, const double* dlogprob_T, const Row* row
             }
         });
     // Once there is a sum, a chunk without gradients adds nothing to it.
-    const bool is_nothing = ranges.empty() && !gradients.is_first && gradients.dweight_VD == nullptr;
-    if ((gradients.dweight_acc_VD != nullptr || gradients.dweight_VD != nullptr) && !is_nothing)
+    const bool is_nothing = ranges.empty() && !gradients.is_first && !gradients.is_last;
+    if (gradients.dweight_VD != nullptr && !is_nothing)
         weight_gradient(head, ranges, factor.get(), exps, gradients);
     if (gradients.dhidden_TD == nullptr) return;
     const int64_t out_row = head.D * dtype_size(gradients.dhidden_dtype);

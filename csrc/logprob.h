@@ -41,10 +41,11 @@ void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps
 struct Gradients {
     void* dhidden_TD;  // null: not wanted
     Dtype dhidden_dtype;
-    void* dweight_acc_VD;  // accumulators; null: dweight_VD alone
-    void* dweight_VD;      // in the head's dtype; null: dweight_acc_VD alone. Both null: not wanted
-    double* dbias_V;       // null: not wanted
-    bool is_first;         // what dweight_acc_VD and dbias_V hold is overwritten, not added to
+    void* dweight_VD;  // null: not wanted. With dweight_rest_VD a sum over calls, as in Ops::add
+    void* dweight_rest_VD;
+    double* dbias_V;  // null: not wanted
+    bool is_first;    // what dweight_VD and dbias_V hold is overwritten, not added to
+    bool is_last;     // the sum is rounded into dweight_VD
 };
 
 // Destroys exps. Rows with dlogprob_T = 0 enter no product, up to the alignment of ops.

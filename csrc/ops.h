@@ -55,9 +55,14 @@ struct Ops {
     const void* (*vocab_operand)(const void* exps, int64_t ld, int64_t num_vocab, int64_t tokens, int64_t num_groups, void* dst,
                                  int64_t* row_stride, int64_t* group_stride);
     void (*softmax_tile)(const SoftmaxTile& tile);
-    // dst[r, c] = row_scale[r] * (src[r, c] + add[r, c]); row_scale and add may be null.
-    void (*store)(const void* src, int64_t ld_src, const void* add, int64_t ld_add, const void* row_scale, int64_t rows,
-                  int64_t columns, void* dst, Dtype dtype, int64_t ld_dst);
+    // dst[r, c] = row_scale[r] * src[r, c], from accumulators.
+    void (*store)(const void* src, int64_t ld_src, const void* row_scale, int64_t rows, int64_t columns, void* dst, Dtype dtype,
+                  int64_t ld_dst);
+    // Adds a tile of accumulators to a sum kept in total and rest, in float or better: f32 and f64 in total; bf16 as the upper
+    // half of a float in total and the lower one in rest; f16 as a float in rest. is_first: what they hold is overwritten.
+    // is_last: the sum is rounded into total. rest may be null where the tile is first and last.
+    void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t columns, void* total, void* rest, Dtype dtype, int64_t ld,
+                bool is_first, bool is_last);
     // sum_r exps[r] * factor[r]
     double (*dot_exps)(const void* exps, const void* factor, int64_t count);
     double (*dot)(const void* a, const void* b, Dtype dtype, int64_t count);

@@ -355,7 +355,7 @@ typedef decltype(Ops::vocab_operand) VocabOperand;
 
 constexpr Ops make_bf16_ops(const char* isa, int64_t group_align, Gemm gemm, VocabOperand vocab_operand) {
     return Ops{isa,  Dtype::bf16,  2,  4,  2,  32,  32,  group_align,  gemm,  convert_bf16,  pack_rows_bf16,
-               pack_columns_bf16,  vocab_operand,  softmax_tile<float, Bf16>,  store_rows<float>,  dot_exps<Bf16>,  dot,
+               pack_columns_bf16,  vocab_operand,  softmax_tile<float, Bf16>,  store_rows<float>,  add_tile<float>,  dot_exps<Bf16>,  dot,
                load_exp<Bf16>,  store_exp<Bf16>};
 }
 

@@ -300,23 +300,67 @@ void softmax_tile(const SoftmaxTile& tile) {
 }
 
 template <typename T>
-void store_rows(const void* src_, int64_t ld_src, const void* add_, int64_t ld_add, const void* row_scale_, int64_t rows,
-                int64_t columns, void* dst_, Dtype dtype, int64_t ld_dst) {
+void store_rows(const void* src_, int64_t ld_src, const void* row_scale_, int64_t rows, int64_t columns, void* dst_, Dtype dtype,
+                int64_t ld_dst) {
     const T* src = static_cast<const T*>(src_);
-    const T* add = static_cast<const T*>(add_);
     const T* row_scale = static_cast<const T*>(row_scale_);
     with_type(dtype, [=](auto* type) {
         typedef typename RemoveConst<typename RemovePointer<decltype(type)>::type>::type Out;
         Out* dst = static_cast<Out*>(dst_);
-        for (int64_t r = 0; r < rows; ++r) {
-            const T factor = row_scale == nullptr ? T(1) : row_scale[r];
-            const T* in = src + r * ld_src;
-            Out* out = dst + r * ld_dst;
-            if (add == nullptr)
-                for (int64_t c = 0; c < columns; ++c) round_to(factor * in[c], out + c);
-            else
-                for (int64_t c = 0; c < columns; ++c) round_to(factor * (in[c] + add[r * ld_add + c]), out + c);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < columns; ++c) round_to(row_scale[r] * src[r * ld_src + c], dst + r * ld_dst + c);
+    });
+}
+
+// One row of a sum: see Ops::add.
+template <typename T, typename Total>
+inline void add_row(const T* src, int64_t columns, Total* total, void*, bool is_first, bool) {
+    if (is_first)
+        for (int64_t c = 0; c < columns; ++c) round_to(src[c], total + c);
+    else
+        for (int64_t c = 0; c < columns; ++c) round_to(src[c] + total[c], total + c);
+}
+template <typename T>
+inline void add_row(const T* src, int64_t columns, Bf16* total, void* rest_, bool is_first, bool is_last) {
+    uint16_t* rest = static_cast<uint16_t*>(rest_);
+    if (is_first && is_last) {
+        for (int64_t c = 0; c < columns; ++c) round_to(src[c], total + c);
+        return;
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+        float x = static_cast<float>(src[c]);
+        if (!is_first) x += as_float(static_cast<uint32_t>(total[c].bits) << 16 | rest[c]);
+        if (is_last) {
+            round_to(x, total + c);
+        } else {
+            total[c].bits = static_cast<uint16_t>(as_bits(x) >> 16);
+            rest[c] = static_cast<uint16_t>(as_bits(x));
         }
+    }
+}
+template <typename T>
+inline void add_row(const T* src, int64_t columns, F16* total, void* rest_, bool is_first, bool is_last) {
+    float* rest = static_cast<float*>(rest_);
+    for (int64_t c = 0; c < columns; ++c) {
+        const float x = static_cast<float>(src[c]) + (is_first ? 0.f : rest[c]);
+        if (is_last)
+            round_to(x, total + c);
+        else
+            rest[c] = x;
+    }
+}
+
+template <typename T>
+void add_tile(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest, Dtype dtype, int64_t ld,
+              bool is_first, bool is_last) {
+    const T* src = static_cast<const T*>(src_);
+    const int64_t rest_size = dtype == Dtype::bf16 ? 2 : 4;
+    with_type(dtype, [=](auto* type) {
+        typedef typename RemoveConst<typename RemovePointer<decltype(type)>::type>::type Total;
+        Total* total = static_cast<Total*>(total_);
+        for (int64_t r = 0; r < rows; ++r)
+            add_row(src + r * ld_src, columns, total + r * ld,
+                    rest == nullptr ? nullptr : static_cast<char*>(rest) + r * ld * rest_size, is_first, is_last);
     });
 }
 
@@ -364,7 +408,7 @@ template <typename T>
 constexpr Ops make_ops(const char* isa, Dtype element) {
     return Ops{isa,          element,         sizeof(T),          sizeof(T),           1,
                16,           1,               1,                  gemm<T>,             convert<T>,
-               pack_rows<T>, pack_columns<T>, vocab_operand<T>,   softmax_tile<T, T>,  store_rows<T>,
+               pack_rows<T>, pack_columns<T>, vocab_operand<T>,   softmax_tile<T, T>,  store_rows<T>,  add_tile<T>,
                dot_exps<T>,  dot,             load_exp<T>,        store_exp<T>};
 }
 

@@ -675,16 +675,23 @@ def dhidden_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def dweight_kernel(
-    exp, scaled, past, blocks_ptr, count_ptr, norm_ptr, out_ptr,
+    exp, scaled, past, past_low, blocks_ptr, count_ptr, norm_ptr, out_ptr, low_ptr,
     T, V, D, num_cols,
     stride_exp_t, stride_scaled_t, stride_past_v, stride_out_v,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of (past +) E^T (v h), over the row blocks that have a gradient."""
+    """One tile of (past +) E^T (v h), over the row blocks that have a gradient.
+
+    With past_low the past sum is a float32 whose upper half is past, bf16; with low_ptr the new one is left so.
+    """
     pid_v, pid_d = _tile_of(tl.program_id(0), tl.cdiv(V, BLOCK_V), tl.cdiv(D, BLOCK_D), GROUP)
     row, col = pid_v * BLOCK_V, pid_d * BLOCK_D
     if past is not None:  # before the loop, where it costs no registers
         acc = _load_tile(past, row, col, V, D, stride_past_v, BLOCK_V, BLOCK_D, USE_TMA)
+        if past_low is not None:
+            bits = acc.to(tl.int16, bitcast=True).to(tl.int32) << 16
+            low = _load_tile(past_low, row, col, V, D, stride_past_v, BLOCK_V, BLOCK_D, USE_TMA)
+            acc = (bits | (low.to(tl.int32) & 0xFFFF)).to(tl.float32, bitcast=True)
         if norm_ptr is not None:
             acc /= tl.load(norm_ptr)
     else:
@@ -704,7 +711,12 @@ def dweight_kernel(
     offs_d = col + tl.arange(0, BLOCK_D)
     mask = (offs_v < V)[:, None] & (offs_d < D)[None, :]
     offs = offs_v.to(tl.int64)[:, None] * stride_out_v + offs_d[None, :]
-    tl.store(out_ptr + offs, _round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    if low_ptr is not None:
+        bits = acc.to(tl.int32, bitcast=True)
+        tl.store(out_ptr + offs, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(low_ptr + offs, bits.to(tl.int16), mask=mask)
+    else:
+        tl.store(out_ptr + offs, _round_to(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -770,21 +782,36 @@ def dweight(
     scaled_TD: torch.Tensor,
     norm: torch.Tensor | None,
     active: tuple[torch.Tensor, torch.Tensor],
-    acc_VD: torch.Tensor | None,
-    out_VD: torch.Tensor,
+    total_VD: torch.Tensor,
+    rest_VD: torch.Tensor | None,
     tile: Tile,
+    *,
+    is_first: bool,
+    is_last: bool,
 ) -> None:
-    """Writes (acc +) norm E^T scaled; ``active`` are the row blocks of ``tile.inner`` rows to sum and their count."""
-    (T, num_cols), (V, D) = exp_TV.shape, out_VD.shape
-    assert all(x is None or x.stride(1) == 1 or D == 1 for x in (acc_VD, out_VD))
-    use_tma = _tma_fits(exp_TV, scaled_TD, *([] if acc_VD is None else [acc_VD]))
+    """Adds norm E^T scaled to a sum; ``active`` are the row blocks of ``tile.inner`` rows to go over and their count.
+
+    The sum is a float32: ``total_VD`` itself, or for bf16 its upper half and ``rest_VD``, int16, the lower one, or for
+    float16 ``rest_VD``. ``is_first``: what they hold is overwritten. ``is_last``: it is rounded into ``total_VD``.
+    """
+    (T, num_cols), (V, D) = exp_TV.shape, total_VD.shape
+    assert total_VD.is_contiguous()
+    assert rest_VD is None or rest_VD.is_contiguous()
+    assert rest_VD is not None or total_VD.dtype == torch.float32 or (is_first and is_last)
+    is_split = total_VD.dtype == torch.bfloat16
+    sum_VD = total_VD if rest_VD is None or is_split else rest_VD
+    past_VD, past_low_VD = (None, None) if is_first else (sum_VD, rest_VD if is_split else None)
+    use_tma = _tma_fits(exp_TV, scaled_TD, *[x for x in (past_VD, past_low_VD) if x is not None])
+    past, past_low = (
+        None if x is None else _operand(x, (tile.rows, tile.cols), use_tma) for x in (past_VD, past_low_VD)
+    )
     dweight_kernel[(triton.cdiv(V, tile.rows) * triton.cdiv(D, tile.cols),)](
         _operand(exp_TV, (tile.inner, tile.rows), use_tma),
         _operand(scaled_TD, (tile.inner, tile.cols), use_tma),
-        None if acc_VD is None else _operand(acc_VD, (tile.rows, tile.cols), use_tma),
-        *active, norm, out_VD,
+        past, past_low, *active, norm,
+        total_VD if is_last else sum_VD, rest_VD if is_split and not is_last else None,
         T, V, D, num_cols,
-        exp_TV.stride(0), scaled_TD.stride(0), 0 if acc_VD is None else acc_VD.stride(0), out_VD.stride(0),
+        exp_TV.stride(0), scaled_TD.stride(0), D, D,
         BLOCK_V=tile.rows, BLOCK_D=tile.cols, BLOCK_T=tile.inner, GROUP=GROUP, USE_TMA=use_tma,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -811,10 +838,11 @@ def linear_logprob_backward(
     dlogprob_T: torch.Tensor,
     *,
     dhidden_TD: torch.Tensor | None,
-    dweight_acc_VD: torch.Tensor | None,
     dweight_VD: torch.Tensor | None,
+    dweight_rest_VD: torch.Tensor | None,
     dbias_V: torch.Tensor | None,
     is_first: bool,
+    is_last: bool,
 ) -> None:
     """Gradients of sum(dlogprob * logprob), once per ``saved``: the target entries of its E are overwritten.
 
@@ -823,9 +851,7 @@ def linear_logprob_backward(
     Args:
         dlogprob_T: [T] float32.
         dhidden_TD: [T, D], dtype of hidden or float32, overwritten; rows without a gradient become exactly 0.
-        dweight_acc_VD: [V, D] float32, sum over the chunks so far; garbage when ``is_first``. Holds the new sum,
-            unless ``dweight_VD`` is given.
-        dweight_VD: [V, D], given with the last chunk: the sum in its final dtype. Neither: no product is made.
+        dweight_VD, dweight_rest_VD: sum over the chunks, see ``dweight``; None: no product is made.
         dbias_V: [V] float32 or float64, overwritten when ``is_first``, else added to.
     """
     hidden_TD, weight_VD, exp_TV = saved.hidden_TD, saved.weight_VD, saved.exp_TV
@@ -835,17 +861,18 @@ def linear_logprob_backward(
     factor_T, is_active = row_factors(saved, dlogprob_T, block)
     if dhidden_TD is not None:
         dhidden(exp_TV, weight_VD, factor_T, dhidden_TD, tile.dhidden)
-    out_VD = dweight_acc_VD if dweight_VD is None else dweight_VD
-    if out_VD is None and dbias_V is None:
+    if dweight_VD is None and dbias_V is None:
         return
     blocks, count = torch.empty_like(is_active), is_active.new_empty(())
     active_blocks_kernel[(1,)](
         is_active, blocks, count, is_active.numel(), BLOCK=1024, num_warps=4, enable_fp_fusion=True
     )
-    if out_VD is not None:
+    if dweight_VD is not None:
         scaled_TD, norm = scaled_hidden(hidden_TD, factor_T)
-        acc_VD = None if is_first else dweight_acc_VD
-        dweight(exp_TV, scaled_TD, norm, (blocks, count), acc_VD, out_VD, tile.dweight)
+        dweight(
+            exp_TV, scaled_TD, norm, (blocks, count), dweight_VD, dweight_rest_VD, tile.dweight,
+            is_first=is_first, is_last=is_last,
+        )  # fmt: skip
     if dbias_V is not None:
         dbias_kernel[(triton.cdiv(V, 128),)](
             exp_TV, factor_T, blocks, count, dbias_V,
@@ -875,7 +902,7 @@ def autotune(D: int, V: int, dtype: torch.dtype, device: torch.device, *, rows: 
     steps = (
         lambda tile: exponentials(hidden_TD, weight_VD, None, row_T, row_T.clone(), **head, tile=tile),
         lambda tile: dhidden(exp_TV, weight_VD, row_T + 1, torch.empty_like(hidden_TD), tile),
-        lambda tile: dweight(exp_TV, hidden_TD, None, active, None, dweight_VD, tile),
+        lambda tile: dweight(exp_TV, hidden_TD, None, active, dweight_VD, None, tile, is_first=True, is_last=True),
     )
 
     def fastest(step: Callable[[Tile], object]) -> Tile:

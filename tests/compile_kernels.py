@@ -65,11 +65,13 @@ def launch_all(dtype: torch.dtype, D: int, head: dict[str, Any], V: int = 128256
         _, saved = linear_logprob.linear_logprob_forward(
             hidden, weight, bias, empty(T, dtype=torch.int64), **head, keep=keep
         )
-    acc, dbias = empty(V, D), None if bias is None else empty(V, dtype=torch.float64)
-    for is_first, dhidden, last in ((True, hidden, None), (False, empty(T, D), None), (False, hidden, weight)):
+    dbias = None if bias is None else empty(V, dtype=torch.float64)
+    rest = {torch.bfloat16: empty(V, D, dtype=torch.int16), torch.float16: empty(V, D)}.get(dtype)
+    for dhidden, is_first, is_last in ((hidden, True, False), (empty(T, D), False, False), (hidden, False, True)):
         linear_logprob.linear_logprob_backward(
-            saved, empty(T), dhidden_TD=dhidden, dweight_acc_VD=acc, dweight_VD=last, dbias_V=dbias, is_first=is_first
-        )
+            saved, empty(T), dhidden_TD=dhidden, dweight_VD=weight, dweight_rest_VD=rest, dbias_V=dbias,
+            is_first=is_first, is_last=is_last,
+        )  # fmt: skip
     if bias is None:
         return
     pair_loss.segment_sum(empty(T, dtype=torch.float64), empty(T), empty(65, dtype=torch.int64))

@@ -26,6 +26,7 @@ from tso_fast.kernels import linear_logprob, pair_loss
 
 from tso_fast import logprob
 from tso_fast.logprob import triton as backend
+from tso_fast.logprob.fused import WeightSum
 from tso_fast.losses import dual_clip
 from tso_fast.types import PairLogprobs
 
@@ -95,8 +96,8 @@ def fused(p: Problem, **head: Any) -> list[torch.Tensor]:
 
 def gradients(p: Problem, saved: linear_logprob.Saved) -> list[torch.Tensor]:
     grads = nan_like(p.hidden), nan_like(p.weight), nan_like(p.bias, F32)
-    backend.backward(saved, p.upstream, dhidden_TD=grads[0], dweight_acc_VD=None, dweight_VD=grads[1], dbias_V=grads[2],
-                     is_first=True)  # fmt: skip
+    backend.backward(saved, p.upstream, dhidden_TD=grads[0], dweight_VD=grads[1], dweight_rest_VD=None,
+                     dbias_V=grads[2], is_first=True, is_last=True)  # fmt: skip
     return [x for x in grads if x is not None]
 
 
@@ -216,8 +217,8 @@ def test_float16_logits_of_10_000_and_upstream_gradients_of_1e_9() -> None:
     exact = plain(p, F64, **HEADS["plain"])
     _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
     dhidden, dweight = nan_like(p.hidden, F32), nan_like(p.weight, F32)
-    backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_acc_VD=dweight, dweight_VD=None,
-                     dbias_V=None, is_first=True)  # fmt: skip
+    backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_VD=torch.empty_like(p.weight),
+                     dweight_rest_VD=dweight, dbias_V=None, is_first=True, is_last=False)  # fmt: skip
     for mine, true in ((dhidden, exact[1]), (dweight, exact[2])):
         assert (mine * 1e9 - true).norm() < 1e-3 * true.norm()
 
@@ -227,21 +228,23 @@ def test_float16_logits_of_10_000_and_upstream_gradients_of_1e_9() -> None:
 def test_chunks_add_up(dtype: torch.dtype) -> None:
     p = problem(50, 131, 40, dtype, bias=True)
     exact = plain(p, F64, **HEADS["both"])
-    acc, dweight, dbias = nan_like(p.weight, F32), nan_like(p.weight), nan_like(p.bias, F64)
+    dweight, dbias = WeightSum(p.weight, 3), nan_like(p.bias, F64)
+    for x in (dweight.total_VD, dweight.rest_VD):
+        if x is not None:
+            x.fill_(-1 if x.dtype == torch.int16 else math.nan)
     dhidden = torch.full((60, 40), math.nan, dtype=F32, device=DEVICE)
     bounds = [0, 17, 18, 50]
     for start, end in itertools.pairwise(bounds):
         inputs = p.hidden[start:end], p.weight, p.bias, p.targets[start:end]
         _, saved = backend.forward(*inputs, **HEADS["both"], keep=True)
         backend.backward(
-            saved, p.upstream[start:end], dhidden_TD=dhidden[start:end], dweight_acc_VD=acc,
-            dweight_VD=dweight if end == 50 else None, dbias_V=dbias, is_first=start == 0,
+            saved, p.upstream[start:end], dhidden_TD=dhidden[start:end], dweight_VD=dweight.total_VD,
+            dweight_rest_VD=dweight.rest_VD, dbias_V=dbias, is_first=start == 0, is_last=end == 50,
         )  # fmt: skip
-        assert dweight.isnan().all() == (end != 50)
     once = fused(p, **HEADS["both"])
     assert dhidden[50:].isnan().all()
     tolerance = 3 * torch.finfo(dtype).eps
-    for mine, one_shot, true in zip((dhidden[:50], dweight, dbias), once[1:], exact[1:], strict=True):
+    for mine, one_shot, true in zip((dhidden[:50], dweight.total_VD, dbias), once[1:], exact[1:], strict=True):
         assert (mine - true).norm() <= tolerance * true.norm()
         assert (mine - one_shot).norm() <= tolerance * true.norm()
 
@@ -337,7 +340,7 @@ def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     _, dhidden, dweight = fused(p, **HEADS["plain"])
     called = []
     monkeypatch.setattr(linear_logprob, "scaled_hidden", lambda *args: called.append("scaled_hidden"))
-    given: dict[str, Any] = {"dweight_acc_VD": None, "dbias_V": None, "is_first": True}
+    given: dict[str, Any] = {"dweight_rest_VD": None, "dbias_V": None, "is_first": True, "is_last": True}
     _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
     out = nan_like(p.hidden)
     backend.backward(saved, p.upstream, dhidden_TD=out, dweight_VD=None, **given)

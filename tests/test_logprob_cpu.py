@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tso_fast import linear_logprobs, logprob, preference_loss
-from tso_fast.logprob import cpu
+from tso_fast.logprob import cpu, fused
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TABLES = [(isa, name) for name, dtype in DTYPES.items() for isa in cpu.isas(dtype)]
@@ -209,6 +209,35 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
         assert torch.equal(results[0][1], other[1])
         for a, b in zip(results[0][2:], other[2:], strict=True):
             assert norm(a, b.double()) <= 4 * torch.finfo(dtype).eps
+
+
+def test_a_sum_over_chunks_is_rounded_once(dtype: torch.dtype) -> None:
+    """Kept in the result and, for halves, in a second tensor of the same size: as good as a sum in float32."""
+    hidden, weight, targets, _ = make(6 * 40, 64, 300, dtype)
+    upstream = torch.randn(240, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parts, exact = [], 0.0
+    dweight = fused.WeightSum(weight.detach(), 6)
+    rest = dweight.rest_VD
+    assert (0 if rest is None else rest.nbytes) == fused.WeightSum.rest_bytes(weight)
+    for chunk in range(6):
+        rows = slice(40 * chunk, 40 * chunk + 40)
+        for total, rest, is_first, is_last in (
+            (dweight.total_VD, dweight.rest_VD, chunk == 0, chunk == 5),
+            (alone := torch.empty_like(weight), None, True, True),
+        ):
+            args = hidden[rows].detach(), weight.detach(), None, targets[rows]
+            _, saved = cpu.forward(*args, softcap=None, temperature=1.0, keep=True)
+            cpu.backward(saved, upstream[rows], dhidden_TD=None, dweight_VD=total, dweight_rest_VD=rest, dbias_V=None,
+                         is_first=is_first, is_last=is_last)  # fmt: skip
+        parts.append(alone.double())
+        exact = exact + alone.double()
+    eps = torch.finfo(dtype).eps
+    assert norm(dweight.total_VD, exact) <= eps  # the parts themselves were rounded to the dtype
+    other = fused.WeightSum(weight.detach(), 2)
+    cpu.backward(saved, upstream[rows], dhidden_TD=None, dweight_VD=other.total_VD, dweight_rest_VD=other.rest_VD,
+                 dbias_V=None, is_first=True, is_last=False)  # fmt: skip
+    other.round()
+    assert torch.equal(other.total_VD, alone)
 
 
 def test_memory_that_malloc_filled(tmp_path: Any) -> None:

@@ -87,10 +87,11 @@ def backward(
     dlogprobs_T: torch.Tensor,
     *,
     dhidden_TD: torch.Tensor | None,
-    dweight_acc_VD: torch.Tensor | None,
     dweight_VD: torch.Tensor | None,
+    dweight_rest_VD: torch.Tensor | None,
     dbias_V: torch.Tensor | None,
     is_first: bool,
+    is_last: bool,
 ) -> None:
     """Writes the gradients of one chunk; see ``fused.Backend``."""
     upstream = dlogprobs_T.to(torch.float64).contiguous()
@@ -101,10 +102,11 @@ def backward(
         upstream.numpy(),
         _numpy(dhidden_TD),
         _name(torch.float32 if dhidden_TD is None else dhidden_TD.dtype),
-        _numpy(dweight_acc_VD),
         _numpy(dweight_VD),
+        _numpy(dweight_rest_VD),
         _numpy(dbias_V),
         is_first,
+        is_last,
     )
 
 

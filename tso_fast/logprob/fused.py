@@ -20,18 +20,19 @@ from torch.autograd.function import once_differentiable
 from tso_fast.types import PairLogprobs
 
 MIB = 2**20
-_DEFAULT_BUDGET_MIB = {"cpu": 32.0, "cuda": 2048.0}
+# On a GPU it keeps the whole of Llama-3-8B's head, with the sum of its gradient, under 2 GiB.
+_DEFAULT_BUDGET_MIB = {"cpu": 32.0, "cuda": 960.0}
 _budget_mib: dict[str, float] = {}
 
 
 def memory_budget_mib(device_type: str) -> float:
     """Memory for stored exponentials, MiB: what ``set_memory_budget_mib`` was given, else the environment variable
-    ``TSO_FAST_MEMORY_BUDGET_MIB``, else 32 on CPU and 2048 on GPUs."""
+    ``TSO_FAST_MEMORY_BUDGET_MIB``, else 32 on CPU and 960 on GPUs."""
     if device_type in _budget_mib:
         return _budget_mib[device_type]
     if given := os.environ.get("TSO_FAST_MEMORY_BUDGET_MIB"):
         return _checked_budget(given)
-    return _DEFAULT_BUDGET_MIB.get(device_type, 2048.0)
+    return _DEFAULT_BUDGET_MIB.get(device_type, 960.0)
 
 
 def set_memory_budget_mib(mib: float | None, device_type: str) -> None:
@@ -70,13 +71,14 @@ class Backend(Protocol):
 
     def backward(
         self, saved: Any, dlogprobs_T: torch.Tensor, *, dhidden_TD: torch.Tensor | None,
-        dweight_acc_VD: torch.Tensor | None, dweight_VD: torch.Tensor | None, dbias_V: torch.Tensor | None,
-        is_first: bool,
+        dweight_VD: torch.Tensor | None, dweight_rest_VD: torch.Tensor | None, dbias_V: torch.Tensor | None,
+        is_first: bool, is_last: bool,
     ) -> None:  # fmt: skip
         """Gradients of sum(dlogprobs_T * logprobs_T). Uses up ``saved``; a row with a zero costs nothing.
 
-        dhidden_TD: written. dweight_acc_VD: added to, or written when ``is_first``; with dweight_VD, which comes with
-        the last chunk, the sum goes there instead, rounded once. dbias_V: added to, or written when ``is_first``.
+        dhidden_TD: written. dweight_VD, dweight_rest_VD: together a sum over chunks in float32 or better (see
+        ``WeightSum``), overwritten when ``is_first``, rounded once into dweight_VD when ``is_last``. dbias_V, float64:
+        added to, or written when ``is_first``.
         """
 
     def segment_sum(
@@ -119,30 +121,53 @@ class _Rows:
         return values.index_select(0, self.index)
 
 
+class WeightSum:
+    """The weight's gradient as a sum over chunks in float32 or better, without a second tensor of that size.
+
+    float32 and float64 weights: the result itself. bfloat16: the result is the upper half of a float32, and ``rest``
+    the lower one. float16 is no part of a float32: ``rest`` is the sum. With one chunk there is no ``rest``.
+    """
+
+    def __init__(self, weight_VD: torch.Tensor, num_chunks: int) -> None:
+        self.total_VD = torch.empty_like(weight_VD)
+        dtype = {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(weight_VD.dtype)
+        is_whole = dtype is None or num_chunks == 1
+        self.rest_VD = None if is_whole else torch.empty_like(weight_VD, dtype=dtype)
+
+    @staticmethod
+    def rest_bytes(weight_VD: torch.Tensor) -> int:
+        return weight_VD.numel() * {torch.bfloat16: 2, torch.float16: 4}.get(weight_VD.dtype, 0)
+
+    def round(self) -> None:
+        """What a backend does with the last chunk, for one that adds nothing."""
+        if self.rest_VD is None:
+            return
+        for start, end in _tiles(self.total_VD.shape[0], 1024):
+            total, rest = self.total_VD[start:end], self.rest_VD[start:end]
+            if rest.dtype == torch.int16:
+                high = total.view(torch.int16).to(torch.int32) << 16
+                rest = (high | (rest.to(torch.int32) & 0xFFFF)).view(torch.float32)
+            total.copy_(rest)
+
+
 class _Gradients:
-    """Gradients that are collected chunk by chunk, the last chunk writing that of the weight in its dtype."""
+    """Gradients that are collected chunk by chunk."""
 
     def __init__(
         self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, needs: Sequence[bool],
         num_chunks: int, covers_all_rows: bool,
     ) -> None:  # fmt: skip
-        self.need_dhidden, self.need_dweight, self.need_dbias = needs
-        acc = acc_dtype(weight_VD.dtype)
+        need_dhidden, need_dweight, need_dbias = needs
         make = torch.empty_like if covers_all_rows else torch.zeros_like
-        self.dhidden_TD = make(hidden_TD, memory_format=torch.contiguous_format) if self.need_dhidden else None
-        has_acc = self.need_dweight and num_chunks > 1
-        self.acc_VD = torch.empty_like(weight_VD, dtype=acc) if has_acc else None
-        self.dweight_VD: torch.Tensor | None = None
-        # float64: it is small, and the sum over rows of many chunks.
-        self.dbias_V = torch.empty_like(bias_V, dtype=torch.float64) if bias_V is not None and self.need_dbias else None
-        self.weight_VD, self.bias_V = weight_VD, bias_V
+        self.dhidden_TD = make(hidden_TD, memory_format=torch.contiguous_format) if need_dhidden else None
+        self.dweight = WeightSum(weight_VD, num_chunks) if need_dweight else None
+        self.dbias_V = torch.empty_like(bias_V, dtype=torch.float64) if bias_V is not None and need_dbias else None
+        self.bias_V = bias_V
         self.num_left, self.is_first = num_chunks, True
 
     def add(self, backend: Backend, saved: Any, dlogprobs_T: torch.Tensor, rows: _Rows) -> None:
         """``saved`` None: a chunk without any gradient."""
         self.num_left -= 1
-        if self.need_dweight and self.num_left == 0:
-            self.dweight_VD = torch.empty_like(self.weight_VD)
         if saved is None:
             self._add_nothing(rows)
             return
@@ -156,10 +181,11 @@ class _Gradients:
             saved,
             dlogprobs_T,
             dhidden_TD=dhidden_RD,
-            dweight_acc_VD=self.acc_VD,
-            dweight_VD=self.dweight_VD,
+            dweight_VD=None if self.dweight is None else self.dweight.total_VD,
+            dweight_rest_VD=None if self.dweight is None else self.dweight.rest_VD,
             dbias_V=self.dbias_V,
             is_first=self.is_first,
+            is_last=self.num_left == 0,
         )
         self.is_first = False
         if self.dhidden_TD is not None and dhidden_RD is not None and rows.span is None:
@@ -168,19 +194,19 @@ class _Gradients:
     def _add_nothing(self, rows: _Rows) -> None:
         if self.dhidden_TD is not None:
             self.dhidden_TD.index_fill_(0, rows.index, 0)
-        if self.dweight_VD is not None:
-            if self.is_first or self.acc_VD is None:
-                self.dweight_VD.zero_()
-            else:
-                self.dweight_VD.copy_(self.acc_VD)
-        if self.num_left == 0 and self.is_first and self.dbias_V is not None:
+        if self.num_left:
+            return
+        if self.dweight is not None:
+            self.dweight.total_VD.zero_() if self.is_first else self.dweight.round()
+        if self.is_first and self.dbias_V is not None:
             self.dbias_V.zero_()
 
     def finished(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         assert self.num_left == 0
-        self.acc_VD = None
+        dweight = None if self.dweight is None else self.dweight.total_VD
         dbias = None if self.dbias_V is None or self.bias_V is None else self.dbias_V.to(self.bias_V.dtype)
-        return self.dhidden_TD, self.dweight_VD, dbias
+        self.dweight = None
+        return self.dhidden_TD, dweight, dbias
 
 
 def _tiles(size: int, step: int) -> list[tuple[int, int]]:
@@ -194,10 +220,10 @@ def _row_limit(backend: Backend, weight_VD: torch.Tensor) -> int:
 
 
 def _single_chunk_limit(backend: Backend, weight_VD: torch.Tensor, need_dweight: bool) -> int:
-    """As ``_row_limit``, for all rows at once: then no accumulator of the weight's gradient is needed."""
+    """As ``_row_limit``, for all rows at once: then the weight's gradient is no sum over chunks, which takes memory."""
     limit = _row_limit(backend, weight_VD)
     if need_dweight:
-        limit += weight_VD.numel() * acc_dtype(weight_VD.dtype).itemsize // backend.bytes_per_row(weight_VD)
+        limit += WeightSum.rest_bytes(weight_VD) // backend.bytes_per_row(weight_VD)
     return limit
 
 
@@ -227,8 +253,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 logprobs, saved = backend.forward(*args, **options, keep=True)
                 out[start:end] = logprobs
                 backend.backward(
-                    saved, torch.ones_like(out[start:end]), dhidden_TD=jacobian_RD[start:end], dweight_acc_VD=None,
-                    dweight_VD=None, dbias_V=None, is_first=True,
+                    saved, torch.ones_like(out[start:end]), dhidden_TD=jacobian_RD[start:end], dweight_VD=None,
+                    dweight_rest_VD=None, dbias_V=None, is_first=True, is_last=True,
                 )  # fmt: skip
                 del saved
             ctx.save_for_backward(jacobian_RD, hidden_TD)

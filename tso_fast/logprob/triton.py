@@ -64,10 +64,11 @@ def backward(
     dlogprob_T: torch.Tensor,
     *,
     dhidden_TD: torch.Tensor | None,
-    dweight_acc_VD: torch.Tensor | None,
     dweight_VD: torch.Tensor | None,
+    dweight_rest_VD: torch.Tensor | None,
     dbias_V: torch.Tensor | None,
     is_first: bool,
+    is_last: bool,
 ) -> None:
     """Writes the gradients of one chunk; ``saved`` is used up. See ``fused.Backend``."""
     with torch.cuda.device_of(dlogprob_T):
@@ -75,10 +76,11 @@ def backward(
             saved,
             dlogprob_T,
             dhidden_TD=dhidden_TD,
-            dweight_acc_VD=dweight_acc_VD,
             dweight_VD=dweight_VD,
+            dweight_rest_VD=dweight_rest_VD,
             dbias_V=dbias_V,
             is_first=is_first,
+            is_last=is_last,
         )
 
 
