@@ -23,6 +23,9 @@ constexpr int64_t kVocabTile = 96;
 constexpr int64_t kTilesPerTask = 4;
 // Rows of W that one pass of dh's product goes over.
 constexpr int64_t kVocabBlock = 384;
+// Parts of the vocabulary that dh is summed over separately, whatever the number of threads: W and the exponentials are packed
+// once for a block of rows and columns, which a split of that block among the threads would make each of them do.
+constexpr int64_t kVocabParts = 4;
 // A sum outside of [2^-100, 2^100] may have lost terms to a bound of the exponential.
 constexpr double kSafeSum = 0x1p100;
 
@@ -71,6 +74,15 @@ void store_acc(const Ops& ops, void* p, int64_t i, double x) {
         static_cast<double*>(p)[i] = x;
     else
         static_cast<float*>(p)[i] = static_cast<float>(x);
+}
+
+void prefetch_rows(const void* p, int64_t rows, int64_t bytes, int64_t stride) {
+#ifdef __GNUC__
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(offset_bytes(p, r * stride + i), 1, 2);
+#else
+    (void)p, (void)rows, (void)bytes, (void)stride;
+#endif
 }
 
 // A packed operand B: panels of kPanel columns, the last one narrower, one after the other.
@@ -212,15 +224,20 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
         const int64_t v = task * kVocabTile, count = std::min(kVocabTile, head.V - v);
         const Buffer tile(kVocabTile * kPanel * acc);
         for (int64_t panel = 0; panel < hidden.num_panels(); ++panel) {
+            const int64_t at = v * head.D + panel * kPanel;
+            void* total = offset_bytes(gradients.dweight_VD, at * source);
+            void* rest = gradients.dweight_rest_VD;
+            if (rest != nullptr) rest = offset_bytes(rest, at * rest_size);
+            if (!gradients.is_first) {  // on their way while the product is computed
+                prefetch_rows(total, count, kPanel * source, head.D * source);
+                if (rest != nullptr) prefetch_rows(rest, count, kPanel * rest_size, head.D * rest_size);
+            }
             if (ranges.empty()) std::memset(tile.get(), 0, kVocabTile * kPanel * acc);
             for (const Range& range : ranges)
                 ops.gemm(offset_bytes(exps, (v * stride + range.begin) * size), stride / ops.group, 1,
                          hidden.panel(panel, range.begin / ops.group), hidden.width(panel), tile.get(), kPanel, count,
                          (range.end - range.begin) / ops.group, &range != &ranges.front());
-            const int64_t at = v * head.D + panel * kPanel;
-            void* rest = gradients.dweight_rest_VD;
-            ops.add(tile.get(), kPanel, count, hidden.count(panel), offset_bytes(gradients.dweight_VD, at * source),
-                    rest == nullptr ? nullptr : offset_bytes(rest, at * rest_size), head.dtype, head.D, gradients.is_first,
+            ops.add(tile.get(), kPanel, count, hidden.count(panel), total, rest, head.dtype, head.D, gradients.is_first,
                     gradients.is_last);
         }
     });
@@ -231,16 +248,18 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
     const Ops& ops = *head.ops;
     const int64_t stride = exps_stride(ops, head.T), acc = ops.acc_size, source = dtype_size(head.dtype);
     const int64_t out_size = dtype_size(gradients.dhidden_dtype);
-    // Which block computes an element changes none of its bits: every block goes over the vocabulary in the same steps.
     int64_t tokens = 512, columns = std::min<int64_t>(round_up(head.D, kPanel), 512);
     std::vector<Range> blocks;
+    int64_t num_column_blocks;
     const auto split = [&] {
         blocks.clear();
         for (const Range& range : ranges)
             for (int64_t t = range.begin; t < range.end; t += tokens) blocks.push_back({t, std::min(range.end, t + tokens)});
-        return static_cast<int64_t>(blocks.size()) * divide_up(head.D, columns);
+        num_column_blocks = divide_up(head.D, columns);
+        return static_cast<int64_t>(blocks.size()) * num_column_blocks * kVocabParts;
     };
-    while (split() < 2 * head.num_threads && head.num_threads > 1) {
+    // Which block computes an element changes none of its bits: every block goes over the vocabulary in the same steps.
+    while (split() < 2 * head.num_threads) {
         if (tokens > 2 * ops.row_align && tokens * 2 > columns)
             tokens = round_up(tokens / 2, ops.row_align);
         else if (columns > 2 * kPanel)
@@ -248,15 +267,21 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
         else
             break;
     }
-    const int64_t num_column_blocks = divide_up(head.D, columns);
-    parallel_for(split(), head.num_threads, [&](int64_t task) {
-        const Range range = blocks[task / num_column_blocks];
-        const int64_t d = task % num_column_blocks * columns, num_columns = std::min(columns, head.D - d);
+    const int64_t part_rows = round_up(divide_up(head.V, kVocabParts), kVocabBlock);
+    const int64_t row_bytes = round_up(head.D, kPanel) * acc, part_bytes = exps_stride(ops, head.T) * row_bytes;
+    const int64_t ld = round_up(head.D, kPanel), num_parts = divide_up(head.V, part_rows);
+    const Buffer sums(num_parts * part_bytes);
+    const Ops& plain = *portable_ops(acc == 8 ? Dtype::f64 : Dtype::f32);
+    parallel_for(split() / kVocabParts * num_parts, head.num_threads, [&](int64_t task) {
+        const int64_t part = task % num_parts, block = task / num_parts;
+        const Range range = blocks[block / num_column_blocks];
+        const int64_t d = block % num_column_blocks * columns, num_columns = std::min(columns, head.D - d);
         const int64_t M = range.end - range.begin, num_groups = padded_groups(ops, kVocabBlock);
         Packed weight(ops, num_columns, num_groups);
-        const Buffer operand(num_groups * ops.group * ops.element_size * (M + 32)), sums(M * columns * acc);
-        for (int64_t v = 0; v < head.V; v += kVocabBlock) {
-            const int64_t count = std::min(kVocabBlock, head.V - v), groups = padded_groups(ops, count);
+        const Buffer operand(num_groups * ops.group * ops.element_size * (M + 32));
+        const int64_t begin = part * part_rows, end = std::min(head.V, begin + part_rows);
+        for (int64_t v = begin; v < end; v += kVocabBlock) {
+            const int64_t count = std::min(kVocabBlock, end - v), groups = padded_groups(ops, count);
             int64_t row_stride, group_stride;
             const void* A = ops.vocab_operand(offset_bytes(exps, (v * stride + range.begin) * ops.element_size), stride, count,
                                               M, groups, operand.get(), &row_stride, &group_stride);
@@ -264,12 +289,19 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
                 ops.pack_rows(offset_bytes(head.weight_VD, (v * head.D + d + panel * kPanel) * source), head.dtype, head.D,
                               count, weight.count(panel), nullptr, groups, weight.width(panel), weight.panel(panel));
                 ops.gemm(A, row_stride, group_stride, weight.panel(panel), weight.width(panel),
-                         sums.at(panel * kPanel * acc), columns, M, groups, v > 0);
+                         sums.at(part * part_bytes + range.begin * row_bytes + (d + panel * kPanel) * acc), ld, M, groups,
+                         v > begin);
             }
         }
-        ops.store(sums.get(), columns, offset_bytes(factor_T, range.begin * acc),
-                  std::min(range.end, head.T) - range.begin, num_columns,
-                  offset_bytes(gradients.dhidden_TD, (range.begin * head.D + d) * out_size), gradients.dhidden_dtype, head.D);
+    });
+    parallel_for(static_cast<int64_t>(blocks.size()), head.num_threads, [&](int64_t block) {
+        const Range range = blocks[block];
+        const int64_t first = range.begin * row_bytes, rows = std::min(range.end, head.T) - range.begin;
+        for (int64_t part = 1; part < num_parts; ++part)
+            plain.add(sums.at(part * part_bytes + first), ld, rows, head.D, sums.at(first), nullptr, plain.element, ld, false,
+                      false);
+        ops.store(sums.at(first), ld, offset_bytes(factor_T, range.begin * acc), rows, head.D,
+                  offset_bytes(gradients.dhidden_TD, range.begin * head.D * out_size), gradients.dhidden_dtype, head.D);
     });
 }
 

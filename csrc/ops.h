@@ -58,7 +58,7 @@ struct Ops {
     // dst[r, c] = row_scale[r] * src[r, c], from accumulators.
     void (*store)(const void* src, int64_t ld_src, const void* row_scale, int64_t rows, int64_t columns, void* dst, Dtype dtype,
                   int64_t ld_dst);
-    // Adds a tile of accumulators to a sum kept in total and rest, in float or better: f32 and f64 in total; bf16 as the upper
+    // Adds a tile of accumulators to a sum kept in total and rest (dtype: of the inputs), in float or better: f32 and f64 in total; bf16 as the upper
     // half of a float in total and the lower one in rest; f16 as a float in rest. is_first: what they hold is overwritten.
     // is_last: the sum is rounded into total. rest may be null where the tile is first and last.
     void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t columns, void* total, void* rest, Dtype dtype, int64_t ld,

@@ -184,6 +184,36 @@ const void* vocab_operand_bf16(const void* exps_, int64_t ld, int64_t num_vocab,
     return dst;
 }
 
+// Masked stores take many cycles on some machines.
+inline void store_words(uint16_t* p, __m256i x, int64_t count) {
+    if (count >= 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+    else
+        _mm256_mask_storeu_epi16(p, first(count), x);
+}
+
+// kPanel or fewer columns of a sum whose upper half is total and whose lower half is rest.
+void add_tile_bf16(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest_, Dtype, int64_t ld,
+                   bool is_first, bool is_last) {
+    const float* src = static_cast<const float*>(src_);
+    Bf16* total = static_cast<Bf16*>(total_);
+    uint16_t* rest = static_cast<uint16_t*>(rest_);
+    for (int64_t r = 0; r < rows; ++r, src += ld_src, total += ld)
+        for (int64_t c = 0; c < columns; c += 16) {
+            const int64_t left = columns - c;
+            uint16_t* low = rest == nullptr ? nullptr : rest + r * ld + c;
+            __m512 x = _mm512_maskz_loadu_ps(first(left), src + c);
+            if (!is_first)
+                x = _mm512_add_ps(x, (__m512)words(load_bf16(reinterpret_cast<Bf16*>(low), left), load_bf16(total + c, left)));
+            if (is_last) {
+                store_words(&total[c].bits, to_bf16(x), left);
+            } else {
+                store_words(&total[c].bits, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)), left);
+                store_words(low, _mm512_cvtepi32_epi16((__m512i)x), left);
+            }
+        }
+}
+
 // ------------------------------------------------------------------------------------------------------------------ AMX
 
 struct alignas(64) TileConfig {
@@ -355,7 +385,7 @@ typedef decltype(Ops::vocab_operand) VocabOperand;
 
 constexpr Ops make_bf16_ops(const char* isa, int64_t group_align, Gemm gemm, VocabOperand vocab_operand) {
     return Ops{isa,  Dtype::bf16,  2,  4,  2,  32,  32,  group_align,  gemm,  convert_bf16,  pack_rows_bf16,
-               pack_columns_bf16,  vocab_operand,  softmax_tile<float, Bf16>,  store_rows<float>,  add_tile<float>,  dot_exps<Bf16>,  dot,
+               pack_columns_bf16,  vocab_operand,  softmax_tile<float, Bf16>,  store_rows<float>,  add_tile_bf16,  dot_exps<Bf16>,  dot,
                load_exp<Bf16>,  store_exp<Bf16>};
 }
 

@@ -320,23 +320,30 @@ inline void add_row(const T* src, int64_t columns, Total* total, void*, bool is_
     else
         for (int64_t c = 0; c < columns; ++c) round_to(src[c] + total[c], total + c);
 }
-template <typename T>
-inline void add_row(const T* src, int64_t columns, Bf16* total, void* rest_, bool is_first, bool is_last) {
-    uint16_t* rest = static_cast<uint16_t*>(rest_);
-    if (is_first && is_last) {
-        for (int64_t c = 0; c < columns; ++c) round_to(src[c], total + c);
-        return;
-    }
+template <bool kIsFirst, bool kIsLast, typename T>
+inline void add_halves(const T* src, int64_t columns, Bf16* total, uint16_t* rest) {
     for (int64_t c = 0; c < columns; ++c) {
         float x = static_cast<float>(src[c]);
-        if (!is_first) x += as_float(static_cast<uint32_t>(total[c].bits) << 16 | rest[c]);
-        if (is_last) {
+        if (!kIsFirst) x += as_float(static_cast<uint32_t>(total[c].bits) << 16 | rest[c]);
+        if (kIsLast) {
             round_to(x, total + c);
         } else {
             total[c].bits = static_cast<uint16_t>(as_bits(x) >> 16);
             rest[c] = static_cast<uint16_t>(as_bits(x));
         }
     }
+}
+template <typename T>
+inline void add_row(const T* src, int64_t columns, Bf16* total, void* rest_, bool is_first, bool is_last) {
+    uint16_t* rest = static_cast<uint16_t*>(rest_);
+    if (is_first && is_last)
+        add_halves<true, true>(src, columns, total, rest);
+    else if (is_first)
+        add_halves<true, false>(src, columns, total, rest);
+    else if (is_last)
+        add_halves<false, true>(src, columns, total, rest);
+    else
+        add_halves<false, false>(src, columns, total, rest);
 }
 template <typename T>
 inline void add_row(const T* src, int64_t columns, F16* total, void* rest_, bool is_first, bool is_last) {
