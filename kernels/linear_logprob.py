@@ -479,6 +479,7 @@ def exponentials(
     bias_V: torch.Tensor | None,
     target_logit_T: torch.Tensor,
     offset_T: torch.Tensor,
+    room: torch.Tensor,
     *,
     softcap: float | None,
     temperature: float,
@@ -487,7 +488,7 @@ def exponentials(
     """logprob and sum of exp(x - k), both [T], and E [T, padded V]; mends ``offset_T`` where it was out of reach."""
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     num_tiles = triton.cdiv(V, tile.cols)
-    exp_TV = hidden_TD.new_empty(T, num_tiles * tile.cols)
+    exp_TV = room[: T * num_tiles * tile.cols].view(T, -1)
     partials = _partials(T, V, tile, hidden_TD.device)
     use_tma = _tma_fits(hidden_TD, weight_VD, exp_TV)
     numbers = (T, V, D, hidden_TD.stride(0), weight_VD.stride(0), exp_TV.stride(0), softcap, 1 / temperature)
@@ -522,7 +523,7 @@ def linear_logprob_forward(
     *,
     softcap: float | None,
     temperature: float,
-    keep: bool,
+    room: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Saved | None]:
     """Log-probs of the targets.
 
@@ -531,10 +532,11 @@ def linear_logprob_forward(
         weight_VD: [V, D], same dtype.
         bias_V: [V] of any float dtype, or None.
         targets_T: [T] int64 or int32 in [0, V).
-        keep: store E, for ``linear_logprob_backward``.
+        room: [T * ``padded_vocab``] or more of the dtype of hidden, where E is kept for ``linear_logprob_backward``;
+            None: nothing is.
 
     Returns:
-        logprob [T] float32, and with ``keep`` what backward needs. A row that is not finite gives a log-prob that is
+        logprob [T] float32, and with ``room`` what backward needs. A row that is not finite gives a log-prob that is
         not finite.
     """
     hidden_TD, weight_VD, targets_T = _aligned(hidden_TD), _aligned(weight_VD), targets_T.contiguous()
@@ -543,14 +545,14 @@ def linear_logprob_forward(
     tile = tiles(D, V, hidden_TD.dtype, hidden_TD.device, softcap is not None).logits
     head: dict[str, Any] = {"softcap": softcap, "temperature": temperature}
     target_logit_T = target_logits(hidden_TD, weight_VD, bias_V, targets_T, **head)
-    if not keep:
+    if room is None:
         return logsumexp(hidden_TD, weight_VD, bias_V, target_logit_T, **head, tile=tile)[0], None
     if hidden_TD.dtype == torch.float16:
         offset_T = logsumexp(hidden_TD, weight_VD, bias_V, target_logit_T, **head, tile=tile)[1] - FLOAT16_SHIFT
     else:
         offset_T = target_logit_T.clone()
     logprob_T, sumexp_T, exp_TV = exponentials(
-        hidden_TD, weight_VD, bias_V, target_logit_T, offset_T, **head, tile=tile
+        hidden_TD, weight_VD, bias_V, target_logit_T, offset_T, room, **head, tile=tile
     )
     saved = Saved(
         hidden_TD=hidden_TD,
@@ -707,16 +709,17 @@ def dweight_kernel(
         acc = _dot(e.T, h, acc)
     if norm_ptr is not None:
         acc *= tl.load(norm_ptr)
-    offs_v = row + tl.arange(0, BLOCK_V)
-    offs_d = col + tl.arange(0, BLOCK_D)
-    mask = (offs_v < V)[:, None] & (offs_d < D)[None, :]
-    offs = offs_v.to(tl.int64)[:, None] * stride_out_v + offs_d[None, :]
+    # Within the tile 32 bits do, and 64 would spill.
+    offs_v, offs_d = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
+    start = row.to(tl.int64) * stride_out_v + col
+    offs = offs_v[:, None] * stride_out_v + offs_d[None, :]
+    mask = (offs_v < V - row)[:, None] & (offs_d < D - col)[None, :]
     if low_ptr is not None:
         bits = acc.to(tl.int32, bitcast=True)
-        tl.store(out_ptr + offs, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
-        tl.store(low_ptr + offs, bits.to(tl.int16), mask=mask)
+        tl.store(out_ptr + start + offs, (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(low_ptr + start + offs, bits.to(tl.int16), mask=mask)
     else:
-        tl.store(out_ptr + offs, _round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + start + offs, _round_to(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -900,7 +903,7 @@ def autotune(D: int, V: int, dtype: torch.dtype, device: torch.device, *, rows: 
     dweight_VD = torch.empty_like(weight_VD)
     head: dict[str, Any] = {"softcap": None, "temperature": 1.0}
     steps = (
-        lambda tile: exponentials(hidden_TD, weight_VD, None, row_T, row_T.clone(), **head, tile=tile),
+        lambda tile: exponentials(hidden_TD, weight_VD, None, row_T, row_T.clone(), exp_TV.view(-1), **head, tile=tile),
         lambda tile: dhidden(exp_TV, weight_VD, row_T + 1, torch.empty_like(hidden_TD), tile),
         lambda tile: dweight(exp_TV, hidden_TD, None, active, dweight_VD, None, tile, is_first=True, is_last=True),
     )

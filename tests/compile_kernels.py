@@ -61,9 +61,10 @@ def launch_all(dtype: torch.dtype, D: int, head: dict[str, Any], V: int = 128256
 
     hidden, weight = empty(T, D, dtype=dtype), empty(V, D, dtype=dtype)
     bias = empty(V, dtype=dtype) if head.pop("bias") else None
-    for keep in (False, True):
+    columns = linear_logprob.padded_vocab(D, V, dtype, hidden.device)
+    for room in (None, empty(T * columns, dtype=dtype)):
         _, saved = linear_logprob.linear_logprob_forward(
-            hidden, weight, bias, empty(T, dtype=torch.int64), **head, keep=keep
+            hidden, weight, bias, empty(T, dtype=torch.int64), **head, room=room
         )
     dbias = None if bias is None else empty(V, dtype=torch.float64)
     rest = {torch.bfloat16: empty(V, D, dtype=torch.int16), torch.float16: empty(V, D)}.get(dtype)

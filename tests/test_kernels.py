@@ -88,9 +88,13 @@ def plain(p: Problem, dtype: torch.dtype, softcap: float | None, temperature: fl
     return [out.detach(), *torch.autograd.grad(out, leaves, p.upstream.to(dtype))]
 
 
+def room(p: Problem) -> torch.Tensor:
+    return backend.make_room(p.targets.numel(), p.weight)
+
+
 def fused(p: Problem, **head: Any) -> list[torch.Tensor]:
     """The same by the kernels, in one chunk."""
-    logprob, saved = backend.forward(*p.inputs, **head, keep=True)
+    logprob, saved = backend.forward(*p.inputs, **head, room=room(p))
     return [logprob, *gradients(p, saved)]
 
 
@@ -134,7 +138,7 @@ def test_values_and_gradients(T: int, V: int, D: int, bias: bool, head: str, dty
     got = fused(p, **HEADS[head])
     assert_as_good_as_torch(p, got, **HEADS[head])
     assert not got[1][p.upstream == 0].any()
-    logprob, saved = backend.forward(*p.inputs, **HEADS[head], keep=False)
+    logprob, saved = backend.forward(*p.inputs, **HEADS[head], room=None)
     assert saved is None
     torch.testing.assert_close(logprob, got[0], rtol=2e-6, atol=2e-6)
 
@@ -145,14 +149,14 @@ def test_values_and_gradients(T: int, V: int, D: int, bias: bool, head: str, dty
 def test_large(D: int, head: str, bias: bool, dtype: torch.dtype) -> None:
     p = problem(701, 50257, D, dtype, bias=bias)
     assert_as_good_as_torch(p, fused(p, **HEADS[head]), **HEADS[head])
-    alone = backend.forward(p.hidden[5:6], p.weight, p.bias, p.targets[5:6], **HEADS[head], keep=True)[0]
-    assert torch.equal(alone, backend.forward(*p.inputs, **HEADS[head], keep=True)[0][5:6])
+    alone = backend.forward(p.hidden[5:6], p.weight, p.bias, p.targets[5:6], **HEADS[head], room=room(p))[0]
+    assert torch.equal(alone, backend.forward(*p.inputs, **HEADS[head], room=room(p))[0][5:6])
 
 
 @needs_gpu
 def test_more_than_2_to_31_logits() -> None:
     p = problem(20000, 120001, 64)
-    logprob, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    logprob, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
     z = p.hidden[-3:].to(F64) @ p.weight.to(F64).T
     exact = z.log_softmax(1).gather(1, p.targets[-3:, None])[:, 0]
     torch.testing.assert_close(logprob[-3:], exact.to(F32), rtol=1e-6, atol=1e-6)
@@ -179,11 +183,11 @@ def test_autotune(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(keep: bool) -> None:
     p = problem(37, 131, 72, bias=True)
-    logprob, saved = backend.forward(*p.inputs, **HEADS["both"], keep=keep)
+    logprob, saved = backend.forward(*p.inputs, **HEADS["both"], room=room(p) if keep else None)
     dhidden = gradients(p, saved)[0] if keep else None
     for t in (0, 20, 36):
         one = Problem(p.hidden[t : t + 1], p.weight, p.bias, p.targets[t : t + 1], p.upstream[t : t + 1])
-        one_logprob, one_saved = backend.forward(*one.inputs, **HEADS["both"], keep=keep)
+        one_logprob, one_saved = backend.forward(*one.inputs, **HEADS["both"], room=room(p) if keep else None)
         assert torch.equal(one_logprob, logprob[t : t + 1])
         if dhidden is not None:
             assert torch.equal(gradients(one, one_saved)[0], dhidden[t : t + 1])
@@ -202,7 +206,7 @@ def test_targets_out_of_reach(dtype: torch.dtype, head: str) -> None:
     assert_as_good_as_torch(p, got, **HEADS[head])
     if head == "plain":  # a softcap keeps all targets within reach
         assert (got[0][:16] < -linear_logprob.REACH.value).sum() > 8
-    torch.testing.assert_close(got[0], backend.forward(*p.inputs, **HEADS[head], keep=False)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[0], backend.forward(*p.inputs, **HEADS[head], room=None)[0], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[0][16:], usual[0][16:])
     assert torch.equal(got[1][16:], usual[1][16:])
 
@@ -215,7 +219,7 @@ def test_float16_logits_of_10_000_and_upstream_gradients_of_1e_9() -> None:
     torch.testing.assert_close(got[0], exact[0].to(F32), rtol=1e-5, atol=0.01)
     p = problem(23, 131, 40, F16)
     exact = plain(p, F64, **HEADS["plain"])
-    _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
     dhidden, dweight = nan_like(p.hidden, F32), nan_like(p.weight, F32)
     backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_VD=torch.empty_like(p.weight),
                      dweight_rest_VD=dweight, dbias_V=None, is_first=True, is_last=False)  # fmt: skip
@@ -236,7 +240,7 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
     bounds = [0, 17, 18, 50]
     for start, end in itertools.pairwise(bounds):
         inputs = p.hidden[start:end], p.weight, p.bias, p.targets[start:end]
-        _, saved = backend.forward(*inputs, **HEADS["both"], keep=True)
+        _, saved = backend.forward(*inputs, **HEADS["both"], room=room(p))
         backend.backward(
             saved, p.upstream[start:end], dhidden_TD=dhidden[start:end], dweight_VD=dweight.total_VD,
             dweight_rest_VD=dweight.rest_VD, dbias_V=dbias, is_first=start == 0, is_last=end == 50,
@@ -265,7 +269,7 @@ def test_rows_without_a_gradient_add_nothing_whatever_they_hold(value: float, he
     if not math.isfinite(value):
         assert not got[0][idle].isfinite().any()
     # A block of such rows is not even read.
-    _, saved = backend.forward(*p.inputs, **HEADS[head], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS[head], room=room(p))
     if DEVICE == "cpu":
         saved.exp_TV[16:32] = math.nan
     assert torch.equal(gradients(p, saved)[1], want[2])
@@ -292,7 +296,7 @@ def test_a_row_that_is_not_finite_shows_and_disturbs_no_other(value: float, dtyp
     got = fused(p, **HEADS[head])
     others = torch.arange(23) != 4
     assert not got[0][4].isfinite()
-    assert not backend.forward(*p.inputs, **HEADS[head], keep=False)[0][4].isfinite()
+    assert not backend.forward(*p.inputs, **HEADS[head], room=None)[0][4].isfinite()
     assert torch.equal(got[0][others], want[0][others])
     assert torch.equal(got[1][others], want[1][others])
     assert not got[1][4].isfinite().all()
@@ -307,19 +311,21 @@ def test_a_bias_may_rule_out_classes(dtype: torch.dtype) -> None:
     p.targets[p.bias[p.targets].isinf()] = 1
     assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
     exact = plain(p, F64, **HEADS["plain"])[0].to(F32)
-    torch.testing.assert_close(backend.forward(*p.inputs, **HEADS["plain"], keep=False)[0], exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(backend.forward(*p.inputs, **HEADS["plain"], room=None)[0], exact, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
 def test_probabilities_sum_to_one_and_are_at_most_one() -> None:
     p = problem(1, 131, 40, std=0.5)
     every = Problem(p.hidden.expand(131, -1), p.weight, None, torch.arange(131, device=DEVICE), torch.ones(131))
-    logprob = backend.forward(*every.inputs, **HEADS["plain"], keep=False)[0]
+    logprob = backend.forward(*every.inputs, **HEADS["plain"], room=None)[0]
     torch.testing.assert_close(logprob.to(F64).exp().sum().item(), 1.0, rtol=1e-6, atol=0)
     p = problem(16, 131, 40, std=100.0)
     targets = (p.hidden.float() @ p.weight.float().T).argmax(1)
     for keep in (True, False):
-        assert (backend.forward(p.hidden, p.weight, None, targets, **HEADS["plain"], keep=keep)[0] <= 0).all()
+        assert (
+            backend.forward(p.hidden, p.weight, None, targets, **HEADS["plain"], room=room(p) if keep else None)[0] <= 0
+        ).all()
 
 
 @needs_kernels
@@ -341,14 +347,14 @@ def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     called = []
     monkeypatch.setattr(linear_logprob, "scaled_hidden", lambda *args: called.append("scaled_hidden"))
     given: dict[str, Any] = {"dweight_rest_VD": None, "dbias_V": None, "is_first": True, "is_last": True}
-    _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
     out = nan_like(p.hidden)
     backend.backward(saved, p.upstream, dhidden_TD=out, dweight_VD=None, **given)
     assert torch.equal(out, dhidden)
     assert not called
     monkeypatch.undo()
     monkeypatch.setattr(linear_logprob, "dhidden", lambda *args: called.append("dhidden"))
-    _, saved = backend.forward(*p.inputs, **HEADS["plain"], keep=True)
+    _, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
     out = nan_like(p.weight)
     backend.backward(saved, p.upstream, dhidden_TD=None, dweight_VD=out, **given)
     assert torch.equal(out, dweight)
@@ -360,14 +366,14 @@ def test_memory_of_a_row() -> None:
     for V, dtype in ((131, BF16), (131, F32), (64, F16)):
         p = problem(23, V, 40, dtype)
         for head in HEADS.values():
-            _, saved = backend.forward(*p.inputs, **head, keep=True)
+            _, saved = backend.forward(*p.inputs, **head, room=room(p))
             kept = [saved.exp_TV, saved.sumexp_T, saved.offset_T, saved.target_logit_T]
             assert sum(x.nbytes for x in kept) <= 23 * backend.bytes_per_row(p.weight) <= 23 * (256 + V) * 8
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no torch.float64; use impl='reference'"):
-        backend.forward(*problem(2, 5, 3, F64).inputs, **HEADS["plain"], keep=False)
+        backend.forward(*problem(2, 5, 3, F64).inputs, **HEADS["plain"], room=None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(backend, "IS_INTERPRETED", False)
     with pytest.raises(ValueError, match="torch sees no CUDA device; install"):

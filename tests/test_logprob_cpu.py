@@ -226,7 +226,7 @@ def test_a_sum_over_chunks_is_rounded_once(dtype: torch.dtype) -> None:
             (alone := torch.empty_like(weight), None, True, True),
         ):
             args = hidden[rows].detach(), weight.detach(), None, targets[rows]
-            _, saved = cpu.forward(*args, softcap=None, temperature=1.0, keep=True)
+            _, saved = cpu.forward(*args, softcap=None, temperature=1.0, room=cpu.make_room(40, weight))
             cpu.backward(saved, upstream[rows], dhidden_TD=None, dweight_VD=total, dweight_rest_VD=rest, dbias_V=None,
                          is_first=is_first, is_last=is_last)  # fmt: skip
         parts.append(alone.double())

@@ -50,6 +50,13 @@ def bytes_per_row(weight_VD: torch.Tensor) -> int:
     return int(_extension().logprob_exps_bytes(64, weight_VD.shape[0], name, _isa(name))) // 64
 
 
+def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Memory for what ``forward`` keeps of up to so many rows, as bytes."""
+    name = _name(weight_VD.dtype)
+    size = _extension().logprob_exps_bytes(num_rows, weight_VD.shape[0], name, _isa(name))
+    return torch.empty(size, dtype=torch.uint8)
+
+
 def forward(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -58,9 +65,9 @@ def forward(
     *,
     softcap: float | None,
     temperature: float,
-    keep: bool,
+    room: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Saved | None]:
-    """Log-probs [T] float64 of checked, contiguous arguments, and with ``keep`` what ``backward`` needs."""
+    """Log-probs [T] float64 of checked, contiguous arguments, and with ``room`` what ``backward`` needs."""
     extension, name = _extension(), _name(hidden_TD.dtype)
     isa = _isa(name)
     head = (
@@ -75,9 +82,8 @@ def forward(
         isa,
     )
     exps = None
-    if keep:
-        size = extension.logprob_exps_bytes(targets_T.numel(), weight_VD.shape[0], name, isa)
-        exps = torch.empty(size, dtype=torch.uint8)
+    if room is not None:
+        exps = room[: extension.logprob_exps_bytes(targets_T.numel(), weight_VD.shape[0], name, isa)]
     logprobs, rows = extension.logprob_forward(*head, None if exps is None else exps.numpy())
     return torch.from_numpy(logprobs), None if exps is None else Saved(head=head, rows=rows, exps=exps)
 

@@ -63,11 +63,14 @@ class Backend(Protocol):
     def bytes_per_row(self, weight_VD: torch.Tensor) -> int:
         """Bytes that a row keeps."""
 
+    def make_room(self, num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
+        """Memory for what ``forward`` keeps of up to so many rows; free again after ``backward``."""
+
     def forward(
         self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_T: torch.Tensor, *,
-        softcap: float | None, temperature: float, keep: bool,
+        softcap: float | None, temperature: float, room: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Any]:  # fmt: skip
-        """Log-probs [T] in float32 or better, and if ``keep`` what ``backward`` needs."""
+        """Log-probs [T] in float32 or better, and with ``room`` to keep it in what ``backward`` needs."""
 
     def backward(
         self, saved: Any, dlogprobs_T: torch.Tensor, *, dhidden_TD: torch.Tensor | None,
@@ -109,6 +112,16 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _bits(values: torch.Tensor) -> Any:
+    """The tensor's memory as a numpy array, which has no bfloat16."""
+    values = values.detach()
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _from_bits(values: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(values).view(dtype)
+
+
 class _Rows:
     """Some rows of [T, D] tensors, without a copy where they are adjacent."""
 
@@ -118,7 +131,16 @@ class _Rows:
     def take(self, values: torch.Tensor) -> torch.Tensor:
         if self.span is not None:
             return values[self.span[0] : self.span[1]].contiguous()
+        if values.device.type == "cpu":  # not by threads of torch, which would go on spinning beside those of the op
+            return _from_bits(_bits(values)[self.index.numpy()], values.dtype)
         return values.index_select(0, self.index)
+
+    def put(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the rows back to where they were taken from."""
+        if values.device.type == "cpu":
+            _bits(out)[self.index.numpy()] = _bits(values)
+        else:
+            out.index_copy_(0, self.index, values)
 
 
 class WeightSum:
@@ -189,7 +211,7 @@ class _Gradients:
         )
         self.is_first = False
         if self.dhidden_TD is not None and dhidden_RD is not None and rows.span is None:
-            self.dhidden_TD.index_copy_(0, rows.index, dhidden_RD)
+            rows.put(dhidden_RD, self.dhidden_TD)
 
     def _add_nothing(self, rows: _Rows) -> None:
         if self.dhidden_TD is not None:
@@ -248,19 +270,20 @@ class _LinearLogprobs(torch.autograd.Function):
         if ctx.is_frozen:
             # The gradient of a log-prob with respect to its hidden state needs nothing from upstream: two products.
             jacobian_RD = torch.empty_like(hidden_RD, dtype=acc_dtype(hidden_TD.dtype))
+            room: torch.Tensor | None = backend.make_room(min(limit, targets_R.numel()), weight_VD)
             for start, end in _tiles(targets_R.numel(), limit):
                 args = hidden_RD[start:end], weight_VD, bias_V, targets_R[start:end]
-                logprobs, saved = backend.forward(*args, **options, keep=True)
+                logprobs, saved = backend.forward(*args, **options, room=room)
                 out[start:end] = logprobs
                 backend.backward(
                     saved, torch.ones_like(out[start:end]), dhidden_TD=jacobian_RD[start:end], dweight_VD=None,
                     dweight_rest_VD=None, dbias_V=None, is_first=True, is_last=True,
                 )  # fmt: skip
-                del saved
             ctx.save_for_backward(jacobian_RD, hidden_TD)
             return out
-        keep = any(needs) and targets_R.numel() <= limit
-        logprobs, ctx.saved = backend.forward(hidden_RD, weight_VD, bias_V, targets_R, **options, keep=keep)
+        num_rows = targets_R.numel()
+        room = backend.make_room(num_rows, weight_VD) if any(needs) and num_rows <= limit else None
+        logprobs, ctx.saved = backend.forward(hidden_RD, weight_VD, bias_V, targets_R, **options, room=room)
         out.copy_(logprobs)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, targets_R)
         return out
@@ -287,6 +310,7 @@ class _LinearLogprobs(torch.autograd.Function):
         gradients = _Gradients(hidden_TD, weight_VD, bias_V, ctx.needs_input_grad[:3], max(1, len(chunks)), covers_all)
         if not chunks:
             gradients.add(backend, None, dlogprobs_R, rows)
+        room = backend.make_room(min(limit, num_rows), weight_VD) if saved is None and chunks else None
         for start, end in chunks:
             part = _Rows(
                 rows.index[start:end], None if rows.span is None else (rows.span[0] + start, rows.span[0] + end)
@@ -294,7 +318,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if saved is None:
                 _, saved = backend.forward(
                     part.take(hidden_TD), weight_VD, bias_V, targets_R[start:end], softcap=ctx.head.softcap,
-                    temperature=ctx.head.temperature, keep=True,
+                    temperature=ctx.head.temperature, room=room,
                 )  # fmt: skip
             gradients.add(backend, saved, dlogprobs_R[start:end], part)
             saved = None
@@ -407,6 +431,7 @@ class _PreferenceLoss(torch.autograd.Function):
         total = (loss.sum() / run.weight_sum).to(run.out_dtype)
         if any(needs):
             assert run.gradients is not None
+            run.room = None
             ctx.save_for_backward(*run.gradients.finished())
         outputs = run.loss_N, run.logprob_S, run.ref_logprob_S
         ctx.mark_non_differentiable(*outputs)
@@ -481,15 +506,19 @@ class _Pass:
             self.plan.append((group, parts))
         num_chunks = sum(len(parts) for _, parts in self.plan)
         self.gradients = None
+        self.room: torch.Tensor | None = None
         if self.needs_grad:
+            most = max((end - start for _, parts in self.plan for start, end, _ in parts), default=0)
+            self.room = self.backend.make_room(most, weight_VD)
             self.gradients = _Gradients(hidden_TD, weight_VD, bias_V, needs, max(num_chunks, 1), is_all)
             if not num_chunks:
                 self.gradients.add(self.backend, None, self.loss_N, _Rows(batch.index, None))
 
     def _forward(
-        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: _Rows, **kw: Any
-    ) -> Any:
-        options = {"softcap": self.head.softcap, "temperature": self.head.temperature, **kw}
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: _Rows,
+        room: torch.Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        options: dict[str, Any] = {"softcap": self.head.softcap, "temperature": self.head.temperature, "room": room}
         return self.backend.forward(rows.take(hidden), weight, bias, rows.take(self.batch.targets_T), **options)
 
     def group(self, group: _Group, chunks: list[tuple[int, int, _Rows]]) -> None:
@@ -504,9 +533,9 @@ class _Pass:
         for start, end, rows in chunks:
             if ref_logprob_R is not None:
                 reference = self.reference.hidden_TD, self.reference.weight_VD, self.reference.bias_V
-                ref_logprob_R[start:end], _ = self._forward(*reference, rows, keep=False)  # type: ignore[arg-type]
-            keep = self.needs_grad and len(chunks) == 1
-            logprob_R[start:end], saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, keep=keep)
+                ref_logprob_R[start:end], _ = self._forward(*reference, rows)  # type: ignore[arg-type]
+            room = self.room if len(chunks) == 1 else None
+            logprob_R[start:end], saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, room)
 
         weight_R = None
         if self.batch.token_weights_T is not None and chunks:
@@ -525,7 +554,7 @@ class _Pass:
             # Only where looking costs no wait for the device.
             is_nothing = device.type == "cpu" and not bool(upstream.any())
             if saved is None and not is_nothing:
-                saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, keep=True)[1]
+                saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, self.room)[1]
             self.gradients.add(self.backend, None if is_nothing else saved, upstream, rows)
             saved = None
 

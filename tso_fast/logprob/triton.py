@@ -34,6 +34,13 @@ def bytes_per_row(weight_VD: torch.Tensor) -> int:
     return columns * weight_VD.element_size() + _ROW_STATISTICS * 4
 
 
+def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
+    """Memory for the exponentials of up to so many rows."""
+    V, D = weight_VD.shape
+    columns: int = _kernels("linear_logprob").padded_vocab(D, V, weight_VD.dtype, weight_VD.device)
+    return weight_VD.new_empty(num_rows * columns)
+
+
 def forward(
     hidden_TD: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -42,9 +49,9 @@ def forward(
     *,
     softcap: float | None,
     temperature: float,
-    keep: bool,
+    room: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Any]:
-    """Log-probs [T] float32, and with ``keep`` what ``backward`` needs; T > 0.
+    """Log-probs [T] float32, and with ``room`` what ``backward`` needs; T > 0.
 
     Raises:
         ValueError: a dtype that is not in ``DTYPES``.
@@ -54,7 +61,7 @@ def forward(
     head = {"softcap": softcap, "temperature": temperature}
     with torch.cuda.device_of(hidden_TD):
         logprob_T, saved = _kernels("linear_logprob").linear_logprob_forward(
-            hidden_TD, weight_VD, bias_V, targets_T, **head, keep=keep
+            hidden_TD, weight_VD, bias_V, targets_T, **head, room=room
         )
     return logprob_T, saved
 
