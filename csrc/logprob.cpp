@@ -7,9 +7,6 @@
 #include <limits>
 #include <new>
 #include <vector>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "parallel.h"
 
@@ -52,18 +49,6 @@ class Buffer {
   private:
     void* data_;
 };
-
-// Fresh memory is handed out in pages of 4 KiB, each a fault of its own, unless larger ones are asked for.
-void advise_huge_pages(void* p, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kPage = 4096;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kPage * kPage;
-    if (end > begin + (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)p, (void)bytes;
-#endif
-}
 
 // Accumulators are float or double, as ops say.
 double load_acc(const Ops& ops, const void* p, int64_t i) {
@@ -313,7 +298,6 @@ void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps
     const Ops& ops = *head.ops;
     const int64_t source = dtype_size(head.dtype), stride = exps_stride(ops, head.T);
     const std::vector<char> bias = widen_bias(head);
-    if (exps != nullptr) advise_huge_pages(exps, head.V * stride * ops.element_size);
 
     Packed hidden(ops, head.T, padded_groups(ops, head.D));
     Buffer offset(stride * ops.acc_size);
@@ -366,11 +350,7 @@ void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps
 
 void logprob_backward(const Head& head, const double* dlogprob_T, const Row* row_T, void* exps, const Gradients& gradients) {
     const Ops& ops = *head.ops;
-    const int64_t stride = exps_stride(ops, head.T), numel = head.V * head.D;
-    if (gradients.dweight_VD != nullptr && gradients.is_first) {
-        advise_huge_pages(gradients.dweight_VD, numel * dtype_size(head.dtype));
-        if (gradients.dweight_rest_VD != nullptr) advise_huge_pages(gradients.dweight_rest_VD, numel * 2);
-    }
+    const int64_t stride = exps_stride(ops, head.T);
     const std::vector<Range> ranges = active_ranges(ops, dlogprob_T, head.T);
     Buffer factor(stride * ops.acc_size);
     for (int64_t t = 0; t < stride; ++t) {

@@ -231,6 +231,23 @@ def test_stride_0_upstream_and_double_use() -> None:
         torch.testing.assert_close(3 * a, c, rtol=1e-12, atol=1e-12)
 
 
+def test_a_graph_may_be_walked_again() -> None:
+    args, kw, ref = batch(bias=True)
+    leaves = [*args[:2], kw["bias"]]
+    for out in (
+        lambda: preference_loss(*args, **kw, ref_logprobs=ref, loss="dpo").loss,
+        lambda: linear_logprobs(*args, **kw).sum(),
+    ):
+        once = torch.autograd.grad(out(), leaves)
+        value = out()
+        for leaf in leaves:
+            leaf.grad = None
+        for _ in range(3):
+            value.backward(retain_graph=True)
+        for leaf, slope in zip(leaves, once, strict=True):
+            torch.testing.assert_close(leaf.grad, 3 * slope)
+
+
 def test_a_second_derivative_is_refused_not_wrong() -> None:
     args, _ = inputs(4, ignored=0)
     out = linear_logprobs(*args)

@@ -20,19 +20,20 @@ from torch.autograd.function import once_differentiable
 from tso_fast.types import PairLogprobs
 
 MIB = 2**20
-# On a GPU it keeps the whole of Llama-3-8B's head, with the sum of its gradient, under 2 GiB.
-_DEFAULT_BUDGET_MIB = {"cpu": 32.0, "cuda": 960.0}
+# Half of it is filled with pairs; only one that is longer takes more. So on a GPU a step of Llama-3-8B's head, with the
+# sum of its gradient, stays under 2 GiB.
+_DEFAULT_BUDGET_MIB = {"cpu": 64.0, "cuda": 1920.0}
 _budget_mib: dict[str, float] = {}
 
 
 def memory_budget_mib(device_type: str) -> float:
     """Memory for stored exponentials, MiB: what ``set_memory_budget_mib`` was given, else the environment variable
-    ``TSO_FAST_MEMORY_BUDGET_MIB``, else 32 on CPU and 960 on GPUs."""
+    ``TSO_FAST_MEMORY_BUDGET_MIB``, else 64 on CPU and 1920 on GPUs."""
     if device_type in _budget_mib:
         return _budget_mib[device_type]
     if given := os.environ.get("TSO_FAST_MEMORY_BUDGET_MIB"):
         return _checked_budget(given)
-    return _DEFAULT_BUDGET_MIB.get(device_type, 960.0)
+    return _DEFAULT_BUDGET_MIB.get(device_type, 1920.0)
 
 
 def set_memory_budget_mib(mib: float | None, device_type: str) -> None:
@@ -242,8 +243,8 @@ def _row_limit(backend: Backend, weight_VD: torch.Tensor) -> int:
 
 
 def _single_chunk_limit(backend: Backend, weight_VD: torch.Tensor, need_dweight: bool) -> int:
-    """As ``_row_limit``, for all rows at once: then the weight's gradient is no sum over chunks, which takes memory."""
-    limit = _row_limit(backend, weight_VD)
+    """Rows that are taken at once: then the weight's gradient is no sum over chunks, which takes memory."""
+    limit = _row_limit(backend, weight_VD) // 2
     if need_dweight:
         limit += WeightSum.rest_bytes(weight_VD) // backend.bytes_per_row(weight_VD)
     return limit
@@ -442,9 +443,12 @@ class _PreferenceLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         dloss = grads[0]
         assert dloss is not None
-        # Not in place: a graph that is kept may be walked again. On a GPU the test would wait for the device.
+        # The caller may add to what it gets, so it gets copies if the graph is kept for another walk, and the tensors
+        # themselves if not: the weight's gradient is large. On a GPU to look at dloss would be to wait for the device.
+        keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
         is_one = dloss.device.type == "cpu" and dloss.item() == 1
-        scaled = [g if g is None or is_one else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
+        may_give = is_one and not keeps_graph
+        scaled = [g if g is None or may_give else g * dloss.to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None, None)
 
 
@@ -483,7 +487,7 @@ class _Pass:
 
         row_limit = _row_limit(self.backend, weight_VD)
         single_limit = _single_chunk_limit(self.backend, weight_VD, needs[1])
-        groups = _groups(batch, row_limit, single_limit)
+        groups = _groups(batch, row_limit // 2, single_limit)
         starts = [0]
         for count in batch.num_tokens:
             starts.append(starts[-1] + count)
