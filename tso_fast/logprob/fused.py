@@ -239,7 +239,7 @@ def _tiles(size: int, step: int) -> list[tuple[int, int]]:
 def _row_limit(backend: Backend, weight_VD: torch.Tensor) -> int:
     """Rows whose exponentials fill the memory budget."""
     rows = max(16, int(memory_budget_mib(weight_VD.device.type) * MIB) // backend.bytes_per_row(weight_VD))
-    return rows if rows < 32 else rows // 32 * 32  # backends pad what they keep
+    return rows // 16 * 16 if rows < 32 else rows // 32 * 32  # backends pad what they keep
 
 
 def _single_chunk_limit(backend: Backend, weight_VD: torch.Tensor, need_dweight: bool) -> int:
