@@ -2,7 +2,7 @@
 
     python benchmarks/bench_fused_loss.py                            everything, about 15 minutes on two cores
     python benchmarks/bench_fused_loss.py --only C1 --threads 2      one case
-    python benchmarks/bench_fused_loss.py --only C1 --shape 2,32,64,1003 --no_memory --out /tmp/trial.json
+    python benchmarks/bench_fused_loss.py --only C1 --shape 2,32,64,1003 --no_memory --out trial.json
     python benchmarks/bench_fused_loss.py --readme                   the README's tables from the last results
 
 A step is the loss and its backward, from hidden states to the gradients of hidden states and head, everything

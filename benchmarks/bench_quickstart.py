@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from harness import machine
+
 ROOT = Path(__file__).parents[1]
 LOSSES = {"dual_clip": "dual clip (TSO)", "dpo": "plain DPO", "sft": "chosen-only NLL"}
 
@@ -101,7 +103,7 @@ def main() -> None:
         "command": " ".join(["python benchmarks/bench_quickstart.py", *sys.argv[1:]]),
         "commit": commit.strip(),
         "eval_set": arguments.eval_set,
-        "machine": {"processor": processor(), "threads": torch.get_num_threads()},
+        "machine": {"processor": machine()["processor"], "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": transformers.__version__},
         "results": results,
@@ -109,11 +111,6 @@ def main() -> None:
     output = Path(arguments.output or ROOT / f"benchmarks/results/quickstart-{arguments.eval_set}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

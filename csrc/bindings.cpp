@@ -74,8 +74,6 @@ const std::unordered_map<std::string, tso::Dtype> kDtypes = {{"float64", tso::Dt
                                                              {"float16", tso::Dtype::f16}};
 constexpr py::ssize_t kRowFields = sizeof(tso::Row) / sizeof(double);
 
-int64_t size_of(tso::Dtype dtype) { return dtype == tso::Dtype::f64 ? 8 : dtype == tso::Dtype::f32 ? 4 : 2; }
-
 // The table of that name, or the best one for "".
 const tso::Ops& chosen_ops(tso::Dtype dtype, const std::string& isa) {
     for (const tso::Ops* const* ops = tso::available_ops(dtype); *ops != nullptr; ++ops)
@@ -121,7 +119,7 @@ struct CheckedHead {
         head.dtype = named(kDtypes, dtype_name);
         head.ops = &chosen_ops(head.dtype, isa);
         head.T = hidden_TD.shape(0), head.D = hidden_TD.shape(1), head.V = weight_VD.shape(0);
-        const int64_t size = size_of(head.dtype);
+        const int64_t size = tso::dtype_size(head.dtype);
         head.hidden_TD = data_of(hidden_TD, "hidden", head.T * head.D, size);
         head.weight_VD = data_of(weight_VD, "weight", head.V * head.D, size);
         head.bias_V = data_of(bias_V, "bias", head.V, size);
@@ -164,11 +162,11 @@ void logprob_backward(const py::array& hidden_TD, const py::array& weight_VD, co
     void* exps_ = writable(exps_array, "exps", tso::exps_stride(*head.ops, head.T) * head.V * head.ops->element_size, 1);
     tso::Gradients gradients;
     gradients.dhidden_dtype = named(kDtypes, dhidden_dtype);
-    gradients.dhidden_TD = writable(dhidden_TD, "dhidden", head.T * head.D, size_of(gradients.dhidden_dtype));
-    gradients.dweight_VD = writable(dweight_VD, "dweight", head.V * head.D, size_of(head.dtype));
+    gradients.dhidden_TD = writable(dhidden_TD, "dhidden", head.T * head.D, tso::dtype_size(gradients.dhidden_dtype));
+    gradients.dweight_VD = writable(dweight_VD, "dweight", head.V * head.D, tso::dtype_size(head.dtype));
     const bool is_half = head.dtype == tso::Dtype::bf16 || head.dtype == tso::Dtype::f16;
-    const int64_t rest_size = head.dtype == tso::Dtype::bf16 ? 2 : 4;
-    gradients.dweight_rest_VD = writable(dweight_rest_VD, "dweight_rest", head.V * head.D, rest_size);
+    gradients.dweight_rest_VD = writable(dweight_rest_VD, "dweight_rest", head.V * head.D,
+                                         tso::rest_size(head.dtype));
     if (is_half && dweight_VD && !dweight_rest_VD && !(is_first && is_last))
         throw py::value_error("a sum of several chunks in half precision needs dweight_rest");
     gradients.dbias_V = static_cast<double*>(writable(dbias_V, "dbias", head.V, sizeof(double)));

@@ -29,8 +29,6 @@ constexpr double kSafeSum = 0x1p100;
 int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-int64_t dtype_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 const void* offset_bytes(const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; }
 void* offset_bytes(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
 
@@ -198,8 +196,7 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
                      const Gradients& gradients) {
     const Ops& ops = *head.ops;
     const int64_t stride = exps_stride(ops, head.T), acc = ops.acc_size, size = ops.element_size;
-    const int64_t source = dtype_size(head.dtype);
-    const int64_t rest_size = head.dtype == Dtype::bf16 ? 2 : 4;
+    const int64_t source = dtype_size(head.dtype), half = rest_size(head.dtype);
     Packed hidden(ops, head.D, stride / ops.group);
     parallel_for(hidden.num_panels(), head.num_threads, [&](int64_t panel) {
         ops.pack_rows(offset_bytes(head.hidden_TD, panel * kPanel * source), head.dtype, head.D, head.T, hidden.count(panel),
@@ -212,10 +209,10 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
             const int64_t at = v * head.D + panel * kPanel;
             void* total = offset_bytes(gradients.dweight_VD, at * source);
             void* rest = gradients.dweight_rest_VD;
-            if (rest != nullptr) rest = offset_bytes(rest, at * rest_size);
+            if (rest != nullptr) rest = offset_bytes(rest, at * half);
             if (!gradients.is_first) {  // on their way while the product is computed
                 prefetch_rows(total, count, kPanel * source, head.D * source);
-                if (rest != nullptr) prefetch_rows(rest, count, kPanel * rest_size, head.D * rest_size);
+                if (rest != nullptr) prefetch_rows(rest, count, kPanel * half, head.D * half);
             }
             if (ranges.empty()) std::memset(tile.get(), 0, kVocabTile * kPanel * acc);
             for (const Range& range : ranges)
@@ -253,11 +250,11 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
             break;
     }
     const int64_t part_rows = round_up(divide_up(head.V, kVocabParts), kVocabBlock);
-    const int64_t row_bytes = round_up(head.D, kPanel) * acc, part_bytes = exps_stride(ops, head.T) * row_bytes;
-    const int64_t ld = round_up(head.D, kPanel), num_parts = divide_up(head.V, part_rows);
+    const int64_t ld = round_up(head.D, kPanel), row_bytes = ld * acc, part_bytes = stride * row_bytes;
+    const int64_t num_parts = divide_up(head.V, part_rows), num_blocks = blocks.size();
     const Buffer sums(num_parts * part_bytes);
     const Ops& plain = *portable_ops(acc == 8 ? Dtype::f64 : Dtype::f32);
-    parallel_for(split() / kVocabParts * num_parts, head.num_threads, [&](int64_t task) {
+    parallel_for(num_blocks * num_column_blocks * num_parts, head.num_threads, [&](int64_t task) {
         const int64_t part = task % num_parts, block = task / num_parts;
         const Range range = blocks[block / num_column_blocks];
         const int64_t d = block % num_column_blocks * columns, num_columns = std::min(columns, head.D - d);
@@ -279,7 +276,7 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
             }
         }
     });
-    parallel_for(static_cast<int64_t>(blocks.size()), head.num_threads, [&](int64_t block) {
+    parallel_for(num_blocks, head.num_threads, [&](int64_t block) {
         const Range range = blocks[block];
         const int64_t first = range.begin * row_bytes, rows = std::min(range.end, head.T) - range.begin;
         for (int64_t part = 1; part < num_parts; ++part)

@@ -13,6 +13,10 @@ namespace tso {
 
 enum class Dtype { f64, f32, bf16, f16 };
 
+constexpr int64_t dtype_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+// Of an element of `rest` in Ops::add.
+constexpr int64_t rest_size(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
+
 constexpr int64_t kPanel = 64;
 
 struct SoftmaxTile {

@@ -361,13 +361,12 @@ template <typename T>
 void add_tile(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest, Dtype dtype, int64_t ld,
               bool is_first, bool is_last) {
     const T* src = static_cast<const T*>(src_);
-    const int64_t rest_size = dtype == Dtype::bf16 ? 2 : 4;
     with_type(dtype, [=](auto* type) {
         typedef typename RemoveConst<typename RemovePointer<decltype(type)>::type>::type Total;
         Total* total = static_cast<Total*>(total_);
         for (int64_t r = 0; r < rows; ++r)
             add_row(src + r * ld_src, columns, total + r * ld,
-                    rest == nullptr ? nullptr : static_cast<char*>(rest) + r * ld * rest_size, is_first, is_last);
+                    rest == nullptr ? nullptr : static_cast<char*>(rest) + r * ld * rest_size(dtype), is_first, is_last);
     });
 }
 

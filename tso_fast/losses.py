@@ -94,6 +94,12 @@ LOSSES: dict[str, Loss] = {"dual_clip": dual_clip, "dpo": dpo, "sft": sft}
 """Loss name -> function(PairLogprobs, *, options) -> [N] losses."""
 
 
+def scaled_mean(losses: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """sum(scale * losses) / sum(scale) of [N] losses, their mean without a scale; 0 when every scale is 0."""
+    weights = torch.ones_like(losses) if scale is None else scale.to(losses)
+    return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
 def loss_options(loss: str | Loss) -> dict[str, Any]:
     """Keyword-only options of a loss and their defaults.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ import torch
 from tso_fast.logprob import checks, fused, reference
 from tso_fast.logprob.fused import memory_budget_mib as memory_budget_mib
 from tso_fast.logprob.fused import set_memory_budget_mib as set_memory_budget_mib
-from tso_fast.losses import Loss, clipped_sides, loss_options, resolve_loss
-from tso_fast.types import PairLogprobs, PreferenceOutput
+from tso_fast.losses import Loss, clipped_sides, loss_options, resolve_loss, scaled_mean
+from tso_fast.types import PreferenceOutput
 
 logger = logging.getLogger(__name__)
 
@@ -230,26 +229,31 @@ def preference_loss(
     scale, soft_label, margin, ref_logprobs = map(upload, (scale, soft_label, margin, ref_logprobs))
     with torch.autocast(hidden.device.type, enabled=False):
         if backend is None:
-            options: dict[str, Any] = {"softcap": softcap, "temperature": temperature, "ignore_index": ignore_index}
             index, sequence = layout.index.to(device), layout.sequence.to(device)
+            targets_R = targets.reshape(-1)[index]
+            weights_R = None if token_weights is None else token_weights.reshape(-1)[index]
 
-            def sums(logprobs: torch.Tensor) -> torch.Tensor:
-                values = (logprobs if token_weights is None else logprobs * token_weights).reshape(-1)
+            def sums(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+                hidden_RD = hidden.reshape(-1, hidden.shape[-1])[index]
+                values = reference.linear_logprobs(
+                    hidden_RD, weight, targets_R, bias_V=bias, softcap=softcap, temperature=temperature
+                )
+                if weights_R is not None:
+                    values = values * weights_R
                 # In float64: a margin is the small difference of large sums.
-                out = torch.zeros(num_sequences, dtype=torch.float64, device=values.device)
-                return out.index_add(0, sequence, values[index].double())
+                out = torch.zeros(num_sequences, dtype=torch.float64, device=device)
+                return out.index_add(0, sequence, values.double())
 
             if ref_hidden is not None and ref_weight is not None:
                 with torch.no_grad():
-                    ref_logprobs = sums(
-                        linear_logprobs(ref_hidden, ref_weight, targets, bias=ref_bias, impl=impl, **options)
-                    )
-            logprobs = sums(linear_logprobs(hidden, weight, targets, bias=bias, impl=impl, **options))
+                    ref_logprobs = sums(ref_hidden, ref_weight, ref_bias)
+            logprobs = sums(hidden, weight, bias)
             assert ref_logprobs is not None
             ref_logprobs = ref_logprobs.to(logprobs)
-            total, losses = _reduced_loss(
-                loss_function, logprobs, ref_logprobs, num_tokens, pairs, scale, soft_label, margin
+            losses = fused.pair_losses(
+                loss_function, logprobs, ref_logprobs, num_tokens, pairs[:, 0], pairs[:, 1], soft_label, margin
             )
+            total = scaled_mean(losses, scale)
         else:
             batch = fused.Batch(
                 targets_T=targets.reshape(-1),
@@ -292,30 +296,6 @@ def preference_loss(
         rejected_rewards=rejected_rewards.to(dtype),
         clipped=clipped_sides(chosen_rewards, rejected_rewards, **clips),
     )
-
-
-def _reduced_loss(
-    loss: Callable[[PairLogprobs], torch.Tensor], logprobs: torch.Tensor, ref_logprobs: torch.Tensor,
-    num_tokens: torch.Tensor, pairs: torch.Tensor, scale: torch.Tensor | None, soft_label: torch.Tensor | None,
-    margin: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The scaled mean of the losses, and the losses [N]."""
-    chosen, rejected = pairs[:, 0], pairs[:, 1]
-    losses = loss(
-        PairLogprobs(
-            chosen=logprobs[chosen],
-            rejected=logprobs[rejected],
-            ref_chosen=ref_logprobs[chosen],
-            ref_rejected=ref_logprobs[rejected],
-            num_chosen_tokens=num_tokens[chosen],
-            num_rejected_tokens=num_tokens[rejected],
-            soft_label=None if soft_label is None else soft_label.to(logprobs),
-            margin=None if margin is None else margin.to(logprobs),
-        )
-    )
-    fused.check_losses(losses, len(pairs))
-    weights = torch.ones_like(losses) if scale is None else scale.to(losses)
-    return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny), losses
 
 
 def _reward_options(loss: str | Loss, given: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tso_fast.logprob.fused import bits
+
 ISA = os.environ.get("TSO_FAST_CPU_ISA", "")
 """Instruction set to use, e.g. ``avx2``; empty: the best that this machine has."""
 
@@ -46,15 +48,12 @@ def isas(dtype: torch.dtype) -> list[str]:
 
 def bytes_per_row(weight_VD: torch.Tensor) -> int:
     """Bytes of exponentials that a token keeps, to be multiplied by the number of tokens."""
-    name = _name(weight_VD.dtype)
-    return int(_extension().logprob_exps_bytes(64, weight_VD.shape[0], name, _isa(name))) // 64
+    return _exps_bytes(64, weight_VD) // 64
 
 
 def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
     """Memory for what ``forward`` keeps of up to so many rows, as bytes."""
-    name = _name(weight_VD.dtype)
-    size = _extension().logprob_exps_bytes(num_rows, weight_VD.shape[0], name, _isa(name))
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(_exps_bytes(num_rows, weight_VD), dtype=torch.uint8)
 
 
 def forward(
@@ -68,8 +67,7 @@ def forward(
     room: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Saved | None]:
     """Log-probs [T] float64 of checked, contiguous arguments, and with ``room`` what ``backward`` needs."""
-    extension, name = _extension(), _name(hidden_TD.dtype)
-    isa = _isa(name)
+    name = _name(hidden_TD.dtype)
     head = (
         _numpy(hidden_TD),
         _numpy(weight_VD),
@@ -79,12 +77,10 @@ def forward(
         softcap or 0.0,
         1 / temperature,
         torch.get_num_threads(),
-        isa,
+        _isa(name),
     )
-    exps = None
-    if room is not None:
-        exps = room[: extension.logprob_exps_bytes(targets_T.numel(), weight_VD.shape[0], name, isa)]
-    logprobs, rows = extension.logprob_forward(*head, None if exps is None else exps.numpy())
+    exps = None if room is None else room[: _exps_bytes(targets_T.numel(), weight_VD)]
+    logprobs, rows = _extension().logprob_forward(*head, None if exps is None else exps.numpy())
     return torch.from_numpy(logprobs), None if exps is None else Saved(head=head, rows=rows, exps=exps)
 
 
@@ -131,6 +127,11 @@ def _extension() -> Any:
     return importlib.import_module("tso_fast._C")
 
 
+def _exps_bytes(num_rows: int, weight_VD: torch.Tensor) -> int:
+    name = _name(weight_VD.dtype)
+    return int(_extension().logprob_exps_bytes(num_rows, weight_VD.shape[0], name, _isa(name)))
+
+
 def _isa(dtype_name: str) -> str:
     """The table that serves a dtype: ``avx512_bf16`` and ``amx`` are for bfloat16 alone."""
     return ISA if ISA in _extension().logprob_isas(dtype_name) else ""
@@ -141,8 +142,4 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _numpy(tensor: torch.Tensor | None) -> Any:
-    """The tensor's own memory; numpy has no bfloat16, whose bits pass as int16."""
-    if tensor is None:
-        return None
-    tensor = tensor.detach()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return None if tensor is None else bits(tensor)

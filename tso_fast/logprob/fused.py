@@ -113,14 +113,10 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _bits(values: torch.Tensor) -> Any:
-    """The tensor's memory as a numpy array, which has no bfloat16."""
+def bits(values: torch.Tensor) -> Any:
+    """The tensor's own memory as a numpy array; numpy has no bfloat16, whose bits pass as int16."""
     values = values.detach()
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
-
-
-def _from_bits(values: Any, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(values).view(dtype)
 
 
 class _Rows:
@@ -133,13 +129,13 @@ class _Rows:
         if self.span is not None:
             return values[self.span[0] : self.span[1]].contiguous()
         if values.device.type == "cpu":  # not by threads of torch, which would go on spinning beside those of the op
-            return _from_bits(_bits(values)[self.index.numpy()], values.dtype)
+            return torch.from_numpy(bits(values)[self.index.numpy()]).view(values.dtype)
         return values.index_select(0, self.index)
 
     def put(self, values: torch.Tensor, out: torch.Tensor) -> None:
         """Writes the rows back to where they were taken from."""
         if values.device.type == "cpu":
-            _bits(out)[self.index.numpy()] = _bits(values)
+            bits(out)[self.index.numpy()] = bits(values)
         else:
             out.index_copy_(0, self.index, values)
 
@@ -432,7 +428,6 @@ class _PreferenceLoss(torch.autograd.Function):
         total = (loss.sum() / run.weight_sum).to(run.out_dtype)
         if any(needs):
             assert run.gradients is not None
-            run.room = None
             ctx.save_for_backward(*run.gradients.finished())
         outputs = run.loss_N, run.logprob_S, run.ref_logprob_S
         ctx.mark_non_differentiable(*outputs)
@@ -501,7 +496,7 @@ class _Pass:
             else:
                 index = torch.cat([batch.index[starts[s] : starts[s + 1]] for s in group.sequences])
                 span = None
-            limit = max(row_limit, single_limit if len(groups) == 1 else 0, 1)
+            limit = max(row_limit, single_limit) if len(groups) == 1 else row_limit
             chunks = _tiles(group.num_rows, group.num_rows if group.num_rows <= limit else row_limit)
             parts = [
                 (start, end, _Rows(index[start:end], None if span is None else (span[0] + start, span[0] + end)))
@@ -584,19 +579,8 @@ class _Pass:
             return dlogprob
         with torch.enable_grad():
             logprob.requires_grad_()
-            losses = batch.loss(
-                PairLogprobs(
-                    chosen=logprob[chosen],
-                    rejected=logprob[rejected],
-                    ref_chosen=ref_logprob[chosen],
-                    ref_rejected=ref_logprob[rejected],
-                    num_chosen_tokens=lengths[chosen],
-                    num_rejected_tokens=lengths[rejected],
-                    soft_label=of_pairs(batch.soft_label_N),
-                    margin=of_pairs(batch.margin_N),
-                )
-            )
-            check_losses(losses, len(group.pairs))
+            scalars = of_pairs(batch.soft_label_N), of_pairs(batch.margin_N)
+            losses = pair_losses(batch.loss, logprob, ref_logprob, lengths, chosen, rejected, *scalars)
             total = (losses if scale is None else losses * scale).sum() / self.weight_sum
         self.loss_N[index] = losses.detach().to(self.loss_N.dtype)
         if not self.needs_grad or not total.requires_grad:
@@ -605,10 +589,27 @@ class _Pass:
         return dlogprob
 
 
-def check_losses(losses: torch.Tensor, num_pairs: int) -> None:
-    """Raises ValueError unless a loss returned one value a pair."""
-    if losses.shape != (num_pairs,):
-        raise ValueError(f"the loss must return one value a pair, [{num_pairs}], got {tuple(losses.shape)}")
+def pair_losses(
+    loss: Callable[[PairLogprobs], torch.Tensor], logprob_S: torch.Tensor, ref_logprob_S: torch.Tensor,
+    num_tokens_S: torch.Tensor, chosen_N: torch.Tensor, rejected_N: torch.Tensor, soft_label_N: torch.Tensor | None,
+    margin_N: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Losses [N] of the pairs (chosen, rejected) of sequences. Raises ValueError if they are not one value a pair."""
+    losses = loss(
+        PairLogprobs(
+            chosen=logprob_S[chosen_N],
+            rejected=logprob_S[rejected_N],
+            ref_chosen=ref_logprob_S[chosen_N],
+            ref_rejected=ref_logprob_S[rejected_N],
+            num_chosen_tokens=num_tokens_S[chosen_N],
+            num_rejected_tokens=num_tokens_S[rejected_N],
+            soft_label=None if soft_label_N is None else soft_label_N.to(logprob_S),
+            margin=None if margin_N is None else margin_N.to(logprob_S),
+        )
+    )
+    if losses.shape != chosen_N.shape:
+        raise ValueError(f"the loss must return one value a pair, [{chosen_N.numel()}], got {tuple(losses.shape)}")
+    return losses
 
 
 def _upload(values: list[int], device: torch.device) -> torch.Tensor:

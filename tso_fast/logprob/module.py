@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tso_fast.logprob import preference_loss
-from tso_fast.losses import LOSSES, Loss, loss_options, resolve_loss
+from tso_fast.losses import LOSSES, Loss, loss_options, resolve_loss, scaled_mean
 from tso_fast.types import PairLogprobs
 
 VOCAB = 8192  # rows of the head averaged at a time, so that a bf16 head is never held in float32
@@ -197,8 +197,7 @@ class FusedLinearTSOLoss(torch.nn.Module):
 
         def loss(pairs: PairLogprobs) -> torch.Tensor:
             losses = preference(pairs)
-            weights = torch.ones_like(losses) if scale is None else scale.to(losses)
-            mean = (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+            mean = scaled_mean(losses, scale)
             return (mean + self.alpha * self._nll(pairs.chosen, pairs.num_chosen_tokens)).expand_as(losses)
 
         return loss

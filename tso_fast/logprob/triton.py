@@ -29,16 +29,12 @@ def check_available() -> None:
 
 def bytes_per_row(weight_VD: torch.Tensor) -> int:
     """Bytes that a row keeps, at most."""
-    V, D = weight_VD.shape
-    columns: int = _kernels("linear_logprob").padded_vocab(D, V, weight_VD.dtype, weight_VD.device)
-    return columns * weight_VD.element_size() + _ROW_STATISTICS * 4
+    return _columns(weight_VD) * weight_VD.element_size() + _ROW_STATISTICS * 4
 
 
 def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
     """Memory for the exponentials of up to so many rows."""
-    V, D = weight_VD.shape
-    columns: int = _kernels("linear_logprob").padded_vocab(D, V, weight_VD.dtype, weight_VD.device)
-    return weight_VD.new_empty(num_rows * columns)
+    return weight_VD.new_empty(num_rows * _columns(weight_VD))
 
 
 def forward(
@@ -117,6 +113,12 @@ def dual_clip_epilogue(
             logprob_S, ref_logprob_S, pairs_N2, *scalars, beta, clip_chosen, clip_rejected, weight_sum
         )
     return losses_N, dlogprob_S
+
+
+def _columns(weight_VD: torch.Tensor) -> int:
+    V, D = weight_VD.shape
+    columns: int = _kernels("linear_logprob").padded_vocab(D, V, weight_VD.dtype, weight_VD.device)
+    return columns
 
 
 def _kernels(name: str) -> Any:
