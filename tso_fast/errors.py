@@ -22,3 +22,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'beta'?`` or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class EngineError(Exception):
+    """A generation engine died or fell silent; another one may do its work."""

@@ -1,0 +1,68 @@
+"""Engines in processes on this machine, each with GPUs of its own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tso_fast.errors import InputError
+from tso_fast.generators import Engine, EngineSpec, open_engine
+
+
+@dataclass(eq=False)
+class Place:
+    gpus: tuple[str, ...]
+    number: int
+    """Of the engine, for its log."""
+
+
+def visible_gpus() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES of the GPUs that this process may use."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return given.split(",")[:count] if given else [str(i) for i in range(count)]
+
+
+class LocalExecutor:
+    """``Executor`` on this machine.
+
+    Args:
+        gpus: that may be used; none: engines run on the CPU.
+        num_engines: most engines at once; 0: as many as the GPUs allow, one without GPUs.
+        logs: folder for the engines' output.
+    """
+
+    def __init__(self, gpus: list[str], num_engines: int, logs: Path) -> None:
+        self.free = list(gpus)
+        self.num_gpus = len(gpus)
+        self.limit = num_engines or (len(gpus) if gpus else 1)
+        self.logs = logs
+        self.running = 0
+        self.started = 0
+
+    def acquire(self, spec: EngineSpec) -> Place | None:
+        if spec.num_gpus > self.num_gpus:
+            raise InputError(f"num_gpus: {', '.join(cell.name for cell in spec.cells)} needs {spec.num_gpus} GPUs, "
+                             f"this machine offers {self.num_gpus}")  # fmt: skip
+        is_client = spec.kind == "openai"  # which takes no room
+        if not is_client and (self.running >= self.limit or len(self.free) < spec.num_gpus):
+            return None
+        self.running += not is_client
+        self.started += 1
+        gpus, self.free = tuple(self.free[: spec.num_gpus]), self.free[spec.num_gpus :]
+        return Place(gpus, self.started if not is_client else 0)
+
+    def release(self, place: Place) -> None:
+        self.running -= place.number > 0
+        self.free += place.gpus
+
+    def open(self, spec: EngineSpec, place: Place) -> Engine:
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)} if place.gpus else {}
+        return open_engine(spec, own_process=self.limit > 1, environment=environment,
+                           log=str(self.logs / f"engine-{place.number}.log"))  # fmt: skip
+
+    def close(self) -> None:
+        pass
