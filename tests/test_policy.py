@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -12,9 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tso_fast import policy as policy_module
 from tso_fast.batching import EncodedPair, collate
 from tso_fast.errors import InputError
-from tso_fast.policy import Policy, device_of, disable_dropout, load_config, load_model, load_tokenizer, save_model
+from tso_fast.policy import (
+    Policy,
+    device_of,
+    disable_dropout,
+    end_token_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_attention,
+    save_model,
+)
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 
 VOCAB = 101
@@ -282,3 +296,182 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
 def test_device_of() -> None:
     assert device_of(use_cpu=True).type == "cpu"
     assert device_of(use_cpu=False).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# -------------------------------------------------------------------------------------------------------- LoRA cells
+
+
+def adapter(folder: Path, name: str = "llama", **config: Any) -> Any:
+    """Full weights in folder/base, an adapter of them in folder/adapter; peft's own model of both."""
+    tiny(name).save_pretrained(folder / "base")
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **config}
+    adapted = peft.get_peft_model(tiny(name), peft.LoraConfig(**options))
+    adapted.save_pretrained(folder / "adapter")
+    return adapted.eval()
+
+
+def load_adapter(folder: Path, **options: Any) -> Any:
+    return load_model(folder / "adapter", base=folder / "base", **{**LOAD, **options}).eval()
+
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 3},
+                                    {"modules_to_save": ["lm_head"]}], ids=str)  # fmt: skip
+def test_a_lora_cell_is_what_peft_makes_of_it(config: dict[str, Any], tmp_path: Path) -> None:
+    want = adapter(tmp_path, **config)
+    model = load_adapter(tmp_path)
+    assert isinstance(model, transformers.PreTrainedModel)
+    assert model.name_or_path == str(tmp_path / "adapter")
+    with torch.no_grad():
+        if "modules_to_save" in config:  # as training would have changed it
+            weights = load_file(tmp_path / "adapter/adapter_model.safetensors")
+            weights["base_model.model.lm_head.weight"] *= 1.5
+            save_file(weights, tmp_path / "adapter/adapter_model.safetensors")
+            want.base_model.model.lm_head.modules_to_save["default"].weight *= 1.5
+            model = load_adapter(tmp_path)
+        logits = want(IDS).logits
+        assert torch.equal(model(IDS).logits, logits)
+        assert (logits - tiny()(IDS).logits).abs().max() > 0.1
+        generated = model.generate(IDS, max_new_tokens=5, do_sample=False)
+        assert torch.equal(generated, want.generate(input_ids=IDS, max_new_tokens=5, do_sample=False))
+        merged = load_adapter(tmp_path, merge=True)
+        torch.testing.assert_close(merged(IDS).logits, logits, rtol=1e-4, atol=1e-4)
+    assert merged.state_dict().keys() == tiny().state_dict().keys()
+    assert not [type(m) for m in merged.modules() if type(m).__module__.startswith("peft")]
+    save_model(merged, make_tokenizer([("a", "1")], Recipe(seed=0)), tmp_path / "merged")
+    again = load_model(tmp_path / "merged", **LOAD)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), merged.parameters(), strict=True))
+    pairs, batch = pair_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(Policy(model)(batch, impl="auto").double(), own_sums(model, pairs), rtol=1e-5,
+                                   atol=1e-5)  # fmt: skip
+
+
+def test_an_unmerged_adapter_keeps_what_bf16_weights_would_round_away(tmp_path: Path) -> None:
+    adapted = adapter(tmp_path)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p *= 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    layer = load_adapter(tmp_path, dtype="bfloat16").model.layers[0].self_attn.q_proj
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    want = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        delta = want(x) - want.base_layer(x)
+        lora = layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+        torch.testing.assert_close(lora, delta, rtol=1e-3, atol=1e-7)
+        base, merged = (load_adapter(tmp_path, dtype="bfloat16", merge=m) for m in (False, True))
+        kept = merged.model.layers[0].self_attn.q_proj.weight - base.model.layers[0].self_attn.q_proj.base_layer.weight
+        assert ((x @ kept.float().T) - delta).abs().max() > 0.2 * delta.abs().max()
+
+
+def break_adapter(folder: Path, how: str) -> None:
+    file, config = folder / "adapter/adapter_model.safetensors", folder / "adapter/adapter_config.json"
+    if how == "no weights":
+        file.rename(folder / "adapter/adapter_model.bin")
+    elif how == "no config":
+        config.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "config no JSON":
+        config.write_text("{")
+    elif how == "other type":
+        config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
+    else:
+        weights = load_file(file)
+        key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+        value = weights.pop(key)
+        if how == "extra":
+            weights |= {key: value, key.replace("layers.1", "layers.7"): value.clone()}
+        elif how == "shape":
+            weights[key] = value[:, :16].clone()
+        save_file(weights, file)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no weights", "no adapter_model.safetensors here"),
+        ("no config", "no adapter_config.json here"),
+        ("cut", "the LoRA adapter cannot be put on .*base"),
+        ("config no JSON", "the LoRA adapter cannot be put on .*base"),
+        ("other type", "cannot be put on .*base: .*IA3"),
+        ("missing", r"1 weights of the LoRA adapter are not in adapter_model.safetensors, such as .*layers\.1.*lora_A"),
+        ("extra", r"1 weights of the LoRA adapter have no place in the model, such as .*layers\.7"),
+        ("shape", "cannot be put on .*base: (.|\n)*size mismatch"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_or_does_not_fit_is_refused(
+    how: str, message: str, merge: bool, tmp_path: Path
+) -> None:
+    adapter(tmp_path)
+    break_adapter(tmp_path, how)
+    with pytest.raises(InputError, match=f"^{tmp_path / 'adapter'}: (.|\n)*{message}"):
+        load_adapter(tmp_path, merge=merge)
+
+
+def test_an_adapter_of_other_modules_is_refused(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    tiny("gpt2").save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"the LoRA adapter cannot be put on .*base"):
+        load_adapter(tmp_path)
+
+
+def test_without_peft_its_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"needs peft: .*pip install 'tso-fast\[lora\]'"):
+        load_adapter(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+def test_auto_attention_is_the_best_that_can_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tso_fast.policy")
+    policy_module._log_attention.cache_clear()
+    assert resolve_attention("auto", "cpu", "bfloat16") == "sdpa"
+    assert resolve_attention("auto", "cpu", "bfloat16") == "sdpa"
+    assert caplog.messages == ["attn_implementation='auto' chose 'sdpa' for bfloat16 on cpu; no flash_attention_2: "
+                               "it needs a GPU, the model is on cpu"]  # fmt: skip
+    assert resolve_attention("eager", "cuda", "bfloat16") == "eager"
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert resolve_attention("auto", "cuda:1", "bfloat16") == "sdpa"
+    assert "pip install flash-attn" in caplog.messages[-1]
+    monkeypatch.setitem(sys.modules, "flash_attn", sys)
+    assert resolve_attention("auto", "cuda", "float32") == "sdpa"
+    assert "dtype is float32" in caplog.messages[-1]
+    assert resolve_attention("auto", torch.device("cuda", 0), "float16") == "flash_attention_2"
+    assert resolve_attention("auto", "cuda", "float16", transformers.LlamaForCausalLM) == "flash_attention_2"
+    assert resolve_attention("auto", "cuda", "float16", transformers.BloomForCausalLM) == "eager"
+    assert "BloomForCausalLM does not support it" in caplog.messages[-1]
+    tiny().save_pretrained(tmp_path)
+    auto = {**LOAD, "attn_implementation": "auto"}
+    assert load_model(tmp_path, **auto).config._attn_implementation == "sdpa"
+    config = transformers.BloomConfig(vocab_size=101, hidden_size=32, n_layer=1, n_head=4)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    assert load_model(tmp_path / "bloom", **auto).config._attn_implementation == "eager"
+
+
+def test_auto_attention_of_what_is_no_causal_language_model(tmp_path: Path) -> None:
+    transformers.T5Config().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="model type 't5', of which transformers has no causal language model"):
+        load_model(tmp_path, **{**LOAD, "attn_implementation": "auto"})
+
+
+def test_end_tokens_are_those_of_tokenizer_template_and_generation_config(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer([("a b c", "1")] * 3, Recipe(seed=0))
+    assert end_token_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id]  # the file is optional
+    transformers.GenerationConfig(eos_token_id=[7, tokenizer.eos_token_id]).save_pretrained(tmp_path)
+    assert end_token_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id, 7]
+    # As <end_of_turn> in Gemma's template, where the tokenizer's own end-of-sequence token is another.
+    tokenizer.chat_template = tokenizer.chat_template.replace("eos_token", "'<bos>'")
+    assert end_token_ids(tmp_path, tokenizer) == [tokenizer.eos_token_id, tokenizer.bos_token_id, 7]

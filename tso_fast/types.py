@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,6 +84,42 @@ class Response:
     @property
     def is_human(self) -> bool:
         return self.model == HUMAN
+
+
+class Weights(NamedTuple):
+    """Where a model is: a folder of full weights, twice, or that of a LoRA adapter and that of its base model."""
+
+    path: Path
+    base: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One model of the matrix: ``Cell(name="m.v3", path=..., base=..., size_b=0.0008, version_rank=3, ...)``."""
+
+    name: str
+    path: Path
+    """Folder of the weights, or of a LoRA adapter."""
+    base: Path
+    """Folder of the full weights: ``path`` itself, or the adapter's base model."""
+    size_b: float
+    version_rank: int
+    weight_hash: str
+    """First 16 hex digits of the sha256 over the weight files, an adapter's and its base's."""
+    architecture: str
+    """Hash of what the base's config.json says of shapes: full weights of one architecture fit one engine."""
+    context: int | None
+    """Most tokens of prompt and response together; None: no limit known."""
+    lora_rank: int | None = None
+    """Of an adapter."""
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.path != self.base
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.path, self.base)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,20 @@
-"""Generators: token ids in, sampled token ids out.
+"""Generators: token ids in, sampled token ids out, the same records whatever runs the model.
 
-Request[] + Sampling -> Generator.generate -> Completion[]
+    Request[] -> Engine.submit ... Engine.collect -> (Completion | Refusal)[]
+
+An engine answers for the cells of its ``EngineSpec``; ``open_engine`` makes one. ``hf`` runs in the process that opens
+it, ``vllm`` in a process of its own (``process.py``), ``openai`` is a client of a server that the user started.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
-from tso_fast.types import FinishReason
+from tso_fast.types import Cell, FinishReason
+
+Kind = Literal["hf", "vllm", "openai"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,36 +25,149 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    """Texts that end a response. They are no part of its text; the tokens that complete one are part of its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One response wanted; it depends on these tokens and this seed, not on its batch or order."""
+    """One response wanted; it depends on these fields, not on its batch, order or shard."""
 
+    key: bytes
+    """What the answer is stored under, ``response_store.Keys``; distinct within an engine."""
+    cell: str
+    """Name of the cell that answers."""
     token_ids: tuple[int, ...]
+    """The prompt, up to where the response starts."""
     seed: int
+    """0 .. 2**63 - 1."""
+    sampling: Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """What was sampled, end-of-sequence token included."""
 
+    key: bytes
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
-    logprob: float
-    """Under the sampling distribution (under the model's own when greedy), nats."""
+    logprob: float | None
+    """Under the sampling distribution (under the model's own when greedy), nats; None: a server that does not say."""
 
 
-class Generator(Protocol):
-    """One cell of the matrix, ready to answer."""
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A request that this engine can not answer, now or later, such as a prompt beyond a server's context."""
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None] = ...
-    ) -> list[Completion]:
-        """One completion a request, in their order; ``advance(n)`` reports n more done."""
+    key: bytes
+    reason: str
+
+
+class Engine(Protocol):
+    """Models ready to answer. Used by one thread.
+
+    ``collect`` and ``submit`` raise ``EngineError`` when the engine is dead or silent beyond its timeout: then nothing
+    more comes from it, and what was submitted and not collected is for another engine.
+    """
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Takes more work and returns at once; the requests of one call are one shard."""
+        ...
+
+    def collect(self) -> list[Completion | Refusal]:
+        """Waits for at least one answer of what was submitted; the answers may come in any order."""
         ...
 
     def close(self) -> None:
-        """Frees the model."""
+        """Frees the models and ends every process of the engine; may be called twice."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Where ``openai`` finds a cell."""
+
+    url: str
+    """Base of the API, such as ``http://127.0.0.1:8000/v1``."""
+    model: str
+    """The cell's name on the server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """All that an engine needs, so that any process on any node can open it."""
+
+    kind: Kind
+    cells: tuple[Cell, ...]
+    """Of ``vllm``: of one architecture."""
+    tokenizer: str
+    """Folder of the tokenizer that all cells share."""
+    dtype: str
+    """float32, bfloat16 or float16."""
+    attn_implementation: str = "sdpa"
+    context: int | None = None
+    """Most tokens of prompt and response together."""
+    use_cpu: bool = False
+    batch_size: int = 64
+    """Most sequences that ``hf`` runs at once."""
+    start_timeout_s: float = 600.0
+    timeout_s: float = 300.0
+    """Longest silence: of an engine with work, of a server to one request."""
+    num_gpus: int = 0
+    """GPUs that one engine takes; ``vllm`` splits its tensors over them."""
+    batch_invariant: bool = False
+    """vLLM on GPUs: kernels whose results do not depend on the batch."""
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    """More arguments of vLLM's ``LLM``."""
+    servers: Mapping[str, Server] = field(default_factory=dict)
+    """Of ``openai``, by cell name."""
+    max_concurrency: int = 64
+    """Requests that ``openai`` has in flight."""
+    max_retries: int = 5
+    """Of one request to a server."""
+
+
+def open_engine(spec: EngineSpec, *, own_process: bool = False, environment: Mapping[str, str] | None = None,
+                log: str | None = None) -> Engine:  # fmt: skip
+    """An engine that is ready to answer.
+
+    Args:
+        own_process: also ``hf`` in a process of its own.
+        environment: more variables for that process, such as CUDA_VISIBLE_DEVICES.
+        log: file that the process's output is appended to; default: a temporary one.
+
+    Raises:
+        InputError: what was asked for cannot work here: a library is missing, a folder is no model.
+        EngineError: the engine did not start; with its last words.
+    """
+    if spec.kind == "openai":
+        from tso_fast.generators.openai_server import OpenAIEngine
+
+        return OpenAIEngine(spec)
+    if spec.kind == "vllm" or own_process:
+        from tso_fast.generators.process import EngineProcess
+
+        return EngineProcess(spec, environment=environment, log=log)
+    from tso_fast.generators.hf import HFEngine
+
+    return HFEngine(spec)
+
+
+def generate(engine: Engine, requests: Iterable[Request]) -> list[Completion]:
+    """Submits all and waits for all; completions in the order of the requests.
+
+    Raises:
+        InputError: a request was refused.
+    """
+    from tso_fast.errors import InputError
+
+    requests = list(requests)
+    answers: dict[bytes, Completion] = {}
+    engine.submit(requests)
+    while len(answers) < len(requests):
+        for answer in engine.collect():
+            if isinstance(answer, Refusal):
+                raise InputError(answer.reason)
+            answers[answer.key] = answer
+    return [answers[request.key] for request in requests]

@@ -1,141 +1,444 @@
-"""Generation with transformers: left-padded batches of similar length, one random stream a sequence."""
+"""Generation with transformers in this process, one random stream a request.
+
+    shard -> cell -> sampling -> rows, longest prompts first: finished ones leave the batch, waiting ones join it
+
+Batches never reach beyond a shard: one that is done again gives the same bytes on a CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.functional import pad
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tso_fast.batching import end_of_turn
 from tso_fast.errors import InputError
-from tso_fast.generators import Completion, Request, Sampling
+from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
+from tso_fast.policy import device_of, end_token_ids, free_memory, load_model, load_tokenizer
+from tso_fast.types import Cell, FinishReason
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+CDF_BLOCK = 256
+TOP_P_CANDIDATES = 1024
 
 
-class SeededSampler(LogitsProcessor):
-    """Samples with one uniform number per (seed, step) by inverting the cumulative distribution.
+def sample(logits_SV: torch.Tensor, uniform_S: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and their log-probs under the sampling distribution, [S] int64 and [S] float32 nats.
 
-    ``generate`` draws a batch from one stream, so a response would depend on its batch; here it leaves the choice
-    to this processor, which returns scores with a single finite entry a row.
+    A token is where the cumulative distribution first exceeds the uniform number, so it depends on nothing else.
     """
-
-    def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
-        self.seeds = np.array(seeds, dtype=np.uint64)
-        self.sampling = sampling
-        self.logprobs: list[torch.Tensor] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = scores.float()
-        if self.sampling.temperature == 0:
-            logprobs = logits.log_softmax(dim=-1)
-            chosen = logits.argmax(dim=-1, keepdim=True)
-        else:
-            logprobs = self._filter(logits / self.sampling.temperature).log_softmax(dim=-1)
-            cdf = logprobs.exp().double().cumsum(dim=-1)
-            uniform = torch.from_numpy(uniforms(self.seeds, len(self.logprobs))).to(cdf.device)[:, None]
-            # side="right" never lands on a token of probability 0; the clamp is for u * total rounding up to total.
-            chosen = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).clamp(max=cdf.shape[-1] - 1)
-        self.logprobs.append(logprobs.gather(-1, chosen)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
-
-    def _filter(self, logits: torch.Tensor) -> torch.Tensor:
-        if 0 < self.sampling.top_k < logits.shape[-1]:
-            kth = logits.topk(self.sampling.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < kth, -torch.inf)
-        if self.sampling.top_p < 1:
-            ordered, index = logits.sort(dim=-1, descending=True)
-            probs = ordered.softmax(dim=-1)
-            is_out = probs.cumsum(dim=-1) - probs >= self.sampling.top_p  # the first token always stays
-            logits = logits.masked_fill(is_out.scatter(-1, index, is_out), -torch.inf)
-        return logits
+    logits_SV = logits_SV.float()
+    if sampling.temperature == 0:
+        chosen, probs_SV = logits_SV.argmax(dim=-1, keepdim=True), logits_SV.softmax(dim=-1)
+    else:
+        probs_SV = filtered(logits_SV / sampling.temperature, sampling).softmax(dim=-1)
+        chosen = _invert_cdf(probs_SV, uniform_S)
+    return chosen[:, 0], probs_SV.gather(-1, chosen)[:, 0].log()
 
 
-def uniforms(seeds: np.ndarray, step: int) -> np.ndarray:
-    """One float64 in [0, 1) per seed for this step: SplitMix64 (Steele, Lea & Flood 2014) as a counter-based stream."""
+def filtered(logits_SV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits with -inf for what top_k, then top_p leave out; of equal ones at the edge all stay."""
+    if 0 < sampling.top_k < logits_SV.shape[-1]:
+        kth = logits_SV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_SV = logits_SV.masked_fill(logits_SV < kth, -torch.inf)
+    if sampling.top_p < 1:
+        logits_SV = logits_SV.masked_fill(logits_SV < _least_of_nucleus(logits_SV, sampling.top_p), -torch.inf)
+    return logits_SV
+
+
+def _least_of_nucleus(logits_SV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """[S, 1]: the last logit in falling order before which less than top_p of the probability lies."""
+    total = logits_SV.logsumexp(dim=-1, keepdim=True)
+    ordered = logits_SV.topk(min(TOP_P_CANDIDATES, logits_SV.shape[-1]), dim=-1).values
+    if ((ordered - total).exp().sum(dim=-1) < top_p).any():
+        ordered = logits_SV.sort(dim=-1, descending=True).values  # takes many times as long, and is rarely needed
+    probs = (ordered - total).exp()
+    kept = (probs.cumsum(dim=-1) - probs < top_p).sum(dim=-1, keepdim=True)
+    return ordered.gather(-1, (kept - 1).clamp(min=0))
+
+
+def _invert_cdf(probs_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
+    """[S, 1] tokens. Cumulative sums of blocks, then within one: those of a row in float64 cost many times that."""
+    vocab = probs_SV.shape[-1]
+    blocks = (pad(probs_SV, (0, -vocab % CDF_BLOCK)) if vocab % CDF_BLOCK else probs_SV).unflatten(-1, (-1, CDF_BLOCK))
+    cdf = pad(blocks.sum(dim=-1).double().cumsum(dim=-1), (1, 0))
+    target = uniform_S[:, None] * cdf[:, -1:]
+    block = _first_above(cdf[:, 1:].contiguous(), target)
+    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, CDF_BLOCK))[:, 0].double().cumsum(dim=-1)
+    token = block * CDF_BLOCK + _first_above(inner, target - cdf.gather(-1, block))
+    return token.clamp(max=vocab - 1)  # of logits that are not finite, which the log-prob shows
+
+
+def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Never something of probability 0, also where u * total is rounded up to the total."""
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
+    return torch.searchsorted(cdf, target, right=True).minimum(last).clamp(max=cdf.shape[-1] - 1)
+
+
+def uniforms(seeds: np.ndarray, steps: np.ndarray | int) -> np.ndarray:
+    """One float64 in [0, 1) a seed and step: SplitMix64 (Steele, Lea & Flood 2014) as a counter-based stream."""
     with np.errstate(over="ignore"):
-        z = seeds + np.uint64((0x9E3779B97F4A7C15 * (step + 1)) % 2**64)
+        z = seeds + np.uint64(0x9E3779B97F4A7C15) * (np.asarray(steps, dtype=np.uint64) + np.uint64(1))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-class HFGenerator:
-    """``Generator`` over a transformers model in this process."""
+# ------------------------------------------------------------------------------------------------- rows and slots
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
+
+@dataclass(kw_only=True, eq=False)
+class _Row:
+    """A response while it is made."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    @property
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(key=self.request.key, token_ids=tuple(self.token_ids), text=self.text,
+                          finish_reason=self.finish_reason, logprob=self.logprob)  # fmt: skip
+
+
+class _SlotLayer(DynamicLayer):
+    """Writes the newest keys and values of the first rows in place, where its base copies all of them a token."""
+
+    def __init__(self, slots: _Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.slots = slots
+        self.buffers = [x.new_zeros(slots.size, x.shape[1], slots.capacity, x.shape[3]) for x in (keys, values)]
+
+    def show(self, end: int) -> None:
+        first, num_rows = self.slots.first, len(self.slots.lengths)
+        self.keys, self.values = (buffer[:num_rows, :, first:end] for buffer in self.buffers)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        end = self.slots.end
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[: len(new), :, end] = new[:, :, 0]
+        self.show(end + 1)
+        return self.keys, self.values
+
+
+class _Slots:
+    """Keys and values of the rows that run: row i in slot i of each buffer, its newest token left of column ``end``.
+
+    So rows come and go without a copy of the others. Columns left of a row's first token hold what others left there.
+    """
+
+    SPARE = 128
+    """Columns of a new buffer that are free; then all are copied to another one."""
+
+    def __init__(self, size: int, widest: int) -> None:
+        self.size, self.end, self.capacity = size, widest, widest + self.SPARE
+        self.lengths: list[int] = []
+        self.cache = DynamicCache()
+
+    @property
+    def first(self) -> int:
+        return self.end - max(self.lengths)
+
+    def add(self, prefilled: DynamicCache, lengths: list[int]) -> None:
+        start, width = len(self.lengths), max(lengths)
+        if not self.cache.layers:
+            self.cache.layers = [_SlotLayer(self, layer.keys, layer.values) for layer in prefilled.layers]
+        self.lengths += lengths
+        for slots, new in zip(self.cache.layers, prefilled.layers, strict=True):
+            for buffer, states in zip(slots.buffers, (new.keys, new.values), strict=True):
+                buffer[start : len(self.lengths), :, self.end - width : self.end] = states
+
+    def drop(self, row: int) -> None:
+        """The last row takes its place."""
+        last, columns = len(self.lengths) - 1, slice(self.end - self.lengths[-1], self.end)
+        for layer in self.cache.layers:
+            for buffer in layer.buffers:
+                buffer[row, :, columns] = buffer[last, :, columns]
+        self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+    def make_room(self, widest_waiting: int) -> None:
+        """For one more column."""
+        if self.end < self.capacity:
+            return
+        first, end, num_rows = self.first, self.end, len(self.lengths)
+        self.end = max(end - first, widest_waiting)
+        self.capacity = self.end + self.SPARE
+        self.size = self.size if widest_waiting else num_rows
+        for layer in self.cache.layers:
+            for i, old in enumerate(layer.buffers):
+                new = old.new_zeros(self.size, old.shape[1], self.capacity, old.shape[3])
+                new[:num_rows, :, self.end - (end - first) : self.end] = old[:num_rows, :, first:end]
+                layer.buffers[i] = new
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Whether all that the model remembers of a token are keys and values, which ``_Slots`` can hold.
+
+    Those of a sliding window are: it is the mask that hides what is beyond it.
+    """
+    config = model.config.get_text_config()
+    # Attention in chunks counts columns from the first; layers that share keys and values find them elsewhere.
+    is_special = any(getattr(config, name, None) for name in ("attention_chunk_size", "num_kv_shared_layers"))
+    if is_special or not model._supports_default_dynamic_cache():
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+# ---------------------------------------------------------------------------------------------------------- one model
+
+
+class BatchGenerator:
+    """Responses of one model to requests of one sampling distribution."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int], *,
+        batch_size: int = 64, name: str = "",
+    ) -> None:  # fmt: skip
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
+        self.end_tokens = frozenset(end_tokens)
         self.batch_size = batch_size
-        self.eos = eos_token_ids(model, tokenizer)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos[0]
-        self.config = GenerationConfig(pad_token_id=self.pad, eos_token_id=self.eos, do_sample=False)
+        self.name = name or model.name_or_path
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.is_plain = has_plain_cache(model)
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._takes_positions = "position_ids" in accepted
+
+    def run(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        """Completions as they are finished; prompts fit the model and its context."""
+        # Longest first: what does not fit in memory fails at once, and the last rows are the cheap ones.
+        rows = [_Row(request=r) for r in sorted(requests, key=lambda r: -len(r.token_ids))]
+        return self._run_joining(deque(rows)) if self.is_plain else self._run_batches(rows)
 
     @torch.inference_mode()
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None] = lambda n: None
-    ) -> list[Completion]:
-        """See ``Generator``; prompts that do not fit the context are the caller's to refuse."""
-        completions: dict[int, Completion] = {}
-        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
+    def _run_joining(self, waiting: deque[_Row]) -> Iterator[list[Completion]]:
+        slots = _Slots(min(self.batch_size, len(waiting)), len(waiting[0].request.token_ids))
+        running: list[_Row] = []
+        while waiting or running:
+            free = self.batch_size - len(running)
+            if waiting and free >= max(1, self.batch_size // 4):  # a forward pass of few rows is a waste
+                joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                cache = DynamicCache()
+                self._advance(joining, self._prefill(joining, cache))
+                slots.add(cache, [len(row.request.token_ids) for row in joining])
+                running += joining
+            else:
+                slots.make_room(len(waiting[0].request.token_ids) if waiting else 0)
+                self._advance(running, self._decode(running, slots))
+            finished = [i for i, row in enumerate(running) if row.finish_reason is not None]
+            completions = [running[i].completion for i in finished]
+            for i in reversed(finished):
+                slots.drop(i)
+                running[i] = running[-1]
+                running.pop()
+            if completions:
+                yield completions
+
+    def _prefill(self, rows: list[_Row], cache: DynamicCache) -> torch.Tensor:
+        ids, mask = self._left_padded(rows)
+        inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs,
+                          **self._last_only).logits[:, -1]  # fmt: skip
+
+    def _decode(self, rows: list[_Row], slots: _Slots) -> torch.Tensor:
+        device = self.model.device
+        for layer in slots.cache.layers:
+            layer.show(slots.end)
+        ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=device)
+        lengths = torch.tensor(slots.lengths, device=device)[:, None]
+        width = slots.end - slots.first
+        mask = (torch.arange(-width, 1, device=device) >= -lengths).long()
+        inputs = {"position_ids": lengths} if self._takes_positions else {}
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=slots.cache, use_cache=True, **inputs)
+        slots.end += 1
+        slots.lengths = [length + 1 for length in slots.lengths]
+        return output.logits[:, -1]
+
+    @torch.inference_mode()
+    def _run_batches(self, rows: list[_Row]) -> Iterator[list[Completion]]:
+        """By ``generate``, for models with other memories: finished rows stay until the batch is."""
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            self._generate(batch)
+            yield [row.completion for row in batch]
+
+    def _generate(self, rows: list[_Row]) -> None:
+        ids, mask = self._left_padded(rows)
+        most = max(row.request.sampling.max_tokens for row in rows)
         # The model's own generation config may hold penalties and filters; what is sampled is what was asked for.
-        own_config, self.model.generation_config = self.model.generation_config, self.config
+        own_config = self.model.generation_config
+        self.model.generation_config = GenerationConfig(pad_token_id=self.pad, do_sample=False)
         try:
-            for start in range(0, len(by_length), self.batch_size):
-                batch = by_length[start : start + self.batch_size]
-                done = self._generate_batch([requests[i] for i in batch], sampling)
-                completions.update(zip(batch, done, strict=True))
-                advance(len(batch))
+            self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=[_Choose(self, rows)],
+                                stopping_criteria=[_Finished(rows)], max_new_tokens=most)  # fmt: skip
         finally:
             self.model.generation_config = own_config
-        return [completions[i] for i in range(len(requests))]
 
-    def _generate_batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        length = max(len(r.token_ids) for r in requests)
-        ids = torch.full((len(requests), length), self.pad, dtype=torch.int64)
+    def _left_padded(self, rows: list[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(len(row.request.token_ids) for row in rows)
+        ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, length - len(request.token_ids) :] = torch.tensor(request.token_ids)
-            mask[row, length - len(request.token_ids) :] = 1
-        sampler = SeededSampler([r.seed for r in requests], sampling)
-        output = self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            max_new_tokens=sampling.max_tokens,
-            logits_processor=[sampler],
-        )
-        sampled = output[:, length:].tolist()
-        logprobs = torch.stack(sampler.logprobs, dim=1).cpu()
-        if logprobs.isnan().any():
-            raise InputError(f"{self.model.name_or_path}: the model gives logits that are not finite; its weights are "
-                             f"damaged, or {self.model.dtype} is too narrow for it")  # fmt: skip
-        lengths = [self._length(row) for row in sampled]
-        token_ids = [row[:n] for row, n in zip(sampled, lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        return [
-            Completion(
-                token_ids=tuple(tokens),
-                text=text,
-                finish_reason="stop" if tokens[-1] in self.eos else "length",
-                logprob=float(logprobs[row, : len(tokens)].sum()),
-            )
-            for row, (tokens, text) in enumerate(zip(token_ids, texts, strict=True))
-        ]
+        for i, row in enumerate(rows):
+            ids[i, width - len(row.request.token_ids) :] = torch.tensor(row.request.token_ids)
+            mask[i, width - len(row.request.token_ids) :] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _length(self, tokens: list[int]) -> int:
-        return next((i + 1 for i, token in enumerate(tokens) if token in self.eos), len(tokens))
+    def _advance(self, rows: list[_Row], logits_SV: torch.Tensor) -> torch.Tensor:
+        """Every unfinished row gets its next token; returns the tokens."""
+        seeds = np.array([row.request.seed for row in rows], dtype=np.uint64)
+        steps = np.array([len(row.token_ids) for row in rows], dtype=np.uint64)
+        uniform = torch.from_numpy(uniforms(seeds, steps)).to(logits_SV.device)
+        tokens, logprobs = sample(logits_SV, uniform, rows[0].request.sampling)
+        for row, token, logprob in zip(rows, *torch.stack([tokens.double(), logprobs.double()]).tolist(), strict=True):
+            if logprob != logprob:
+                raise InputError(f"{self.name}: the model gives logits that are not finite; its weights are damaged, "
+                                 f"or {self.model.dtype} is too narrow for it")  # fmt: skip
+            if row.finish_reason is None:
+                self._take(row, int(token), logprob)
+        return tokens
+
+    def _take(self, row: _Row, token: int, logprob: float) -> None:
+        sampling = row.request.sampling
+        row.token_ids.append(token)
+        row.logprob += logprob
+        if token in self.end_tokens:
+            row.finish_reason = "stop"
+        elif len(row.token_ids) == sampling.max_tokens:
+            row.finish_reason = "length"
+        if row.finish_reason is not None or sampling.stop:
+            # All of it each time: what a token adds to the text depends on those before.
+            row.text = self.tokenizer.decode(row.token_ids, skip_special_tokens=True)
+            if cuts := [at for text in sampling.stop if (at := row.text.find(text)) >= 0]:
+                row.text, row.finish_reason = row.text[: min(cuts)], "stop"
+
+
+class _Choose(LogitsProcessor):
+    """``generate`` draws a batch from one stream; here it gets scores with a single finite entry a row."""
+
+    def __init__(self, generator: BatchGenerator, rows: list[_Row]) -> None:
+        self.generator, self.rows = generator, rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = self.generator._advance(self.rows, scores)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+class _Finished(StoppingCriteria):
+    def __init__(self, rows: list[_Row]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([row.finish_reason is not None for row in self.rows], device=input_ids.device)
+
+
+# ------------------------------------------------------------------------------------------------------- the engine
+
+
+class HFEngine:
+    """``Engine`` in this process; one cell's model is in memory at a time."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+        self.cells = {cell.name: cell for cell in spec.cells}
+        self.device = device_of(spec.use_cpu)
+        self.tokenizer = load_tokenizer(spec.tokenizer)
+        self._shards: deque[list[Request]] = deque()
+        self._running: Iterator[Sequence[Completion | Refusal]] = iter(())
+        self._generator: BatchGenerator | None = None
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if request.cell not in self.cells:
+                raise ValueError(f"request for the cell {request.cell!r}; this engine has {', '.join(self.cells)}")
+        self._shards.append(list(requests))
+
+    def collect(self) -> list[Completion | Refusal]:
+        """See ``Engine``; nothing when nothing is left.
+
+        Raises:
+            InputError: a cell cannot be loaded, or gives logits that are not finite; the rest of its shard is dropped.
+        """
+        while True:
+            for answers in self._running:
+                return list(answers)
+            if not self._shards:
+                return []
+            self._running = self._run(self._shards.popleft())
 
     def close(self) -> None:
-        self.model = None
+        self._shards.clear()
+        self._running = iter(())
+        self._generator = None
+        free_memory()
 
+    def _run(self, shard: list[Request]) -> Iterator[Sequence[Completion | Refusal]]:
+        by_cell: dict[str, list[Request]] = {}
+        for request in shard:
+            by_cell.setdefault(request.cell, []).append(request)
+        for name in sorted(by_cell, key=lambda name: not self._has(name)):  # the model in memory first
+            self._load(self.cells[name])
+            assert self._generator is not None
+            groups: dict[tuple[float, float, int], list[Request]] = {}
+            refusals = []
+            for request in by_cell[name]:
+                if reason := self._obstacle(request):
+                    refusals.append(Refusal(key=request.key, reason=reason))
+                else:
+                    sampling = request.sampling
+                    groups.setdefault((sampling.temperature, sampling.top_p, sampling.top_k), []).append(request)
+            if refusals:
+                yield refusals
+            for group in groups.values():
+                yield from self._generator.run(group)
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's, its chat template's and those of the model's generation config."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list) else [configured]
-    ids = [i for i in dict.fromkeys([tokenizer.eos_token_id, end_of_turn(tokenizer), *listed]) if i is not None]
-    if not ids:
-        raise ValueError("neither the tokenizer nor the model's generation config names an end-of-sequence token")
-    return ids
+    def _has(self, name: str) -> bool:
+        return self._generator is not None and self._generator.name == name
+
+    def _load(self, cell: Cell) -> None:
+        if self._has(cell.name):
+            return
+        self._generator = None
+        free_memory()
+        model = load_model(cell.path, base=cell.base, dtype=self.spec.dtype, device=self.device,
+                           attn_implementation=self.spec.attn_implementation)  # fmt: skip
+        ends = end_token_ids(cell.base, self.tokenizer)
+        self._generator = BatchGenerator(model, self.tokenizer, ends, batch_size=self.spec.batch_size, name=cell.name)
+
+    def _obstacle(self, request: Request) -> str:
+        """Why it cannot be answered, or nothing."""
+        assert self._generator is not None
+        cell, prompt = self.cells[request.cell], request.token_ids
+        if not prompt:
+            return f"cell {cell.name}: the prompt has no tokens; expected at least one"
+        limits = [limit for limit in (self.spec.context, cell.context) if limit is not None]
+        if limits and len(prompt) + request.sampling.max_tokens > min(limits):
+            return (f"cell {cell.name}: a prompt of {len(prompt)} tokens and a response of up to "
+                    f"{request.sampling.max_tokens} exceed its context of {min(limits)} tokens")  # fmt: skip
+        size = self._generator.model.get_input_embeddings().weight.shape[0]
+        if not 0 <= min(prompt) <= max(prompt) < size:
+            beyond = next(token for token in prompt if not 0 <= token < size)
+            return f"cell {cell.name}: the prompt has token {beyond}, beyond the {size} of the model's embeddings"
+        return ""
