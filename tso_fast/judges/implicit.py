@@ -1,0 +1,114 @@
+"""Implicit scores: the log-probs that a cell of the matrix gives to responses, whoever wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tso_fast.batching import encode_prompt, pad_sequences, response_ids
+from tso_fast.errors import InputError
+from tso_fast.policy import Policy, free_memory, load_model
+from tso_fast.types import Candidates, Cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLogprob:
+    """``SequenceLogprob(logprob=-12.5, num_tokens=8)``"""
+
+    logprob: float
+    """Sum over the completion's tokens, nats."""
+    num_tokens: int
+
+
+@torch.inference_mode()
+def response_logprobs(
+    model: PreTrainedModel,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    pad_token_id: int,
+    tokens_per_batch: int = 16384,
+    impl: str = "auto",
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[SequenceLogprob]:
+    """Log-probs of completions after their prompts, in the order of the rows; full logits never exist.
+
+    Args:
+        rows: token ids of (prompt, completion).
+        tokens_per_batch: most tokens of a forward pass, padding included; a longer row goes alone.
+        impl: of ``linear_logprobs``.
+        advance: told how many rows more are done.
+
+    Raises:
+        ValueError: a prompt or a completion without tokens.
+        InputError: the model gives log-probs that are not finite.
+    """
+    for i, (prompt, completion) in enumerate(rows):
+        if not prompt or not completion:
+            raise ValueError(f"row {i}: its prompt has {len(prompt)} tokens and its completion {len(completion)}; "
+                             "expected at least one each")  # fmt: skip
+    policy = Policy(model.eval())
+    out: dict[int, SequenceLogprob] = {}
+    for index in _batches([len(prompt) + len(completion) for prompt, completion in rows], tokens_per_batch):
+        batch = [(tuple(rows[i][0]), tuple(rows[i][1])) for i in index]
+        ids, mask, targets = (t.to(model.device) for t in pad_sequences(batch, pad_token_id))
+        sums = policy.logprobs(ids, mask, targets, impl=impl).sum(dim=1, dtype=torch.float64)
+        if not sums.isfinite().all():
+            raise InputError(f"{model.name_or_path}: the model gives log-probs that are not finite; its weights are "
+                             f"damaged, or {model.dtype} is too narrow for it")  # fmt: skip
+        for i, logprob in zip(index, sums.tolist(), strict=True):
+            out[i] = SequenceLogprob(logprob=logprob, num_tokens=len(rows[i][1]))
+        advance(len(index))
+    return [out[i] for i in range(len(rows))]
+
+
+def _batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Rows of like length together, the longest first: what does not fit in memory fails at once."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # The last token of a row is only a target.
+        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] - 1) <= tokens_per_batch:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def cell_logprobs(
+    cell: Cell,
+    candidates: Sequence[Candidates],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str,
+    attn_implementation: str,
+    device: torch.device | str,
+    tokens_per_batch: int = 16384,
+    impl: str = "auto",
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[list[SequenceLogprob | None]]:
+    """What a cell gives to every response of every prompt; None where prompt and response exceed its context.
+
+    What was sampled is scored token by token, what was written by the tokens of its text. The model is loaded, its
+    adapter unmerged, and freed again.
+    """
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    is_scored: list[list[bool]] = []
+    for item in candidates:
+        prompt = encode_prompt(tokenizer, item.prompt)
+        responses = [response_ids(tokenizer, item.prompt, response) for response in item.responses]
+        is_scored.append([cell.context is None or len(prompt) + len(ids) <= cell.context for ids in responses])
+        rows += [(prompt, ids) for ids, fits in zip(responses, is_scored[-1], strict=True) if fits]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model = load_model(cell.path, base=cell.base, dtype=dtype, attn_implementation=attn_implementation, device=device)
+    try:
+        scores = iter(
+            response_logprobs(
+                model, rows, pad_token_id=pad, tokens_per_batch=tokens_per_batch, impl=impl, advance=advance
+            )
+        )
+    finally:
+        del model
+        free_memory()
+    return [[next(scores) if fits else None for fits in flags] for flags in is_scored]
