@@ -1,0 +1,912 @@
+"""OpenAIEngine against a server that fails in every way it can, and against vLLM's own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import email.utils
+import gc
+import importlib.util
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tso_fast.errors import EngineError, InputError
+from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling, Server, generate, openai_server
+from tso_fast.generators.openai_server import OpenAIEngine
+from tso_fast.policy import load_tokenizer
+from tso_fast.quickstart.build import Recipe, make_tokenizer
+from tso_fast.seeds import seed_of
+from tso_fast.types import Cell
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+TEXTS = [("Add 1 and 2.", "3"), ("Write Sam twice.", "Sam Sam")] * 4
+TOKENIZER = make_tokenizer(TEXTS, Recipe(seed=0))
+EOS = TOKENIZER.eos_token_id
+KEY = "sk-very-secret"
+OPENAI_FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "logprobs", "stop", "n",
+                 "presence_penalty", "frequency_penalty"}  # fmt: skip
+Reply = Callable[["Handler", dict[str, Any]], None]
+
+
+# --- a server that does as it is told ---
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: FakeServer
+
+    def do_GET(self) -> None:
+        self.answer(None)
+
+    def do_POST(self) -> None:
+        self.answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+    def answer(self, body: dict[str, Any] | None) -> None:
+        with contextlib.suppress(ConnectionError):  # the client has hung up, as it should in some tests
+            self.server.answer(self, body)
+
+    def send(self, status: int, body: object, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"content-length": str(length or len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers completions by ``replies``, one each, and ``reply`` when they are used up; the engine's probe is not
+    counted."""
+
+    daemon_threads = True
+
+    def __init__(self, *replies: Reply, models: tuple[str, ...] = ("m",), fields: set[str] | None = None,
+                 key: str = "", tells_tokens: bool = True, adapters: bool = False) -> None:  # fmt: skip
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies, self.reply = list(replies), ok
+        self.probe_reply: Reply = ok
+        self.models, self.fields, self.key = list(models), fields, key
+        self.tells_tokens, self.adapters = tells_tokens, adapters
+        self.asked: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.loaded: list[dict[str, Any]] = []
+        self.lock, self.ended = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self.ended.set()
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+    def answer(self, handler: Handler, body: dict[str, Any] | None) -> None:
+        if self.key and handler.headers["authorization"] != f"Bearer {self.key}":
+            handler.send(401, {"error": {"message": f"no such key: {handler.headers['authorization']}"}})
+        elif handler.path == "/v1/models":
+            handler.send(200, {"data": [{"id": model} for model in self.models]})
+        elif handler.path == "/v1/load_lora_adapter" and self.adapters and body:
+            self.loaded.append(body)
+            handler.send(200, "Success")
+        elif handler.path != "/v1/completions" or body is None:
+            handler.send(404, {"detail": "Not Found"})
+        elif self.fields is not None and (unknown := sorted(set(body) - self.fields)):
+            handler.send(400, {"error": {"message": f"Unrecognized request argument supplied: {unknown[0]}"}})
+        elif body["seed"] == 2**63 - 1 and body["max_tokens"] == 1:
+            self.probe_reply(handler, body)
+        else:
+            with self.lock:
+                self.asked.append(body)
+                self.times.append(time.monotonic())
+                reply = self.replies.pop(0) if self.replies else self.reply
+            reply(handler, body)
+
+
+def choice(handler: Handler, body: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    """Two tokens that follow from the prompt and the cell, log-probs -1 and -0.5."""
+    ids = [body["prompt"][-1], 40 + len(body["model"])]
+    told = {"token_ids": ids, "prompt_token_ids": body["prompt"]} if handler.server.tells_tokens else {}
+    logprobs = {"token_logprobs": [-1.0, -0.5], "tokens": TOKENIZER.convert_ids_to_tokens(ids)}
+    finish_reason = "length" if body["max_tokens"] <= 2 else "stop"
+    return {"choices": [{"text": TOKENIZER.decode(ids), "finish_reason": finish_reason, "logprobs": logprobs, **told,
+                         **changed}]}  # fmt: skip
+
+
+def ok(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(200, choice(handler, body))
+
+
+def says(**changed: Any) -> Reply:
+    return lambda handler, body: handler.send(200, choice(handler, body, **changed))
+
+
+def fails(status: int, body: object = "out of order", **headers: str) -> Reply:
+    return lambda handler, asked: handler.send(status, body, {k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def hangs(handler: Handler, body: dict[str, Any]) -> None:
+    handler.server.ended.wait(20)
+    handler.hang_up()
+
+
+def trickles(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(200, "{", length=10**6)
+    while not handler.server.ended.wait(0.02):
+        handler.wfile.write(b" ")
+    handler.hang_up()
+
+
+def half(handler: Handler, body: dict[str, Any]) -> None:
+    data = json.dumps(choice(handler, body))
+    handler.send(200, data[: len(data) // 2], length=len(data))
+    handler.hang_up()
+
+
+def truncated(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send(200, json.dumps(choice(handler, body))[:-9])
+
+
+def resets(handler: Handler, body: dict[str, Any]) -> None:
+    handler.hang_up()
+
+
+def after(delay_s: float, reply: Reply) -> Reply:
+    def wait(handler: Handler, body: dict[str, Any]) -> None:
+        handler.server.ended.wait(delay_s)
+        reply(handler, body)
+
+    return wait
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., FakeServer]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*args: Any, **kwargs: Any) -> FakeServer:
+            server = FakeServer(*args, **kwargs)
+            stack.callback(server.close)
+            return server
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def make_cell(name: str, base: Path, path: Path | None = None) -> Cell:
+    return Cell(name=name, path=path or base, base=base, size_b=0.001, version_rank=1, weight_hash="0" * 16,
+                architecture="llama", context=None, lora_rank=8 if path else None)  # fmt: skip
+
+
+Open = Callable[..., OpenAIEngine]
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Open]:
+    """``engine(server)``: opened for one cell a model of the server, and closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*servers: FakeServer, backoff_s: float = 0.001, **changed: Any) -> OpenAIEngine:
+            named = {f"{model}{i or ''}": Server(url=server.url, model=model)
+                     for i, server in enumerate(servers) for model in server.models}  # fmt: skip
+            cells = tuple(make_cell(name, folder) for name in named)
+            spec = EngineSpec(kind="openai", cells=cells, tokenizer=str(folder), dtype="float32", servers=named)
+            # A machine under load may take a second for what takes a millisecond.
+            opened = OpenAIEngine(dataclasses.replace(spec, **{"timeout_s": 20.0, **changed}), backoff_s=backoff_s)
+            stack.callback(opened.close)
+            return opened
+
+        yield start
+
+
+def ask(n: int, cell: str = "m", **sampling: Any) -> list[Request]:
+    return [Request(key=f"{cell}/{i}".encode(), cell=cell, token_ids=(5, 7, 50 + i), seed=seed_of("ask", i),
+                    sampling=Sampling(**{"max_tokens": 2, **sampling})) for i in range(n)]  # fmt: skip
+
+
+def collect_all(engine: OpenAIEngine, requests: list[Request]) -> dict[bytes, Completion | Refusal]:
+    answers: dict[bytes, Completion | Refusal] = {}
+    engine.submit(requests)
+    while len(answers) < len(requests):
+        got = engine.collect()
+        assert got
+        assert not answers.keys() & {answer.key for answer in got}
+        answers.update({answer.key: answer for answer in got})
+    assert engine.collect() == []
+    return answers
+
+
+def expected(request: Request) -> tuple[int, ...]:
+    return (request.token_ids[-1], 40 + len(request.cell.rstrip("1")))
+
+
+def test_tokens_in_tokens_out(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve(models=("m", "lm"))
+    asked = ask(5) + ask(4, "lm")
+    answers = collect_all(engine(server), asked)
+    for request in asked:
+        want = expected(request)
+        assert answers[request.key] == Completion(key=request.key, token_ids=want, text=TOKENIZER.decode(want),
+                                                  finish_reason="length", logprob=-1.5)  # fmt: skip
+    assert Counter((body["model"], tuple(body["prompt"]), body["seed"]) for body in server.asked) == Counter(
+        (request.cell, request.token_ids, request.seed) for request in asked
+    )
+
+
+def test_a_request_says_all_that_a_server_would_fill_in(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve()
+    opened = engine(server)
+    generate(opened, ask(1, temperature=0.7, top_p=0.9, top_k=4, max_tokens=9, stop=("x", "yz")))
+    generate(opened, ask(1, temperature=0.0, top_p=0.9, top_k=4))
+    generate(opened, ask(1))
+    sampled, greedy, plain = server.asked
+    neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert sampled == {"model": "m", "prompt": [5, 7, 50], "max_tokens": 9, "temperature": 0.7, "top_p": 0.9,
+                       "top_k": 4, "seed": seed_of("ask", 0), "stop": ["x", "yz"], "logprobs": 0,
+                       "return_token_ids": True, "skip_special_tokens": True, "stop_token_ids": [EOS],
+                       **neutral}  # fmt: skip
+    assert (greedy["temperature"], greedy["top_p"], greedy["top_k"]) == (0.0, 1.0, -1)
+    assert (plain["temperature"], plain["top_p"], plain["top_k"]) == (1.0, 1.0, -1)
+
+
+@pytest.mark.parametrize(("sampling", "logprob"), [({}, -1.5), ({"temperature": 0.0, "top_k": 3}, -1.5),
+                                                   ({"temperature": 0.7}, None), ({"top_p": 0.9}, None),
+                                                   ({"top_k": 3}, None)], ids=str)  # fmt: skip
+def test_logprob_only_where_raw_and_processed_are_the_same(
+    sampling: dict[str, Any], logprob: float | None, serve: Callable[..., FakeServer], engine: Open
+) -> None:
+    [answer] = generate(engine(serve()), ask(1, **sampling))
+    assert answer.logprob == logprob
+
+
+def test_incomplete_logprobs_are_none(serve: Callable[..., FakeServer], engine: Open) -> None:
+    replies = [says(logprobs=logprobs) for logprobs in (None, {}, {"token_logprobs": [-1.0]},
+                                                        {"token_logprobs": [-1.0, None]})]  # fmt: skip
+    opened = engine(serve(*replies))
+    assert [generate(opened, ask(1))[0].logprob for _ in range(5)] == [None] * 4 + [-1.5]
+
+
+def test_context_bounds_prompt_and_response(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve()
+    fits, long = ask(2, max_tokens=5)
+    long = dataclasses.replace(long, token_ids=(5,) * 4)
+    answers = collect_all(engine(server, context=8), [fits, long])
+    assert [body["max_tokens"] for body in server.asked] == [5]
+    assert isinstance(answers[fits.key], Completion)
+    reason = "cell m: a prompt of 4 tokens and a response of up to 5 exceed its context of 8 tokens"
+    assert answers[long.key] == Refusal(key=long.key, reason=reason)
+
+
+def test_a_response_cut_by_the_server_is_refused(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve(says(finish_reason="length"))
+    [answer] = collect_all(engine(server), ask(1, max_tokens=3)).values()
+    assert isinstance(answer, Refusal)
+    assert answer.reason == (f"{server.url}: m ended the response after 2 of 3 tokens; prompt and response exceed the "
+                             "server's context")  # fmt: skip
+
+
+# --- faults ---
+
+FAULTS: dict[str, Reply] = {
+    "500": fails(500), "502": fails(502, "<html>bad gateway</html>"), "503": fails(503, ""), "504": fails(504),
+    "429": fails(429, {"error": {"message": "slow down"}}), "429 now": fails(429, "", retry_after="0"),
+    "429 nonsense": fails(429, "", retry_after="soon"), "429 past": fails(429, "", retry_after="-5"),
+    "half": half, "truncated": truncated, "reset": resets, "empty": fails(200, ""), "html": fails(200, "<html>"),
+    "no choices": fails(200, {"object": "text_completion"}), "empty choices": fails(200, {"choices": []}),
+    "null": fails(200, "null"), "list": fails(200, [1]), "aborted": says(finish_reason="abort"),
+    "unfinished": says(finish_reason=None), "no text": says(text=None), "no tokens": says(token_ids=[]),
+    "odd tokens": says(token_ids=["a"]), "gzip": fails(200, "no gzip", content_encoding="gzip"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_passing_fault_is_ridden_out(fault: str, serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve(FAULTS[fault], FAULTS[fault])
+    asked = ask(1)
+    [answer] = generate(engine(server), asked)
+    assert answer.token_ids == expected(asked[0])
+    assert len(server.asked) == 3
+    assert server.asked[0] == server.asked[2]
+
+
+def test_many_faults_at_once(serve: Callable[..., FakeServer], engine: Open) -> None:
+    rng = random.Random(0)
+    faults = rng.choices(list(FAULTS.values()), k=40) + [ok] * 40
+    rng.shuffle(faults)
+    server, asked = serve(*faults), ask(60)
+    answers = collect_all(engine(server, max_concurrency=8, max_retries=20), asked)
+    assert all(answers[request.key].token_ids == expected(request) for request in asked)
+    assert len(server.asked) == 100
+
+
+def test_retry_after_is_honoured_and_capped(
+    serve: Callable[..., FakeServer], engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(fails(429, "", retry_after="0.3"))
+    generate(engine(server), ask(1))
+    assert server.times[1] - server.times[0] >= 0.3
+    monkeypatch.setattr(openai_server, "MAX_WAIT_S", 0.2)
+    server = serve(fails(503, "", retry_after="3600"), fails(503, "", retry_after="inf"))
+    generate(engine(server), ask(1))
+    assert 0.4 <= server.times[2] - server.times[0] < 10
+
+
+def test_retry_after_as_a_date() -> None:
+    when = email.utils.formatdate(time.time() + 100, usegmt=True)
+    response = openai_server.httpx2.Response(429, headers={"retry-after": when})
+    assert 98 < openai_server._retry_after_s(response) <= 100
+
+
+def test_backoff_grows_with_full_jitter(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve(*[fails(500)] * 3)
+    opened = engine(server, backoff_s=0.1)
+    bounds: list[float] = []
+    opened._random.uniform = lambda low, high: bounds.append(high) or high / 4  # type: ignore[func-returns-value,method-assign]
+    generate(opened, ask(1))
+    assert bounds == [0.1, 0.2, 0.4, 0.8]
+    assert server.times[3] - server.times[0] >= 0.175
+
+
+def test_gives_up_with_the_servers_words(
+    serve: Callable[..., FakeServer], engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(key=KEY)
+    server.reply = fails(503, f"no GPU is free for {KEY} " + "x" * 1000)
+    opened = engine(server, max_retries=2)
+    opened.submit(ask(1))
+    for _ in range(2):
+        with pytest.raises(EngineError) as caught:
+            opened.collect()
+        assert str(caught.value).startswith(f"{server.url}/completions: 503: no GPU is free for *** xxx")
+        assert str(caught.value).endswith("xxx (after 3 attempts)")
+        assert len(str(caught.value)) < 400
+    with pytest.raises(EngineError, match="no GPU"):
+        opened.submit(ask(1))
+    assert len(server.asked) == 3
+
+
+def test_what_came_before_the_failure_is_handed_over(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve(*[ok] * 7)
+    server.reply = fails(404, {"error": {"message": "The model `m` does not exist."}})
+    opened = engine(server, max_concurrency=1)
+    asked = ask(9)
+    opened.submit(asked)
+    opened._thread.join(20)
+    assert [answer.key for answer in opened.collect()] == [request.key for request in asked[:7]]
+    with pytest.raises(EngineError, match=r"404: The model `m` does not exist\.$"):
+        opened.collect()
+    assert len(server.asked) == 8  # 404 is not tried again
+
+
+@pytest.mark.parametrize("reply", [hangs, trickles])
+def test_a_hung_server_raises_after_the_timeout(reply: Reply, serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve()
+    server.reply = reply
+    opened = engine(server)
+    opened._spec = dataclasses.replace(opened._spec, timeout_s=0.6)  # not before: opening may take longer
+    started = time.monotonic()
+    opened.submit(ask(3))
+    with pytest.raises(EngineError, match=r"completions: no answer within 0\.6 s, to this request or any other"):
+        opened.collect()
+    assert 0.6 <= time.monotonic() - started < 5
+    assert len(server.asked) == 3
+
+
+def test_a_lost_answer_of_a_living_server_is_asked_for_again(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve(hangs)
+    server.reply = after(0.15, ok)
+    asked = ask(12)
+    answers = collect_all(engine(server, max_concurrency=2, timeout_s=1.2), asked)
+    assert {request.key: expected(request) for request in asked} == {k: a.token_ids for k, a in answers.items()}
+    assert len(server.asked) == 13
+
+
+def test_one_bad_prompt_is_refused_and_the_rest_goes_on(serve: Callable[..., FakeServer], engine: Open) -> None:
+    def picky(handler: Handler, body: dict[str, Any]) -> None:
+        status = {52: 400, 53: 413, 54: 422}.get(body["prompt"][-1])
+        (fails(status, {"error": {"message": f"too long: {status}"}}) if status else ok)(handler, body)
+
+    server = serve()
+    server.reply = picky
+    asked = ask(6)
+    answers = list(collect_all(engine(server), asked).items())
+    refused = {key: answer.reason for key, answer in answers if isinstance(answer, Refusal)}
+    assert refused == {f"m/{i}".encode(): f"{server.url}/completions: {status}: too long: {status}"
+                       for i, status in ((2, 400), (3, 413), (4, 422))}  # fmt: skip
+    assert len(server.asked) == 6
+
+
+def test_a_filtered_response_is_refused(serve: Callable[..., FakeServer], engine: Open) -> None:
+    with pytest.raises(InputError, match="content filter"):
+        generate(engine(serve(says(finish_reason="content_filter"))), ask(1))
+
+
+def test_concurrency_is_bounded_over_all_servers(serve: Callable[..., FakeServer], engine: Open) -> None:
+    servers, lock = [serve(), serve()], threading.Lock()
+    busy, seen = 0, []
+
+    def slow(handler: Handler, body: dict[str, Any]) -> None:
+        nonlocal busy
+        with lock:
+            busy += 1
+            seen.append(busy)
+        time.sleep(0.03)
+        with lock:  # before the answer, which lets the next one come
+            busy -= 1
+        ok(handler, body)
+
+    for server in servers:
+        server.reply = slow
+    asked = [request for pair in zip(ask(12), ask(12, "m1"), strict=True) for request in pair]
+    answers = collect_all(engine(*servers, max_concurrency=3), asked)
+    assert all(answers[request.key].token_ids == expected(request) for request in asked)
+    assert max(seen) == 3
+    assert [len(server.asked) for server in servers] == [12, 12]
+
+
+def test_a_changed_prompt_is_an_error(serve: Callable[..., FakeServer], engine: Open) -> None:
+    opened = engine(serve(says(prompt_token_ids=[2, 5, 7, 50])))
+    opened.submit(ask(1))
+    with pytest.raises(EngineError, match="m changed a prompt of 3 tokens; expected a server that leaves token ids"):
+        opened.collect()
+
+
+# --- servers that know less ---
+
+
+def test_a_strict_server(serve: Callable[..., FakeServer], engine: Open, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve(fields=OPENAI_FIELDS, tells_tokens=False)
+    opened = engine(server)
+    assert "Unrecognized request argument supplied: min_p" in caplog.text
+    assert "takes no frequency_penalty, min_p" in caplog.text
+    asked = ask(3)
+    assert {a.token_ids for a in generate(opened, asked)} == {
+        tuple(TOKENIZER.encode(TOKENIZER.decode(expected(request)), add_special_tokens=False)) for request in asked
+    }
+    assert all(set(body) <= OPENAI_FIELDS for body in server.asked)
+    [refused] = collect_all(opened, ask(1, top_k=5)).values()
+    assert isinstance(refused, Refusal)
+    assert refused.reason == f"{server.url}: m takes no top_k"
+    assert len(server.asked) == 3
+    opened.close()
+    opened.close()
+    assert caplog.text.count("3 of 3 responses came without token ids") == 1
+
+
+def test_a_server_without_logprobs(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve(fields={"model", "prompt", "max_tokens", "temperature", "top_p", "seed"})
+    [answer] = generate(engine(server), ask(1))
+    assert "logprobs" not in server.asked[0]
+    assert answer.token_ids == expected(ask(1)[0])
+
+
+@pytest.mark.parametrize(("told", "tokens"), [
+    ({"finish_reason": "length"}, "ids"), ({"finish_reason": "stop"}, "ids eos"),
+    ({"finish_reason": "stop", "stop_reason": None}, "ids eos"), ({"finish_reason": "stop", "stop_reason": 9}, "ids 9"),
+    ({"finish_reason": "stop", "stop_reason": "Write"}, "ids Write"),
+], ids=str)  # fmt: skip
+def test_text_becomes_tokens_where_the_server_tells_none(
+    told: dict[str, Any], tokens: str, serve: Callable[..., FakeServer], engine: Open
+) -> None:
+    server = serve(says(text="Sam 1 and", **told), tells_tokens=False)
+    [answer] = generate(engine(server), ask(1))
+    ids = TOKENIZER.encode("Sam 1 and", add_special_tokens=False)
+    end = {"ids": [], "ids eos": [EOS], "ids 9": [9],
+           "ids Write": TOKENIZER.encode("Write", add_special_tokens=False)}  # fmt: skip
+    assert answer.token_ids == (*ids, *end[tokens])
+    assert answer.text == "Sam 1 and"
+
+
+# --- opening and closing ---
+
+
+def test_a_model_that_is_not_there(serve: Callable[..., FakeServer], folder: Path) -> None:
+    server = serve(models=("llama.v1", "llama.v2"))
+    with pytest.raises(InputError) as caught:
+        open_one(folder, server.url, "lama.v1")
+    assert str(caught.value) == (f"servers.m: no model 'lama.v1' at {server.url}; did you mean 'llama.v1'?; it has "
+                                 "llama.v1, llama.v2")  # fmt: skip
+
+
+def open_one(folder: Path, url: str, model: str = "m", path: Path | None = None, **changed: Any) -> None:
+    spec = EngineSpec(kind="openai", cells=(make_cell("m", folder, path),), tokenizer=str(folder), dtype="float32",
+                      servers={"m": Server(url=url, model=model)}, timeout_s=20.0, max_retries=2)  # fmt: skip
+    OpenAIEngine(dataclasses.replace(spec, **changed), backoff_s=0.001).close()
+
+
+def test_an_adapter_is_loaded_where_the_server_lets_us(
+    serve: Callable[..., FakeServer], folder: Path, tmp_path: Path
+) -> None:
+    server = serve(adapters=True)
+    open_one(folder, server.url, "new", tmp_path)
+    assert server.loaded == [{"lora_name": "new", "lora_path": str(tmp_path)}]
+    with pytest.raises(InputError, match=r"no model 'new' .* it has m; start it with --enable-lora --lora-modules new"):
+        open_one(folder, serve().url, "new", tmp_path)
+
+
+def test_the_key_is_sent_and_never_shown(
+    serve: Callable[..., FakeServer], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(key=KEY)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(
+        InputError, match=r"401: no such key: None; the environment variable OPENAI_API_KEY is not set$"
+    ):
+        open_one(folder, server.url)
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    open_one(folder, server.url)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    with pytest.raises(InputError, match=r"401: no such key: Bearer \*\*\*; .* OPENAI_API_KEY is not accepted$"):
+        open_one(folder, server.url)
+    with pytest.raises(InputError, match="401"):
+        open_one(folder, server.url.replace("//", "//me:password@"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk\nsecret")
+    with pytest.raises(InputError, match=r"^OPENAI_API_KEY: holds characters that no key has"):
+        open_one(folder, server.url)
+    assert "HTTP Request: GET" in caplog.text
+    assert not any(secret in caplog.text for secret in (KEY, "sk-wrong", "password"))
+
+
+def test_nothing_answers(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://me:password@127.0.0.1:{free.getsockname()[1]}/v1"
+        with pytest.raises(EngineError, match=r"^http://127.*/v1/models: nothing answers: .* \(after 3 attempts\)$"):
+            open_one(folder, url)
+
+
+def test_what_is_no_api(serve: Callable[..., FakeServer], folder: Path) -> None:
+    with pytest.raises(InputError, match=r"404: .*Not Found.*; expected the base of an OpenAI API .*8000/v1$"):
+        open_one(folder, serve().url.removesuffix("/v1"))
+    open_one(folder, serve().url + "/")
+    chat_only = serve()
+    chat_only.probe_reply = fails(405, "chat only")
+    with pytest.raises(InputError, match="completions: 405: chat only; expected the base"):
+        open_one(folder, chat_only.url)
+    texts_only = serve()
+    texts_only.probe_reply = fails(422, "prompt: expected a string")
+    with pytest.raises(InputError, match="completions: 422: prompt: expected a string"):
+        open_one(folder, texts_only.url)
+    adds_bos = serve()
+    adds_bos.probe_reply = lambda handler, body: handler.send(
+        200, {**choice(handler, body), "usage": {"prompt_tokens": 2}}
+    )
+    with pytest.raises(InputError, match="m read a prompt of 1 token id as 2 tokens"):
+        open_one(folder, adds_bos.url)
+    for url in ("localhost:8000", "ftp://host/v1", "http://", "http://host:port/v1", ""):
+        with pytest.raises(InputError, match=r"^servers\.m\.url: .*expected such as http://127\.0\.0\.1:8000/v1"):
+            open_one(folder, url)
+
+
+def test_a_server_that_hangs_from_the_start(serve: Callable[..., FakeServer], folder: Path) -> None:
+    server = serve()
+    server.probe_reply = hangs
+    with pytest.raises(EngineError, match=r"the servers were not ready in 0\.7 s"):
+        open_one(folder, server.url, start_timeout_s=0.7)
+
+
+def test_cells_and_servers_must_match(serve: Callable[..., FakeServer], folder: Path) -> None:
+    server = serve()
+    with pytest.raises(InputError, match=r"^servers: none for cell 'm'; expected url and model"):
+        open_one(folder, server.url, servers={})
+    both = {name: Server(url=server.url, model="m") for name in ("m", "m2")}
+    with pytest.raises(InputError, match=r"^servers: m and m2 are both model 'm' at"):
+        open_one(folder, server.url, servers=both, cells=tuple(make_cell(name, folder) for name in both))
+
+
+def test_proxies_of_the_environment_are_not_used(
+    serve: Callable[..., FakeServer], engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert generate(engine(serve()), ask(1))[0].token_ids == expected(ask(1)[0])
+
+
+def test_close_ends_everything(serve: Callable[..., FakeServer], engine: Open) -> None:
+    server = serve()
+    server.reply = hangs
+    state = random.getstate()
+    opened = engine(server)
+    assert opened.collect() == []
+    opened.submit(ask(9))
+    while len(server.asked) < 9:
+        time.sleep(0.01)
+    started = time.monotonic()
+    opened.close()
+    assert time.monotonic() - started < 4
+    assert not opened._thread.is_alive()
+    opened.close()
+    with pytest.raises(EngineError, match="closed"):
+        opened.collect()
+    with pytest.raises(EngineError, match="closed"):
+        opened.submit(ask(1))
+    assert random.getstate() == state
+    del opened
+    gc.collect()
+
+
+def test_without_httpx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    spec = importlib.util.find_spec("tso_fast.generators.openai_server")
+    assert spec
+    assert spec.loader
+    with pytest.raises(InputError, match=r"pip install 'tso-fast\[openai\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+# --- vLLM's server ---
+
+
+@dataclasses.dataclass
+class Vllm:
+    process: subprocess.Popen[bytes]
+    spec: EngineSpec
+    models: dict[str, Any]
+    """transformers' model of each cell."""
+
+
+OTHER_END = 36
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
+    """A server of `base`, adapter `a` and, once asked to, adapter `b`."""
+    for name in ("vllm", "peft"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+    folder = tmp_path_factory.mktemp("vllm")
+    models = make_models(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--model", folder / "base", "--served-model-name", "base", "--dtype", "float32", "--enforce-eager",
+                 "--max-model-len", 256, "--enable-lora", "--max-lora-rank", 8, "--max-loras", 3, "--max-num-seqs", 16,
+                 "--lora-modules", f"a={folder / 'a'}", "--distributed-executor-backend", "uni",
+                 "--host", "127.0.0.1", "--port", port]  # fmt: skip
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1",
+                   "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # fmt: skip
+    log = folder / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)],
+            cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}/v1"
+        wait_for(url, process, log)
+        cells = tuple(make_cell(name, folder / "base", folder / name if name != "base" else None) for name in models)
+        servers = {name: Server(url=url, model=name) for name in models}
+        spec = EngineSpec(kind="openai", cells=cells, tokenizer=str(folder / "base"), dtype="float32", servers=servers,
+                          timeout_s=60.0)  # fmt: skip
+        yield Vllm(process, spec, models)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+
+
+def make_models(folder: Path) -> dict[str, Any]:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, pad_token_id=TOKENIZER.pad_token_id, eos_token_id=EOS,
+        bos_token_id=TOKENIZER.bos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.35)
+    model.save_pretrained(folder / "base")
+    TOKENIZER.save_pretrained(folder / "base")
+    # What a server fills in where a request says nothing; ours must say all of it.
+    (folder / "base/generation_config.json").write_text(json.dumps({
+        "eos_token_id": [EOS, OTHER_END], "temperature": 0.2, "top_k": 1, "top_p": 0.3, "repetition_penalty": 3.0,
+    }))  # fmt: skip
+    models: dict[str, Any] = {"base": model}
+    for i, name in enumerate(("a", "b")):
+        lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
+                          task_type="CAUSAL_LM")  # fmt: skip
+        torch.manual_seed(10 + i)
+        get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), lora).save_pretrained(folder / name)
+        models[name] = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / name)
+    return {name: model.eval() for name, model in models.items()}
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            direct.open(url + "/models", timeout=5).read()
+            return
+        time.sleep(0.2)
+    pytest.fail(f"vLLM's server did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def opened(vllm: Vllm) -> Iterator[OpenAIEngine]:
+    engine = OpenAIEngine(vllm.spec)
+    yield engine
+    engine.close()
+
+
+def prompts(n: int, cell: str = "base", **sampling: Any) -> list[Request]:
+    """Prompts of 1 to 24 tokens, any token among them."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 25, (n,), generator=generator).tolist()
+    return [Request(key=f"{cell}/{i}".encode(), cell=cell, seed=seed_of("vllm", i), sampling=Sampling(**sampling),
+                    token_ids=tuple(torch.randint(0, len(TOKENIZER), (size,), generator=generator).tolist()))
+            for i, size in enumerate(sizes)]  # fmt: skip
+
+
+def logits_of(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def check_logprob(model: Any, request: Request, got: Completion) -> None:
+    ids = request.token_ids + got.token_ids
+    logprobs = logits_of(model, ids).log_softmax(-1)[len(request.token_ids) - 1 : -1]
+    want = logprobs.gather(-1, torch.tensor(got.token_ids)[:, None]).sum()
+    assert got.logprob == pytest.approx(float(want), abs=0.01)
+
+
+def test_greedy_is_transformers_greedy_for_base_and_adapters(vllm: Vllm, opened: OpenAIEngine) -> None:
+    asked = [request for name in vllm.models for request in prompts(5, name, temperature=0.0, max_tokens=12)]
+    got = generate(opened, asked)
+    for request, answer in zip(asked, got, strict=True):
+        ids = request.token_ids
+        while len(ids) - len(request.token_ids) < 12 and not (
+            len(ids) > len(request.token_ids) and ids[-1] in (EOS, OTHER_END)
+        ):
+            ids += (int(logits_of(vllm.models[request.cell], ids)[-1].argmax()),)
+        assert answer.token_ids == ids[len(request.token_ids) :]
+        check_logprob(vllm.models[request.cell], request, answer)
+    by_cell = [[answer.token_ids for answer in got[i : i + 5]] for i in (0, 5, 10)]
+    assert by_cell[0] != by_cell[1] != by_cell[2] != by_cell[0]
+
+
+def test_a_response_depends_on_its_request_alone(vllm: Vllm, opened: OpenAIEngine) -> None:
+    asked = [request for name in vllm.models for request in prompts(6, name, max_tokens=20)]
+    want = generate(opened, asked)
+    assert [a.token_ids for a in generate(opened, asked[::-1])][::-1] == [a.token_ids for a in want]
+    assert generate(opened, asked[7:8])[0].token_ids == want[7].token_ids
+    # Not what generation_config.json says: top_k 1 would make every seed's response the same.
+    others = generate(opened, [dataclasses.replace(request, seed=request.seed ^ 1) for request in asked])
+    assert sum(a.token_ids == b.token_ids for a, b in zip(others, want, strict=True)) < 3
+    for request, answer in zip(asked, want, strict=True):
+        check_logprob(vllm.models[request.cell], request, answer)
+
+
+def test_seeds_of_63_bits(opened: OpenAIEngine) -> None:
+    request = prompts(1, max_tokens=20)[0]
+    # Their lower halves differ: torch's generator on a CPU uses no more.
+    seeds = [0, 1, 2**31, 2**32 + 2, 2**53 + 3, 2**62 + 4, 2**62 + 5, 2**63 - 2, 2**63 - 1]
+    asked = [dataclasses.replace(request, key=str(seed).encode(), seed=seed) for seed in seeds]
+    first = [answer.token_ids for answer in generate(opened, asked)]
+    assert [answer.token_ids for answer in generate(opened, asked)] == first
+    assert len(set(first)) == len(seeds)
+
+
+def test_filters_reach_the_sampler(opened: OpenAIEngine) -> None:
+    greedy = [a.token_ids for a in generate(opened, prompts(4, temperature=0.0, max_tokens=8))]
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}):
+        got = generate(opened, prompts(4, max_tokens=8, **narrow))
+        assert [a.token_ids for a in got] == greedy
+        assert [a.logprob for a in got] == [None] * 4
+
+
+def test_how_responses_end(opened: OpenAIEngine) -> None:
+    answers = generate(opened, prompts(40, max_tokens=90))
+    ends = Counter()
+    for answer in answers:
+        last = answer.token_ids[-1]
+        ends[last if answer.finish_reason == "stop" else "length"] += 1
+        assert not {EOS, OTHER_END} & set(answer.token_ids[:-1])
+        assert (answer.finish_reason == "stop") == (last in (EOS, OTHER_END))
+        kept = answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
+        assert answer.text == TOKENIZER.decode(kept, skip_special_tokens=True)
+        assert answer.finish_reason == "stop" or len(answer.token_ids) == 90
+    assert set(ends) == {EOS, OTHER_END, "length"}
+
+
+def test_stop_texts(opened: OpenAIEngine) -> None:
+    free = generate(opened, prompts(12, max_tokens=60))
+    stopped = generate(opened, prompts(12, max_tokens=60, stop=("2", "Sam")))
+    num_stopped = 0
+    for was, got in zip(free, stopped, strict=True):
+        cuts = [was.text.index(stop) for stop in ("2", "Sam") if stop in was.text]
+        assert got.text == (was.text[: min(cuts)] if cuts else was.text)
+        assert got.token_ids == was.token_ids[: len(got.token_ids)]
+        if cuts:
+            num_stopped += 1
+            assert got.finish_reason == "stop"
+            assert TOKENIZER.decode(got.token_ids, skip_special_tokens=True).startswith(got.text)
+            assert len(TOKENIZER.decode(got.token_ids)) > len(got.text)
+    assert 0 < num_stopped < 12
+
+
+def test_a_prompt_beyond_the_servers_context_is_refused(opened: OpenAIEngine) -> None:
+    good = prompts(4, max_tokens=3)
+    long = dataclasses.replace(good[0], key=b"long", token_ids=(5,) * 300)
+    unknown = dataclasses.replace(good[0], key=b"unknown", token_ids=(5, 10**6))
+    full = dataclasses.replace(good[0], key=b"full", token_ids=(5,) * 254)
+    just = dataclasses.replace(good[0], key=b"just", token_ids=(5,) * 253)
+    answers = collect_all(opened, [*good[:2], long, unknown, full, just, *good[2:]])
+    assert isinstance(answers[b"long"], Refusal)
+    assert "maximum context length is 256" in answers[b"long"].reason
+    assert isinstance(answers[b"unknown"], Refusal)
+    assert "Token id 1000000 is out of vocabulary" in answers[b"unknown"].reason
+    assert [answers[request.key] for request in good] == generate(opened, good)
+    assert isinstance(answers[b"full"], Refusal)
+    assert "ended the response after 2 of 3 tokens" in answers[b"full"].reason
+    assert len(answers[b"just"].token_ids) == 3
+
+
+def test_the_server_names_its_models(vllm: Vllm) -> None:
+    servers = {"base": dataclasses.replace(vllm.spec.servers["base"], model="bse")}
+    with pytest.raises(InputError, match=r"no model 'bse' at .* did you mean 'base'\?; it has base, a"):
+        OpenAIEngine(dataclasses.replace(vllm.spec, cells=vllm.spec.cells[:1], servers=servers))
+    lost = (dataclasses.replace(vllm.spec.cells[1], path=Path("nowhere")),)
+    servers = {"a": dataclasses.replace(vllm.spec.servers["a"], model="c")}
+    with pytest.raises(InputError, match=r"no model 'c' .*--lora-modules c=nowhere.*404: .*No adapter found"):
+        OpenAIEngine(dataclasses.replace(vllm.spec, cells=lost, servers=servers))
+
+
+def test_a_killed_server_is_an_error_at_once(vllm: Vllm) -> None:
+    """The last one: it takes the server along."""
+    engine = OpenAIEngine(vllm.spec, backoff_s=0.01)
+    engine.submit(prompts(200, max_tokens=200))
+    answers = engine.collect()
+    os.killpg(vllm.process.pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"/v1/completions: .* \(after 6 attempts\)$"):
+        while True:
+            answers += engine.collect()
+    assert time.monotonic() - started < 10
+    assert len(answers) < 200
+    engine.close()
+
+
+def test_the_tokenizer_of_the_tests_is_that_of_the_folder(folder: Path) -> None:
+    assert load_tokenizer(folder).get_vocab() == TOKENIZER.get_vocab()
