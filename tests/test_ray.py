@@ -1,0 +1,163 @@
+"""A real Ray cluster of several nodes, each a set of processes on this machine; one is killed while it works."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers import make_adapter, read_rows
+
+from tso_fast.answering import answer, ask
+from tso_fast.config import CellConfig, GenerateConfig
+from tso_fast.errors import EngineError, InputError
+from tso_fast.matrix import ModelMatrix
+from tso_fast.records import BadRows
+from tso_fast.response_store import ResponseStore
+from tso_fast.types import Candidates, Prompt
+
+ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'tso-fast[ray]'")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # The workers' models are tiny, and the head node takes no engine.
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False,
+                                                             "object_store_memory": 80 * 2**20})  # fmt: skip
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+
+
+def add_node(cluster: Any) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+
+
+@pytest.fixture(scope="module")
+def two_nodes(cluster: Any) -> list[Any]:
+    nodes = [add_node(cluster) for _ in range(2)]
+    cluster.wait_for_nodes()
+    return nodes
+
+
+@pytest.fixture
+def run(tiny_matrix: Path, tmp_path: Path, cluster: Any) -> Any:
+    rows = read_rows(tiny_matrix / "prompts.jsonl")[:8]
+    prompts = [Candidates(prompt=Prompt(id=row["id"], prompt=row["prompt"]), responses=()) for row in rows]
+
+    def start(name: str, cells: list[CellConfig] | None = None, **settings: Any) -> list[Candidates]:
+        values = {"max_completion_length": 150, "top_k": 40, "use_cpu": True, "shard_size": 1, "executor": "ray",
+                  "ray_address": cluster.address, "engine_start_timeout_s": 90.0, "engine_timeout_s": 60.0,
+                  **settings}  # fmt: skip
+        config = GenerateConfig(prompts="-", output="-", cells=cells or [CellConfig(path=str(tiny_matrix / "s.v1"))],
+                                **values)  # fmt: skip
+        matrix = ModelMatrix(config.cells)
+        asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+        with ResponseStore(tmp_path / name) as store:
+            return list(answer(asked, prompts, matrix, config, store, BadRows()))
+
+    return start
+
+
+def engines() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if "tso_fast.generators.process" in process.cmdline() and "RAY_RAYLET_PID" in process.environ():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def wait_until_gone(timeout_s: float = 20) -> None:
+    end = time.monotonic() + timeout_s
+    while engines() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert engines() == []
+
+
+def test_a_node_killed_while_it_works_loses_nothing(
+    run: Any, cluster: Any, two_nodes: list[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run("local", executor="local", ray_address=None)
+    log = tmp_path / "ray" / "responses.sqlite3-wal"
+    killed: list[Any] = []
+    is_over = threading.Event()
+
+    def killer() -> None:
+        first: int | None = None
+        while not killed and not is_over.wait(0.01):
+            if len(engines()) < 2 or not log.exists():  # until both nodes have one
+                continue
+            first = log.stat().st_size if first is None else first
+            if log.stat().st_size > first:  # and something was answered
+                cluster.remove_node(two_nodes[0], allow_graceful=False)
+                killed.append(two_nodes[0])
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        parts = run("ray")
+    finally:
+        is_over.set()
+        thread.join()
+    assert killed
+    assert parts == whole
+    with ResponseStore(tmp_path / "ray") as store:
+        assert len(store) == 16
+    # Once, and again where an engine was placed on the dead node before Ray knew.
+    assert 1 <= caplog.text.count("an engine died, its work is given to another (retry") <= 3
+    wait_until_gone()
+
+
+def test_versions_as_adapters(run: Any, two_nodes: list[Any], tiny_matrix: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tiny_matrix / "s.v1", tmp_path / "lora")
+    cells = [CellConfig(path=str(tiny_matrix / "s.v1")), CellConfig(path=str(adapter), version_rank=1)]
+    settings = {"max_completion_length": 5, "shard_size": 4}
+    assert run("ray", cells, **settings) == run("local", cells, executor="local", ray_address=None, **settings)
+    wait_until_gone()
+
+
+def test_bad_input_arrives_as_such(run: Any, two_nodes: list[Any], tiny_matrix: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_matrix / "s.v1", tmp_path / "broken")
+    matrix_cell = CellConfig(path=str(broken))
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(InputError, match="broken"):
+        run("ray", [matrix_cell])
+    wait_until_gone()
+
+
+def test_more_gpus_than_the_cluster_has(run: Any, two_nodes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import tso_fast.answering as answering
+
+    spec_of = answering._Plan._spec
+
+    def with_gpus(self: Any, group: Any) -> Any:
+        return dataclasses.replace(spec_of(self, group), num_gpus=4)
+
+    monkeypatch.setattr(answering._Plan, "_spec", with_gpus)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"on Ray: it did not start in 2 s; free in the cluster: .*CPU"):
+        run("ray", engine_start_timeout_s=2.0, max_shard_retries=0)
+    assert time.monotonic() - started < 40
+
+
+def test_no_cluster_there(run: Any) -> None:
+    if ray.is_initialized():
+        ray.shutdown()
+    with pytest.raises(InputError, match=r"ray_address: no Ray cluster can be joined at 127\.0\.0\.1:1"):
+        run("ray", ray_address="127.0.0.1:1")
