@@ -84,7 +84,7 @@ def attributes_read_of_configs() -> set[str]:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             is_read = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            if is_read and ast.unparse(node.value) in ("config", "generation", "judging", "settings"):
+            if is_read and ast.unparse(node.value) in ("config", "self.config", "cell_config", "judging", "settings"):
                 found.add(node.attr)
     return found
 

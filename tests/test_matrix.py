@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import read_rows
+from helpers import make_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tso_fast.config import CellConfig, GenerationConfig, ModelConfig
+from tso_fast.config import CellConfig
 from tso_fast.errors import InputError
-from tso_fast.matrix import Cell, ModelMatrix, answer, check_fits, merge, open_cell
+from tso_fast.matrix import ModelMatrix, check_fits, open_cell
 from tso_fast.policy import load_model, load_tokenizer
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.records import BadRows
@@ -47,7 +46,7 @@ def refusal(*configs: CellConfig, policy: str | None = None, **options: Any) -> 
 def test_a_cell_that_is_no_folder(copied: Path) -> None:
     gone = str(copied / "gone")
     said = refusal(CellConfig(path=str(copied)), CellConfig(path=gone))
-    assert said == f"cells[1]: path {gone!r} is no folder; expected a local Hugging Face model"
+    assert said == f"cells[1]: path {gone!r} is no folder; expected a local Hugging Face model or a LoRA adapter"
 
 
 def test_a_cell_without_config(copied: Path) -> None:
@@ -257,36 +256,6 @@ def test_a_conversation_that_the_template_refuses(tiny_matrix: Path) -> None:
         check_fits([item(spoken)], strict, 64, 16, BadRows())
 
 
-# ---- answers
-
-
-def answers_of(cell: Cell, candidates: list[Candidates], tokenizer: Any, **settings: Any) -> list[tuple[Response, ...]]:
-    generation = GenerationConfig(max_completion_length=6, **settings)
-    return answer(cell, candidates, tokenizer, ModelConfig(use_cpu=True), generation,
-                  num_generations=2, device=torch.device("cpu"))  # fmt: skip
-
-
-def test_answers_depend_on_prompt_and_seed_not_on_batch_or_order(tiny_matrix: Path, tokenizer: Any) -> None:
-    cell = ModelMatrix(cells(tiny_matrix)).policy
-    rows = read_rows(tiny_matrix / "prompts.jsonl")[:7]
-    candidates = [Candidates(prompt=Prompt(id=row["id"], prompt=row["prompt"]), responses=()) for row in rows]
-    whole = answers_of(cell, candidates, tokenizer)
-    again = answers_of(cell, candidates[::-1], tokenizer, generation_batch_size=3)[::-1]
-    for ours, theirs in zip(sum(whole, ()), sum(again, ()), strict=True):
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)  # padding moves the last bits
-        assert dataclasses.replace(ours, logprob=None) == dataclasses.replace(theirs, logprob=None)
-    assert len({r.text for of_prompt in whole for r in of_prompt}) > 7
-    for of_prompt in whole:
-        assert [r.sample for r in of_prompt] == [0, 1]
-        assert {(r.model, r.version_rank, r.weight_hash) for r in of_prompt} == {("m.v2", 2, cell.weight_hash)}
-        for response in of_prompt:
-            assert response.token_ids is not None
-            assert 1 <= len(response.token_ids) <= 6
-            assert (response.finish_reason == "stop") == (response.token_ids[-1] == tokenizer.eos_token_id)
-    merged = merge([dataclasses.replace(c, responses=(Response(model=HUMAN, text="h"),)) for c in candidates], [whole])
-    assert [[r.model for r in c.responses] for c in merged] == [[HUMAN, "m.v2", "m.v2"]] * 7
-
-
 def test_the_context_of_a_matrix_is_its_smallest(copied: Path, tiny_matrix: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))
@@ -299,3 +268,63 @@ def test_token_ids_of_another_vocabulary(tokenizer: Any) -> None:
     item = Candidates(prompt=Prompt(id="q", prompt="Hello", where="p.jsonl:7"), responses=(other,))
     with pytest.raises(InputError, match=rf"p.jsonl:7: field 'responses\[other\]' has token id {len(tokenizer)}"):
         check_fits([item], tokenizer, 64, 16, BadRows())
+
+
+# ---- LoRA adapters
+
+
+@pytest.fixture
+def adapter(tiny_matrix: Path, tmp_path: Path) -> Path:
+    return make_adapter(tiny_matrix / "m.v2", tmp_path / "lora")
+
+
+def test_an_adapter_is_a_cell_of_its_base(tiny_matrix: Path, adapter: Path) -> None:
+    base, cell = open_cell(CellConfig(path=str(tiny_matrix / "m.v2"))), open_cell(CellConfig(path=str(adapter)))
+    assert (cell.path, cell.base, cell.name, cell.lora_rank) == (adapter, tiny_matrix / "m.v2", "lora", 4)
+    assert (cell.size_b, cell.context, cell.architecture) == (base.size_b, base.context, base.architecture)
+    assert cell.is_adapter
+    assert not base.is_adapter
+    assert cell.weight_hash != base.weight_hash
+    matrix = ModelMatrix([*cells(tiny_matrix), CellConfig(path=str(adapter), version_rank=3)])
+    assert matrix.policy.name == "lora"
+
+
+def test_full_weights_of_one_shape_share_an_architecture(tiny_matrix: Path) -> None:
+    small, smaller, large = (open_cell(*cells(tiny_matrix, name)) for name in ("s.v1", "s.v2", "m.v1"))
+    assert small.architecture == smaller.architecture != large.architecture
+
+
+def test_what_an_adapter_does_is_in_its_hash(tiny_matrix: Path, adapter: Path, tmp_path: Path) -> None:
+    def hash_of(**changes: Any) -> str:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        return open_cell(CellConfig(path=str(adapter), base=str(tiny_matrix / "m.v2"))).weight_hash
+
+    first = hash_of()
+    assert hash_of(lora_alpha=99) != first
+    assert hash_of(lora_alpha=8) == first
+    assert hash_of(base_model_name_or_path="elsewhere") == first
+    other_base = CellConfig(path=str(adapter), base=str(tiny_matrix / "m.v1"))
+    assert open_cell(other_base).weight_hash != first
+
+
+def test_adapters_that_cannot_be_used(tiny_matrix: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def said(**changes: Any) -> str:
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+        return refusal(CellConfig(path=str(adapter)))
+
+    assert "of rank 4, but adapter_config.json says r 16; the two files do not belong together" in said(r=16)
+    assert "is an adapter of type 'IA3'; expected LORA" in said(peft_type="IA3")
+    assert "'gone', is no folder; set cells[0].base to its local folder" in said(base_model_name_or_path="gone")
+    (adapter / "adapter_config.json").write_text("{")
+    assert "adapter_config.json cannot be read" in refusal(CellConfig(path=str(adapter)))
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "is no readable safetensors file" in refusal(CellConfig(path=str(adapter)))
+    weights.unlink()
+    assert "has no adapter_model.safetensors" in refusal(CellConfig(path=str(adapter)))
+    given = CellConfig(path=str(tiny_matrix / "s.v1"), base=str(tiny_matrix / "s.v2"))
+    assert "holds no adapter_config.json; leave it out" in refusal(given)

@@ -14,7 +14,8 @@ from tso_fast.batching import EncodedPair
 from tso_fast.config import CellConfig, TrainConfig
 from tso_fast.policy import Policy, load_model, save_model
 from tso_fast.quickstart.build import Recipe, make_tokenizer
-from tso_fast.reference_policy import load_reference, reference_logprobs, reference_path, save_ema
+from tso_fast.reference_policy import load_reference, reference_logprobs, reference_weights, save_ema
+from tso_fast.types import Weights
 
 CPU = torch.device("cpu")
 
@@ -33,12 +34,14 @@ def settings(**changes: Any) -> TrainConfig:
 
 
 def test_which_weights_are_the_reference() -> None:
-    matrix: Any = SimpleNamespace(policy=SimpleNamespace(path=Path("new")), initial=SimpleNamespace(path=Path("old")))
-    paths = {kind: [reference_path(settings(reference=kind), matrix, Path("run"), t) for t in (1, 2, 3)]
+    new, old = Weights(Path("new"), Path("new")), Weights(Path("adapter"), Path("base"))
+    matrix: Any = SimpleNamespace(policy=SimpleNamespace(weights=new), initial=SimpleNamespace(weights=old))
+    found = {kind: [reference_weights(settings(reference=kind), matrix, Path("run"), t) for t in (1, 2, 3)]
              for kind in ("previous", "initial", "ema")}  # fmt: skip
-    assert paths["previous"] == [Path("new")] * 3
-    assert paths["initial"] == [Path("new"), Path("old"), Path("old")]
-    assert paths["ema"] == [Path("new"), Path("run/iter-1/reference"), Path("run/iter-2/reference")]
+    assert found["previous"] == [new] * 3
+    assert found["initial"] == [new, old, old]
+    means = [Weights(Path(f"run/iter-{t}/reference"), Path(f"run/iter-{t}/reference")) for t in (1, 2)]
+    assert found["ema"] == [new, *means]
 
 
 @pytest.mark.parametrize(("batch_size", "world"), [(32, 1), (4, 1), (1, 1), (3, 2), (2, 4), (1, 16)])
@@ -76,10 +79,10 @@ def test_running_mean(tied: bool, alpha: float | None, share: float, tmp_path: P
     old, new = tiny(1, tied=tied), tiny(2, tied=tied)
     save_model(old, tokenizer, tmp_path / "old")
     config = settings(reference="ema", ref_model_mixup_alpha=alpha)
-    save_ema(config, new, tokenizer, tmp_path / "old", tmp_path / "mean")
+    save_ema(config, new, tokenizer, Weights(tmp_path / "old", tmp_path / "old"), tmp_path / "mean")
     mean = load_model(tmp_path / "mean", dtype="float32", attn_implementation="sdpa", device="cpu")
     for (name, a), b, m in zip(old.named_parameters(), new.parameters(), mean.parameters(), strict=True):
         torch.testing.assert_close(m, (1 - share) * a + share * b, msg=name)
     assert share < 1 or all(torch.equal(b, m) for b, m in zip(new.parameters(), mean.parameters(), strict=True))
-    reference = load_reference(config, tmp_path / "mean", CPU)
+    reference = load_reference(config, Weights(tmp_path / "mean", tmp_path / "mean"), CPU)
     assert not reference.training

@@ -18,13 +18,32 @@ class CellConfig:
     """One cell of the model matrix: a version of a model of some size."""
 
     path: str
-    """Local Hugging Face model folder with safetensors weights; all cells share one vocabulary."""
+    """Local Hugging Face model folder with safetensors weights, or folder of a LoRA adapter; all cells share one
+    vocabulary."""
+    base: str | None = None
+    """Folder of an adapter's base model; default: what the adapter's configuration names."""
     name: str | None = None
     """Name in files and tables; default: the folder's name."""
     size_b: float | None = None
-    """Size that orders cells, in billions of parameters; default: counted from the weights."""
+    """Size that orders cells, in billions of parameters; default: counted from the weights, an adapter's base's."""
     version_rank: int = 0
     """Age that orders cells: higher is newer."""
+    num_gpus: int = 1
+    """GPUs that one engine of this cell takes, where there are any."""
+    num_generations: int | None = None
+    """Responses of this cell to a prompt; default: as for all cells."""
+    temperature: float | None = None
+    """Sampling temperature of this cell; default: as for all cells."""
+    top_p: float | None = None
+    """Nucleus of this cell; default: as for all cells."""
+    top_k: int | None = None
+    """Likeliest tokens of this cell; default: as for all cells."""
+    max_completion_length: int | None = None
+    """Most tokens of a response of this cell; default: as for all cells."""
+    url: str | None = None
+    """Where `generator: openai` finds this cell, such as http://127.0.0.1:8000/v1; default: the `url` of all cells."""
+    served_name: str | None = None
+    """This cell's name on that server; default: `name`."""
 
 
 @dataclass(kw_only=True)
@@ -41,8 +60,9 @@ class ModelConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights and activations; training keeps its master weights in float32 when `bf16` is set instead."""
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """Attention of transformers; `flash_attention_2` needs the package flash-attn."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention of transformers; `auto`: flash_attention_2 where the package flash-attn and a GPU are and `dtype` is of
+    16 bits, else sdpa."""
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     seed: int = 0
@@ -63,8 +83,50 @@ class GenerationConfig:
     """The k likeliest tokens; 0 keeps all."""
     max_completion_length: int = 256
     """Most tokens of a response; prompt and response together must fit the model's context."""
+    stop: list[str] | None = None
+    """Texts that end a response; they are no part of it."""
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """What runs the cells, and where."""
+
+    generator: Literal["auto", "hf", "vllm", "openai"] = "auto"
+    """`hf`: transformers; `vllm`: its offline engine in processes of its own; `openai`: any OpenAI-compatible server;
+    `auto`: vllm where it and a GPU are, else hf."""
     generation_batch_size: int = 64
-    """Sequences generated at once."""
+    """Sequences that `hf` generates at once."""
+    url: str | None = None
+    """Base of the API that `openai` asks, for cells without their own; the key is read from OPENAI_API_KEY."""
+    max_concurrency: int = 64
+    """Requests that `openai` has in flight."""
+    max_retries: int = 5
+    """Times that `openai` repeats a request that failed."""
+    vllm_args: dict[str, Any] | None = None
+    """More arguments of vLLM's `LLM`, such as {gpu_memory_utilization: 0.8}."""
+    batch_invariant: bool = False
+    """vLLM on GPUs: kernels whose results do not depend on the batch, slower."""
+    engine_start_timeout_s: float = 600.0
+    """Longest start of an engine."""
+    engine_timeout_s: float = 300.0
+    """Longest silence of an engine at work, or of a server asked once; then it counts as dead."""
+    executor: Literal["local", "ray"] = "local"
+    """Where engines run: this machine, or a Ray cluster."""
+    ray_address: str | None = None
+    """Address of the Ray cluster; default: the one that RAY_ADDRESS names or that this machine runs, else a new one."""
+    num_engines: int = 0
+    """Most engines at once; 0: as many as fit the GPUs, one where there are none."""
+    shard_size: int = 256
+    """Prompts in a shard, the unit of work and of retry."""
+    max_shard_retries: int = 3
+    """Times that a shard is given to another engine when its engine died; then the run stops."""
+    response_store: str | None = None
+    """Folder of responses that are never generated twice; default: in the run folder, or beside the output."""
+
+
+@dataclass(kw_only=True)
+class AnsweringConfig(GenerationConfig, EngineConfig, ModelConfig, RowsConfig):
+    """How cells answer prompts."""
 
 
 @dataclass(kw_only=True)
@@ -166,7 +228,7 @@ class OptimizationConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(OptimizationConfig, PairingConfig, JudgeConfig, GenerationConfig, ModelConfig, RowsConfig):
+class TrainConfig(OptimizationConfig, PairingConfig, JudgeConfig, AnsweringConfig):
     """The whole loop."""
 
     output_dir: str
@@ -194,7 +256,7 @@ class TrainConfig(OptimizationConfig, PairingConfig, JudgeConfig, GenerationConf
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(GenerationConfig, ModelConfig, RowsConfig):
+class GenerateConfig(AnsweringConfig):
     """Prompts in, responses out."""
 
     prompts: str
@@ -230,7 +292,7 @@ class PairsConfig(PairingConfig, JudgeConfig, RowsConfig):
 
 
 @dataclass(kw_only=True)
-class EvalConfig(GenerationConfig, VerifierConfig, ModelConfig, RowsConfig):
+class EvalConfig(VerifierConfig, AnsweringConfig):
     """Accuracy of models on prompts, greedy unless told."""
 
     prompts: str
@@ -264,42 +326,28 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
         raise InputError(f"{key}: got {value!r}, expected {expected}")
 
 
+POSITIVE = frozenset({
+    "generation_batch_size", "max_completion_length", "num_iterations", "max_pairs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "num_train_epochs", "logging_steps", "max_skipped_steps", "num_gpus",
+    "max_concurrency", "shard_size",
+})  # fmt: skip
+AT_LEAST_ZERO = frozenset({
+    "num_generations", "policy_num_generations", "temperature", "top_k", "min_margin", "margin_weight", "warmup_steps",
+    "weight_decay", "max_grad_norm", "max_versions", "save_steps", "soft_label_kappa", "learning_rate", "adam_epsilon",
+    "max_retries", "max_shard_retries", "num_engines",
+})  # fmt: skip
+ABOVE_ZERO = frozenset({"beta", "size_b", "engine_start_timeout_s", "engine_timeout_s"})
+
+
 def check(config: Any) -> None:
     """Checks ranges and combinations that types cannot express.
 
     Raises:
         InputError: names the key, what was given and what was expected.
     """
-    positive = ("generation_batch_size", "max_completion_length", "num_iterations", "max_pairs",
-                "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps",
-                "max_skipped_steps")  # fmt: skip
-    at_least_zero = ("num_generations", "policy_num_generations", "temperature", "top_k", "min_margin",
-                     "margin_weight", "warmup_steps", "weight_decay", "max_grad_norm", "max_versions", "save_steps",
-                     "soft_label_kappa", "learning_rate", "adam_epsilon")  # fmt: skip
-    _check_none(config)
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if value is None:
-            continue
-        if f.name in positive:
-            _require(value >= 1, f.name, value, "an integer >= 1")
-        elif f.name in at_least_zero:
-            _require(0 <= value < float("inf"), f.name, value, "a finite number >= 0")
-        elif f.name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= value < 1, f.name, value, "a number in [0, 1)")
-        elif f.name == "top_p":
-            _require(0 < value <= 1, f.name, value, "a number in (0, 1]")
-        elif f.name == "seed":
-            _require(0 <= value < 2**32, f.name, value, "an integer in [0, 2**32)")
-        elif f.name == "beta":
-            _require(0 < value < float("inf"), f.name, value, "a finite number > 0")
-        elif f.name in ("clip_chosen", "clip_rejected"):
-            _require(value >= 0, f.name, value, "a number >= 0, .inf for no clip")
-        elif f.name == "cells":
-            for i, cell in enumerate(value):
-                _check_none(cell, f"cells[{i}].")
-                _require(cell.size_b is None or 0 < cell.size_b < float("inf"), f"cells[{i}].size_b", cell.size_b,
-                         "a finite number > 0")  # fmt: skip
+    _check_fields(config)
+    if isinstance(config, EngineConfig):
+        _check_engine(config)
     if isinstance(config, GenerationConfig):
         _check_generation(config)
     if isinstance(config, VerifierConfig):
@@ -310,20 +358,60 @@ def check(config: Any) -> None:
         _check_train(config)
 
 
-def _check_none(config: Any, place: str = "") -> None:
-    """YAML's null reaches fields that have no such value."""
+def _check_fields(config: Any, place: str = "") -> None:
     for f in dataclasses.fields(config):
-        if "None" not in str(f.type):
-            _require(getattr(config, f.name) is not None, f"{place}{f.name}", None, str(f.type))
+        value, name = getattr(config, f.name), f"{place}{f.name}"
+        if value is None:  # YAML's null also reaches fields that have no such value
+            _require("None" in str(f.type), name, None, str(f.type))
+        elif f.name in POSITIVE:
+            _require(value >= 1, name, value, "an integer >= 1")
+        elif f.name in AT_LEAST_ZERO:
+            _require(0 <= value < float("inf"), name, value, "a finite number >= 0")
+        elif f.name in ABOVE_ZERO:
+            _require(0 < value < float("inf"), name, value, "a finite number > 0")
+        elif f.name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= value < 1, name, value, "a number in [0, 1)")
+        elif f.name == "top_p":
+            _require(0 < value <= 1, name, value, "a number in (0, 1]")
+        elif f.name == "seed":
+            _require(0 <= value < 2**32, name, value, "an integer in [0, 2**32)")
+        elif f.name in ("clip_chosen", "clip_rejected"):
+            _require(value >= 0, name, value, "a number >= 0, .inf for no clip")
+        elif f.name == "stop":
+            _require(all(value), name, value, "texts that are not empty")
+        elif f.name == "url":
+            _require(value.startswith(("http://", "https://")), name, value, "an address such as http://host:8000/v1")
+        elif f.name == "cells":
+            for i, cell in enumerate(value):
+                _check_fields(cell, f"cells[{i}].")
+                _check_greedy(cell, f"cells[{i}].")
+
+
+def _check_greedy(config: GenerationConfig | CellConfig, place: str = "") -> None:
+    for key, neutral in (("top_p", 1), ("top_k", 0)):
+        value = getattr(config, key)
+        if config.temperature == 0 and value not in (None, neutral):
+            raise InputError(f"{place}{key}: {value} has no effect with temperature 0, which is greedy; leave it out")
+
+
+def _check_engine(config: EngineConfig) -> None:
+    def no_effect(key: str, with_: str) -> None:
+        raise InputError(f"{key}: it has no effect with {with_}; leave it out")
+
+    if config.executor == "local" and config.ray_address is not None:
+        no_effect("ray_address", "executor 'local'")
+    if config.generator not in ("auto", "vllm"):
+        for key in ("vllm_args", "batch_invariant"):
+            if getattr(config, key):
+                no_effect(key, f"generator {config.generator!r}")
+    if config.url is not None and config.generator != "openai":
+        no_effect("url", f"generator {config.generator!r}")
 
 
 def _check_generation(config: GenerationConfig) -> None:
     if not isinstance(config, TrainConfig):  # which may train on responses that come with the prompts
         _require(config.num_generations >= 1, "num_generations", config.num_generations, "an integer >= 1")
-    if config.temperature == 0:
-        for key, value, neutral in (("top_p", config.top_p, 1), ("top_k", config.top_k, 0)):
-            if value != neutral:
-                raise InputError(f"{key}: {value} has no effect with temperature 0, which is greedy; leave it out")
+    _check_greedy(config)
 
 
 def _check_verifier(config: VerifierConfig) -> None:

@@ -2,76 +2,126 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import hashlib
+import json
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 
 from tso_fast.batching import encode_prompt, response_ids
-from tso_fast.config import CellConfig, GenerationConfig, ModelConfig
+from tso_fast.config import CellConfig
 from tso_fast.errors import InputError
-from tso_fast.generators import Completion, Request, Sampling
-from tso_fast.generators.hf import HFGenerator
-from tso_fast.policy import load_config, load_model, load_tokenizer
+from tso_fast.policy import load_config, load_tokenizer
 from tso_fast.records import BadRows, prompt_row
-from tso_fast.seeds import seed_of
 from tso_fast.store import sha256_file
-from tso_fast.types import HUMAN, Candidates, Response
+from tso_fast.types import HUMAN, Candidates, Cell
 
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One model: ``Cell(name="m.v3", path=..., size_b=0.0008, version_rank=3, weight_hash="5f0c...", context=128)``."""
-
-    name: str
-    path: Path
-    size_b: float
-    version_rank: int
-    weight_hash: str
-    """First 16 hex digits of the sha256 over the weight files."""
-    context: int | None
-    """Most tokens of prompt and response together; None: no limit known."""
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What a model or an adapter is does not depend on these keys of its configuration.
+VOLATILE = frozenset({
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping",
+})  # fmt: skip
 
 
 def open_cell(config: CellConfig, place: str = "cells") -> Cell:
-    """Looks at a model folder without loading it.
+    """Looks at a folder of a model or of a LoRA adapter without loading it.
 
     Raises:
-        InputError: no folder, no config or no safetensors weights there.
+        InputError: no folder, no config or no safetensors weights there; an adapter whose base is not there or whose
+            rank is not what its configuration says.
     """
     path = Path(config.path)
     if not path.is_dir():
-        raise InputError(f"{place}: path {config.path!r} is no folder; expected a local Hugging Face model")
+        raise InputError(f"{place}: path {config.path!r} is no folder; expected a local Hugging Face model or a LoRA "
+                         "adapter")  # fmt: skip
+    rank: int | None = None
+    parts: list[str] = []
+    if (path / ADAPTER_CONFIG).is_file():
+        rank, parts, base = _open_adapter(path, config.base, place)
+    elif config.base is not None:
+        raise InputError(f"{place}: base {config.base!r} is given, but {path} holds no {ADAPTER_CONFIG}; leave it out "
+                         "or give an adapter's folder")  # fmt: skip
+    else:
+        base = path
+    num_parameters, hashes = _open_weights(base, place)
+    model_config = load_config(base)
+    return Cell(
+        name=config.name or os.path.basename(os.path.abspath(path)),  # also of "."
+        path=path,
+        base=base,
+        size_b=num_parameters / 1e9 if config.size_b is None else config.size_b,
+        version_rank=config.version_rank,
+        weight_hash=hashlib.sha256("".join(hashes + parts).encode()).hexdigest()[:16],
+        architecture=_hash_of(model_config.to_dict()),
+        context=getattr(model_config.get_text_config(), "max_position_embeddings", None),
+        lora_rank=rank,
+    )
+
+
+def _hash_of(config: dict[str, Any]) -> str:
+    kept = {key: value for key, value in config.items() if key not in VOLATILE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _open_weights(path: Path, place: str) -> tuple[int, list[str]]:
+    """Number of parameters, and a line for the hash of every weight file."""
     weights = sorted(path.glob("*.safetensors"))
     if not (path / "config.json").is_file() or not weights:
         missing = "config.json" if weights else "*.safetensors weights"
         hint = "; it has pickled *.bin weights: save them with safe_serialization" if [*path.glob("*.bin")] else ""
         raise InputError(f"{place}: {path} has no {missing}; expected config.json and *.safetensors{hint}")
-    num_parameters = 0
-    digest = hashlib.sha256()
-    for file in weights:
-        digest.update(f"{file.name} {sha256_file(file)}\n".encode())
-        try:
-            with safe_open(file, "pt") as tensors:
-                num_parameters += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-        except Exception as error:
-            raise InputError(f"{place}: {file} is no readable safetensors file: {error}") from error
-    model_config = load_config(path).get_text_config()
-    return Cell(
-        name=config.name or os.path.basename(os.path.abspath(path)),  # also of "."
-        path=path,
-        size_b=num_parameters / 1e9 if config.size_b is None else config.size_b,
-        version_rank=config.version_rank,
-        weight_hash=digest.hexdigest()[:16],
-        context=getattr(model_config, "max_position_embeddings", None),
-    )
+    shapes = [shape for file in weights for shape in _shapes(file, place).values()]
+    return sum(map(math.prod, shapes)), [_hash_line(file) for file in weights]
+
+
+def _shapes(file: Path, place: str) -> dict[str, list[int]]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise InputError(f"{place}: {file} is no readable safetensors file: {error}") from error
+
+
+def _hash_line(file: Path) -> str:
+    stat = file.stat()
+    return f"{file.name} {_sha256(file, stat.st_size, stat.st_mtime_ns)}\n"
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(file: Path, size: int, mtime_ns: int) -> str:
+    """The adapters of a base share its files."""
+    return sha256_file(file)
+
+
+def _open_adapter(path: Path, base: str | None, place: str) -> tuple[int, list[str], Path]:
+    """Rank, lines for the hash, folder of the base model."""
+    try:
+        config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        kind, rank = config["peft_type"], config["r"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{place}: {path / ADAPTER_CONFIG} cannot be read: {error!r}; expected peft's") from error
+    if kind != "LORA" or not isinstance(rank, int):
+        raise InputError(f"{place}: {path} is an adapter of type {kind!r}; expected LORA")
+    weights = path / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"{place}: {path} has no {ADAPTER_WEIGHTS}; expected a LoRA adapter saved as safetensors")
+    ranks = {rank, *(config.get("rank_pattern") or {}).values()}
+    for name, shape in _shapes(weights, place).items():
+        side = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
+        if side is not None and shape[side] not in ranks:
+            raise InputError(f"{place}: {weights} has {name} of rank {shape[side]}, but {ADAPTER_CONFIG} says "
+                             f"r {rank}; the two files do not belong together")  # fmt: skip
+    named = base or config.get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise InputError(f"{place}: the base model of {path}, {named!r}, is no folder; set {place}.base to its local "
+                         "folder")  # fmt: skip
+    return max(ranks), [f"adapter {_hash_of(config)}\n", _hash_line(weights)], Path(named)
 
 
 class ModelMatrix:
@@ -84,6 +134,8 @@ class ModelMatrix:
             raise InputError("cells: got none, expected at least one {path: ...}")
         self.cells = [open_cell(config, f"cells[{i}]") for i, config in enumerate(configs)]
         names = [cell.name for cell in self.cells]
+        self.configs = dict(zip(names, configs, strict=True))
+        """What was configured, by cell name; trained versions have none."""
         if repeated := {name for name in names if names.count(name) > 1}:
             raise InputError(f"cells: the name {min(repeated)!r} is given twice; set distinct names")
         if HUMAN in names or any("/" in name for name in names):
@@ -94,7 +146,7 @@ class ModelMatrix:
             raise InputError(f"policy: got {policy!r}, expected one of the cells {', '.join(names)}")
         newest = max(self.cells, key=lambda cell: (cell.size_b, cell.version_rank))
         self.initial = self.policy = newest if policy is None else self.cells[names.index(policy)]
-        self.tokenizer: Any = load_tokenizer(self.policy.path)
+        self.tokenizer: Any = load_tokenizer(self.policy.base)
         self._check_vocabularies()
         self.trained: list[Cell] = []
 
@@ -104,14 +156,16 @@ class ModelMatrix:
 
     def _check_vocabularies(self) -> None:
         vocabulary = self.tokenizer.get_vocab()
+        seen = {self.policy.base}
         for i, cell in enumerate(self.cells):
-            where = f"cells[{i}]: {cell.path}"
-            if cell is not self.policy and (other := load_tokenizer(cell.path).get_vocab()) != vocabulary:
+            where = f"cells[{i}]: {cell.base}"
+            if cell.base not in seen and (other := load_tokenizer(cell.base).get_vocab()) != vocabulary:
                 differing = {token for token, _ in other.items() ^ vocabulary.items()}
-                raise InputError(f"{where} has another vocabulary ({len(other)} tokens) than {self.policy.path} "
+                raise InputError(f"{where} has another vocabulary ({len(other)} tokens) than {self.policy.base} "
                                  f"({len(vocabulary)} tokens); {len(differing)} differ, such as {min(differing)!r}. "
                                  "All cells need the policy's tokenizer")  # fmt: skip
-            size = load_config(cell.path).get_text_config().vocab_size
+            seen.add(cell.base)
+            size = load_config(cell.base).get_text_config().vocab_size
             if size <= max(vocabulary.values()):
                 raise InputError(f"{where} has embeddings for {size} tokens, but the tokenizer has ids up to "
                                  f"{max(vocabulary.values())}")  # fmt: skip
@@ -126,9 +180,6 @@ class ModelMatrix:
         if max_versions and len(self.trained) > max_versions:
             self.cells.remove(self.trained[-1 - max_versions])
         self.policy = cell
-
-
-Advance = Callable[[int], None]
 
 
 def check_fits(
@@ -159,63 +210,3 @@ def check_fits(
     if not fitting:
         raise InputError(f"prompts: none of {len(candidates)} can be used; the last: {bad.rows[-1]['error']}")
     return fitting
-
-
-def answer(
-    cell: Cell,
-    candidates: Sequence[Candidates],
-    tokenizer: Any,
-    config: ModelConfig,
-    generation: GenerationConfig,
-    *,
-    num_generations: int,
-    device: torch.device,
-    advance: Advance = lambda n: None,
-) -> list[tuple[Response, ...]]:
-    """Responses of one cell to every prompt, ``num_generations`` each; they depend on seeds, not on batches."""
-    sampling = Sampling(
-        temperature=generation.temperature,
-        top_p=generation.top_p,
-        top_k=generation.top_k,
-        max_tokens=generation.max_completion_length,
-    )
-    requests = []
-    for item in candidates:
-        ids = encode_prompt(tokenizer, item.prompt)
-        for sample in range(num_generations):
-            seed = seed_of(config.seed, item.prompt.id, cell.weight_hash, sample)
-            requests.append(Request(token_ids=ids, seed=seed))
-    model = load_model(cell.path, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
-    generator = HFGenerator(model, tokenizer, generation.generation_batch_size)
-    try:
-        completions = generator.generate(requests, sampling, advance)
-    finally:
-        generator.close()
-    responses = [
-        _response(cell, request, completion, i % num_generations)
-        for i, (request, completion) in enumerate(zip(requests, completions, strict=True))
-    ]
-    return [tuple(responses[i : i + num_generations]) for i in range(0, len(responses), num_generations)]
-
-
-def _response(cell: Cell, request: Request, completion: Completion, sample: int) -> Response:
-    return Response(
-        model=cell.name,
-        text=completion.text,
-        size_b=cell.size_b,
-        version_rank=cell.version_rank,
-        sample=sample,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        seed=request.seed,
-        weight_hash=cell.weight_hash,
-        logprob=round(completion.logprob, 5),
-    )
-
-
-def merge(candidates: Sequence[Candidates], answers: Sequence[Sequence[tuple[Response, ...]]]) -> list[Candidates]:
-    """Candidates with the responses of all cells after those they came with."""
-    return [
-        dataclasses.replace(item, responses=item.responses + tuple(r for cell in of_prompt for r in cell))
-        for item, *of_prompt in zip(candidates, *answers, strict=True)
-    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from tso_fast.progress import stage
 from tso_fast.reference_policy import load_reference, reference_logprobs
 from tso_fast.seeds import seed_of
 from tso_fast.store import Run
+from tso_fast.types import Weights
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -59,7 +59,7 @@ def optimise(
     t: int,
     model: Any,
     pairs: Sequence[EncodedPair],
-    reference: Path | None,
+    reference: Weights | None,
     run: Run,
     accelerator: Accelerator,
     pad_token_id: int,
@@ -68,7 +68,7 @@ def optimise(
     """Trains ``model`` in place and returns the figures of iteration ``t``.
 
     Args:
-        reference: folder of the reference's weights; None: the model as it is now.
+        reference: the reference's weights; None: the model as it is now.
 
     Raises:
         TrainingError: a first loss that shows a mistake, or too many non-finite steps in a row.

@@ -12,22 +12,32 @@ from tso_fast.batching import EncodedPair, collate
 from tso_fast.config import TrainConfig
 from tso_fast.matrix import ModelMatrix
 from tso_fast.policy import Policy, load_model, save_model
+from tso_fast.types import Weights
 
 DEFAULT_EMA_ALPHA = 0.6  # TRL's ref_model_mixup_alpha
 
 
-def reference_path(config: TrainConfig, matrix: ModelMatrix, folder: Path, iteration: int) -> Path:
-    """Folder of the reference's weights: ``previous`` is TSO's hard copy of the policy at the iteration's start."""
+def reference_weights(config: TrainConfig, matrix: ModelMatrix, folder: Path, iteration: int) -> Weights:
+    """The reference's weights: ``previous`` is TSO's hard copy of the policy at the iteration's start."""
     if config.reference == "previous" or iteration == 1:
-        return matrix.policy.path
-    return matrix.initial.path if config.reference == "initial" else folder / f"iter-{iteration - 1}" / "reference"
+        return matrix.policy.weights
+    if config.reference == "initial":
+        return matrix.initial.weights
+    mean = folder / f"iter-{iteration - 1}" / "reference"
+    return Weights(mean, mean)
+
+
+def load_whole(config: TrainConfig, weights: Weights, device: torch.device | str) -> Any:
+    """To train or to compare with: an adapter is merged, so that policy and reference start as the same model."""
+    return load_model(weights.path, base=weights.base, merge=True, dtype=config.dtype,
+                      attn_implementation=config.attn_implementation, device=device)  # fmt: skip
 
 
 @torch.no_grad()
-def save_ema(config: TrainConfig, policy: Any, tokenizer: Any, old: Path, target: Path) -> None:
+def save_ema(config: TrainConfig, policy: Any, tokenizer: Any, old: Weights, target: Path) -> None:
     """reference <- alpha policy + (1 - alpha) reference."""
     alpha = DEFAULT_EMA_ALPHA if config.ref_model_mixup_alpha is None else config.ref_model_mixup_alpha
-    model = load_model(old, dtype=config.dtype, attn_implementation=config.attn_implementation, device="cpu")
+    model = load_whole(config, old, "cpu")
     # Parameters, not the state dict: that names tied weights twice, and they must move once.
     new = dict(policy.named_parameters())
     for name, value in model.named_parameters():
@@ -65,6 +75,5 @@ def reference_logprobs(
     return out
 
 
-def load_reference(config: TrainConfig, path: Path, device: torch.device) -> Policy:
-    model = load_model(path, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
-    return Policy(model).eval()
+def load_reference(config: TrainConfig, weights: Weights, device: torch.device) -> Policy:
+    return Policy(load_whole(config, weights, device)).eval()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +43,33 @@ def _finish(file: Path | None, what: str, bad: BadRows) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Every cell answers every prompt; responses that the file holds already stay in front."""
-    from tso_fast.matrix import ModelMatrix, answer, check_fits, merge
-    from tso_fast.policy import device_of
+    from tso_fast.answering import answer, ask, max_tokens
+    from tso_fast.matrix import ModelMatrix, check_fits
+    from tso_fast.response_store import ResponseStore
 
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.prompts, bad)
     file = _new_file(config.output)
     matrix = ModelMatrix(config.cells)
-    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, config.max_completion_length, bad)
-    answers = []
-    for cell in matrix.cells:
-        with stage(f"generate: {cell.name}", len(candidates) * config.num_generations) as advance:
-            answers.append(answer(cell, candidates, matrix.tokenizer, config, config,
-                                  num_generations=config.num_generations, device=device_of(config.use_cpu),
-                                  advance=advance))  # fmt: skip
-    answered = merge(candidates, answers)
-    write_jsonl(file, map(candidates_row, answered))
-    _finish(file, f"{sum(len(c.responses) for c in answered)} responses to {len(answered)} prompts", bad)
+    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
+    asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+    total = sum(a.num_generations for a in asked) * len(candidates)
+    with (
+        ResponseStore(config.response_store or f"{config.output}.responses") as store,
+        stage(f"generate: {len(asked)} cells", total) as advance,
+    ):
+        answered = answer(asked, candidates, matrix, config, store, bad, advance)
+        num_responses, num_prompts = 0, 0
+
+        def rows() -> Iterator[dict[str, Any]]:
+            nonlocal num_responses, num_prompts
+            for item in answered:
+                num_responses += len(item.responses)
+                num_prompts += 1
+                yield candidates_row(item)
+
+        write_jsonl(file, rows())
+    _finish(file, f"{num_responses} responses to {num_prompts} prompts", bad)
 
 
 def score(config: ScoreConfig) -> None:
@@ -134,8 +145,9 @@ def decisions_table(info: dict[str, Any]) -> Table:
 def evaluate(config: EvalConfig) -> None:
     """Accuracy of each cell with its 95 % interval."""
     from tso_fast import stages
+    from tso_fast.answering import ask, max_tokens
     from tso_fast.matrix import ModelMatrix, check_fits
-    from tso_fast.policy import device_of
+    from tso_fast.response_store import ResponseStore
 
     if config.verifier is None:
         raise InputError("verifier: missing; `tso-fast eval` needs one")
@@ -143,18 +155,22 @@ def evaluate(config: EvalConfig) -> None:
     candidates = stages.judgeable(read_candidates(config.prompts, bad), config, bad)
     file = None if config.output is None else _new_file(config.output)
     matrix = ModelMatrix(config.cells)
-    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, config.max_completion_length, bad)
+    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
     candidates = [dataclasses.replace(c, responses=()) for c in candidates]
+    asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+    total = sum(a.num_generations for a in asked) * len(candidates)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ResponseStore(config.response_store or (f"{config.output}.responses" if config.output else scratch)) as store,
+        stage(f"evaluate: {len(asked)} cells", total) as advance,
+    ):
+        results = stages.evaluate(asked, candidates, matrix, config, store, bad, advance)
     table = Table("model", title=f"{len(candidates)} prompts, verifier {config.verifier}")
     for name in ("accuracy", "95 % interval", "tokens"):
         table.add_column(name, justify="right")
-    results = []
-    for cell in matrix.cells:
-        with stage(f"evaluate: {cell.name}", len(candidates) * config.num_generations) as advance:
-            info = stages.evaluate(cell, candidates, matrix.tokenizer, config, device_of(config.use_cpu), bad, advance)
-        results.append(info)
+    for info in results:
         interval = f"{info['low']:.1%} – {info['high']:.1%}"
-        table.add_row(cell.name, f"{info['accuracy']:.1%}", interval, f"{info['mean_tokens']:.1f}")
+        table.add_row(info["model"], f"{info['accuracy']:.1%}", interval, f"{info['mean_tokens']:.1f}")
     stdout.print(table)
     if file is not None:
         write_json(file, results)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from tso_fast import correction, pairing
-from tso_fast.config import EvalConfig, JudgeConfig, PairingConfig, TrainConfig, VerifierConfig
+from tso_fast.answering import Asked, answer
+from tso_fast.config import EvalConfig, JudgeConfig, PairingConfig, VerifierConfig
 from tso_fast.errors import InputError
 from tso_fast.judges.verifier import make_verifier, verify, with_answers
-from tso_fast.matrix import Cell, answer
-from tso_fast.records import BadRows, candidates_row, read_candidates
+from tso_fast.matrix import ModelMatrix
+from tso_fast.records import BadRows
+from tso_fast.response_store import ResponseStore
 from tso_fast.scoring import consensus
-from tso_fast.store import write_jsonl
-from tso_fast.types import Candidates, PreferencePair, Response, ScoreMatrix, Verdict
-
-Stage = Callable[..., Any]
+from tso_fast.types import Candidates, PreferencePair, ScoreMatrix, Verdict
 
 
 def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
@@ -110,55 +107,31 @@ def make_pairs(
     return pairs, info
 
 
-def answer_with_parts(
-    cells: Sequence[tuple[Cell, int]],
-    candidates: Sequence[Candidates],
-    tokenizer: Any,
-    config: TrainConfig,
-    device: torch.device,
-    parts: Path,
-    show: Stage,
-) -> list[list[tuple[Response, ...]]]:
-    """Every cell answers every prompt; each cell's answers are on disk before the next one starts."""
-    answers = []
-    for cell, num_generations in cells:
-        part = parts / f"{cell.name}.jsonl"
-        if part.exists():
-            done = [item.responses for item in read_candidates(part, BadRows())]
-        else:
-            with show(f"generate: {cell.name}", num_generations * len(candidates)) as advance:
-                done = answer(cell, candidates, tokenizer, config, config, num_generations=num_generations,
-                              device=device, advance=advance)  # fmt: skip
-            rows = (
-                candidates_row(Candidates(prompt=item.prompt, responses=responses))
-                for item, responses in zip(candidates, done, strict=True)
-            )
-            write_jsonl(part, ({k: v for k, v in row.items() if k != "human_response"} for row in rows))
-        answers.append(done)
-    return answers
-
-
 def evaluate(
-    cell: Cell,
+    asked: Sequence[Asked],
     candidates: Sequence[Candidates],
-    tokenizer: Any,
+    matrix: ModelMatrix,
     config: EvalConfig,
-    device: torch.device,
+    store: ResponseStore,
     bad: BadRows,
     advance: Callable[[int], None] = lambda n: None,
-) -> dict[str, Any]:
-    """Accuracy of a cell's answers with its 95 % interval (Wilson), and their mean length."""
-    answers = answer(cell, candidates, tokenizer, config, config, num_generations=config.num_generations,
-                     device=device, advance=advance)  # fmt: skip
-    answered = [Candidates(prompt=c.prompt, responses=a) for c, a in zip(candidates, answers, strict=True)]
-    scores = [v.score for v in judge(answered, config, bad) if v.score is not None]
-    if not scores:
-        raise InputError("the verifier abstained on every response; there is nothing to average")
-    mean = sum(scores) / len(scores)
-    low, high = wilson(mean, len(scores))
-    lengths = [len(r.token_ids or ()) for responses in answers for r in responses]
-    return {"model": cell.name, "accuracy": mean, "low": low, "high": high, "responses": len(scores),
-            "mean_tokens": sum(lengths) / len(lengths)}  # fmt: skip
+) -> list[dict[str, Any]]:
+    """For each cell: the accuracy of its answers with its 95 % interval (Wilson), and their mean length."""
+    answered = list(answer(asked, candidates, matrix, config, store, bad, advance))
+    verdicts = judge(answered, config, bad)
+    responses = {(c.prompt.id, i): r for c in answered for i, r in enumerate(c.responses)}
+    out = []
+    for a in asked:
+        scores = [v.score for v in verdicts
+                  if v.score is not None and responses[v.prompt_id, v.response].model == a.cell.name]  # fmt: skip
+        if not scores:
+            raise InputError(f"{a.cell.name}: the verifier abstained on every response; there is nothing to average")
+        mean = sum(scores) / len(scores)
+        low, high = wilson(mean, len(scores))
+        lengths = [len(r.token_ids or ()) for r in responses.values() if r.model == a.cell.name]
+        out.append({"model": a.cell.name, "accuracy": mean, "low": low, "high": high, "responses": len(scores),
+                    "mean_tokens": sum(lengths) / len(lengths)})  # fmt: skip
+    return out
 
 
 def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -168,15 +141,29 @@ def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def policy_statistics(candidates: Sequence[Candidates], policy: str) -> dict[str, float | None]:
+class PolicyStatistics:
     """Mean length of the policy's responses, and distinct texts a sample: 1 when all samples of a prompt differ."""
-    lengths, distinct = [], []
-    for item in candidates:
-        own = [r for r in item.responses if r.model == policy]
-        lengths += [len(r.token_ids) for r in own if r.token_ids]
-        if len(own) > 1:
-            distinct.append(len({r.text for r in own}) / len(own))
-    return {
-        "generated_tokens": sum(lengths) / len(lengths) if lengths else None,
-        "distinct_responses": sum(distinct) / len(distinct) if distinct else None,
-    }
+
+    def __init__(self, policy: str) -> None:
+        self.policy = policy
+        self.responses = self.tokens = self.num_responses = self.prompts = 0
+        self.distinct = 0.0
+
+    def watch(self, candidates: Iterable[Candidates]) -> Iterator[Candidates]:
+        for item in candidates:
+            self.responses += len(item.responses)
+            own = [r for r in item.responses if r.model == self.policy]
+            lengths = [len(r.token_ids) for r in own if r.token_ids]
+            self.num_responses += len(lengths)
+            self.tokens += sum(lengths)
+            if len(own) > 1:
+                self.prompts += 1
+                self.distinct += len({r.text for r in own}) / len(own)
+            yield item
+
+    def to_dict(self) -> dict[str, float | None]:
+        return {
+            "responses": self.responses,
+            "generated_tokens": self.tokens / self.num_responses if self.num_responses else None,
+            "distinct_responses": self.distinct / self.prompts if self.prompts else None,
+        }

@@ -28,7 +28,10 @@ FORMAT = 1
 TMP = ".tmp-"
 
 # Config keys that may differ when a run is resumed: they change what is shown, not what is computed.
-FREE_KEYS = frozenset({"output_dir", "compare", "logging_steps", "report_to", "save_steps"})
+FREE_KEYS = frozenset({
+    "output_dir", "compare", "logging_steps", "report_to", "save_steps", "response_store", "executor", "ray_address",
+    "num_engines", "engine_start_timeout_s", "engine_timeout_s", "max_concurrency", "max_retries", "max_shard_retries",
+})  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -28,16 +28,18 @@ from accelerate.utils import set_seed
 
 import tso_fast
 from tso_fast import stages, store
+from tso_fast.answering import answer, ask, max_tokens
 from tso_fast.batching import encode_pairs
 from tso_fast.config import EvalConfig, TrainConfig, check, to_dict
 from tso_fast.errors import InputError, TrainingError
-from tso_fast.matrix import ModelMatrix, check_fits, merge
+from tso_fast.matrix import ModelMatrix, check_fits
 from tso_fast.monitors import drift_warnings
 from tso_fast.optimization import make_accelerator, optimise
-from tso_fast.policy import load_model, save_model
+from tso_fast.policy import save_model
 from tso_fast.progress import console, stage
 from tso_fast.records import BadRows, candidates_row, pair_row, read_candidates, read_pairs, read_verdicts, verdict_row
-from tso_fast.reference_policy import reference_path, save_ema
+from tso_fast.reference_policy import load_whole, reference_weights, save_ema
+from tso_fast.response_store import ResponseStore
 from tso_fast.store import Run, atomic_folder, write_jsonl
 from tso_fast.types import Candidates
 
@@ -97,6 +99,7 @@ def train_and_compare(config: TrainConfig) -> list[str]:
             soft_label_kappa=None if is_sft else config.soft_label_kappa,
             margin_weight=0.0 if is_sft else config.margin_weight,
             compare=False,
+            response_store=config.response_store or config.output_dir,  # what the same cells said to the same prompts
         )
         console.print(f"compare: the same loop with {loss}", highlight=False)
         train(other)
@@ -115,7 +118,7 @@ def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candi
 
 def _read(path: str, matrix: ModelMatrix, config: TrainConfig, bad: BadRows) -> list[Candidates]:
     candidates = stages.judgeable(read_candidates(path, bad), config, bad)
-    return check_fits(candidates, matrix.tokenizer, matrix.context, config.max_completion_length, bad)
+    return check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
 
 
 def _open_run(config: TrainConfig, matrix: ModelMatrix, accelerator: Accelerator) -> Run:
@@ -153,24 +156,30 @@ def _generate(
     config: TrainConfig,
 ) -> None:
     """The cells answer mini-batch t, the policy as it is now among them; human responses come with the data."""
-    parts = run / f"iter-{t}/parts"
 
     def produce() -> Produced:
-        of_policy = config.num_generations if config.policy_num_generations is None else config.policy_num_generations
-        counts = [(cell, of_policy if cell is matrix.policy else config.num_generations) for cell in matrix.cells]
-        answers = stages.answer_with_parts(
-            [(cell, count) for cell, count in counts if count], mini_batch, matrix.tokenizer, config,
-            accelerator.device, parts, lambda title, total: stage(f"iteration {t}: {title}", total),
-        )  # fmt: skip
-        answered = merge(mini_batch, answers)
-        file = run / f"iter-{t}/responses.jsonl"
-        write_jsonl(file, map(candidates_row, answered))
-        info = {"responses": sum(len(c.responses) for c in answered), "cells": [cell.name for cell, n in counts if n]}
-        return [file], {**info, **stages.policy_statistics(answered, matrix.policy.name)}
+        asked = [ask(cell, config, matrix.configs.get(cell.name),
+                     config.policy_num_generations if cell is matrix.policy else None)
+                 for cell in matrix.cells]  # fmt: skip
+        asked = [a for a in asked if a.num_generations]
+        total = sum(a.num_generations for a in asked) * len(mini_batch)
+        statistics = stages.PolicyStatistics(matrix.policy.name)
+        bad = BadRows(config.on_bad_row)
+        files = [run / f"iter-{t}/responses.jsonl"]
+        with stage(f"iteration {t}: generate, {len(asked)} cells", total) as advance, _store(config) as store:
+            answered = answer(asked, mini_batch, matrix, config, store, bad, advance)
+            write_jsonl(files[0], map(candidates_row, statistics.watch(answered)))
+        if bad.rows:
+            files.append(run / f"iter-{t}/refused.jsonl")
+            write_jsonl(files[1], bad.rows)
+        info = {"cells": [a.cell.name for a in asked], "refused_prompts": len(bad.rows)}
+        return files, {**info, **statistics.to_dict()}
 
     _once(run, accelerator, f"iter-{t}/generate", produce)
-    if accelerator.is_main_process:
-        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _store(config: TrainConfig) -> ResponseStore:
+    return ResponseStore(config.response_store or config.output_dir)
 
 
 def _score(t: int, run: Run, accelerator: Accelerator, config: TrainConfig) -> None:
@@ -225,11 +234,10 @@ def _optimise_and_save(
     pairs, too_long = encode_pairs(matrix.tokenizer, read_pairs(folder / "pairs.jsonl", BadRows()), matrix.context)
     if not pairs:
         raise TrainingError(f"iteration {t}: every pair is longer than the context of {matrix.context} tokens")
-    reference = reference_path(config, matrix, run.folder, t)
+    reference = reference_weights(config, matrix, run.folder, t)
     set_seed(config.seed)
-    model = load_model(matrix.policy.path, dtype=config.dtype, attn_implementation=config.attn_implementation,
-                       device=accelerator.device)  # fmt: skip
-    info = optimise(t, model, pairs, reference if reference != matrix.policy.path else None, run, accelerator,
+    model = load_whole(config, matrix.policy.weights, accelerator.device)
+    info = optimise(t, model, pairs, reference if reference != matrix.policy.weights else None, run, accelerator,
                     matrix.tokenizer.pad_token_id or 0, config)  # fmt: skip
     if accelerator.is_main_process:
         files = [folder / "policy"]
@@ -262,8 +270,10 @@ def _evaluate(
         settings = EvalConfig(**{**shared, "num_generations": 1, "temperature": 0.0, "output": None})
         title = f"iteration {t}: evaluate {matrix.policy.name}"
         with stage(title, len(held_out)) as advance:
-            info = stages.evaluate(matrix.policy, held_out, matrix.tokenizer, settings, accelerator.device,
-                                   BadRows(config.on_bad_row), advance)  # fmt: skip
+            asked = ask(matrix.policy, settings, matrix.configs.get(matrix.policy.name), is_own_sampling=False)
+            with _store(config) as store:
+                bad = BadRows(config.on_bad_row)
+                (info,) = stages.evaluate([asked], held_out, matrix, settings, store, bad, advance)
         return [], info
 
     info = _once(run, accelerator, f"iter-{t}/eval", produce)
