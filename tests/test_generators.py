@@ -447,6 +447,20 @@ def test_each_cell_answers_its_own_requests(folder: Path) -> None:
     engine.close()
 
 
+def test_every_step_and_every_model_is_a_sign_of_life(folder: Path) -> None:
+    """Whoever watches the engine must not take a long response for a hang."""
+    engine = HFEngine(spec(folder, "ab"))
+    signs: list[bool] = []
+    engine.on_progress = lambda is_loading=False: signs.append(is_loading)  # type: ignore[method-assign]
+    requests = [dataclasses.replace(r, sampling=Sampling(max_tokens=7, top_k=3)) for r in shard("x", "ab", 4)]
+    engine.submit(requests)
+    answers = collect_all(engine)
+    assert signs.count(True) == 2
+    longest = max(len(a.token_ids) for a in answers.values() if isinstance(a, Completion))
+    assert signs.count(False) >= longest
+    engine.close()
+
+
 def test_a_shard_done_again_alone_gives_the_same_bytes(folder: Path) -> None:
     shards = [shard("x", n=5), shard("y"), [*shard("z", "b"), *requests(7, "z2", Sampling(temperature=0.5, top_k=5))]]
     engine = open_engine(spec(folder))

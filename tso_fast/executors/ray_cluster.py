@@ -136,7 +136,7 @@ class RayEngine:
         try:
             self._get(self.actor.ping.remote(), spec.start_timeout_s, "it did not start")
         except BaseException:
-            self.close()
+            self._kill()
             raise
 
     def _get(self, task: Any, timeout_s: float, what: str) -> Any:
@@ -176,5 +176,8 @@ class RayEngine:
     def close(self) -> None:
         with contextlib.suppress(self.ray.exceptions.RayError):
             self.ray.get(self.actor.close.remote(), timeout=CLOSE_S)
+        self._kill()
+
+    def _kill(self) -> None:
         with contextlib.suppress(self.ray.exceptions.RayError):
             self.ray.kill(self.actor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,13 +214,14 @@ class BatchGenerator:
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int], *,
-        batch_size: int = 64, name: str = "",
+        batch_size: int = 64, name: str = "", on_step: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.end_tokens = frozenset(end_tokens)
         self.batch_size = batch_size
         self.name = name or model.name_or_path
+        self.on_step = on_step
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.is_plain = has_plain_cache(model)
         accepted = inspect.signature(model.forward).parameters
@@ -318,6 +319,7 @@ class BatchGenerator:
                                  f"or {self.model.dtype} is too narrow for it")  # fmt: skip
             if row.finish_reason is None:
                 self._take(row, int(token), logprob)
+        self.on_step()
         return tokens
 
     def _take(self, row: _Row, token: int, logprob: float) -> None:
@@ -368,6 +370,9 @@ class HFEngine:
         self._shards: deque[list[Request]] = deque()
         self._running: Iterator[Sequence[Completion | Refusal]] = iter(())
         self._generator: BatchGenerator | None = None
+
+    def on_progress(self, is_loading: bool = False) -> None:
+        """Called after every step and before a model is loaded; the process that owns the engine replaces it."""
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -422,10 +427,12 @@ class HFEngine:
             return
         self._generator = None
         free_memory()
+        self.on_progress(is_loading=True)
         model = load_model(cell.path, base=cell.base, dtype=self.spec.dtype, device=self.device,
                            attn_implementation=self.spec.attn_implementation)  # fmt: skip
         ends = end_token_ids(cell.base, self.tokenizer)
-        self._generator = BatchGenerator(model, self.tokenizer, ends, batch_size=self.spec.batch_size, name=cell.name)
+        self._generator = BatchGenerator(model, self.tokenizer, ends, batch_size=self.spec.batch_size, name=cell.name,
+                                         on_step=lambda: self.on_progress())  # fmt: skip
 
     def _obstacle(self, request: Request) -> str:
         """Why it cannot be answered, or nothing."""
