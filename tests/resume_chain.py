@@ -1,4 +1,5 @@
-"""Run by path from test_resume.py: trains in forked children that are killed at every file that becomes visible.
+"""Run by path from test_resume.py: trains in forked children that are killed at every file that becomes visible, and
+at every shard of responses that is stored.
 
 Forking from one process that has imported torch but computed nothing makes a start cost milliseconds instead of
 seconds, so every boundary can be tried.
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from tso_fast import store
 from tso_fast.config import CellConfig, TrainConfig
 from tso_fast.quickstart.build import Recipe, Size, build
+from tso_fast.response_store import ResponseStore, Row
 from tso_fast.trainer import train
 
 SMALL = Recipe(
@@ -58,20 +61,27 @@ def key_of(source: Path, target: Path) -> str:
 
 def killing_replace(seen_file: Path, moment: str) -> None:
     """From now on this process kills itself at the first file that no earlier process was killed at."""
-    replace = os.replace
+    replace, add = os.replace, ResponseStore.add
     seen = set(seen_file.read_text().splitlines()) if seen_file.exists() else set()
 
-    def patched(source: Path, target: Path) -> None:
-        key = key_of(Path(source), Path(target))
+    def dies(key: str, do: Callable[[], None]) -> None:
         if key in seen:
-            return replace(source, target)
+            return do()
         with open(seen_file, "a") as handle:
             handle.write(key + "\n")
         if moment == "after":
-            replace(source, target)
+            do()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    store.os.replace = patched
+    def patched_replace(source: Path, target: Path) -> None:
+        dies(key_of(Path(source), Path(target)), lambda: replace(source, target))
+
+    def patched_add(self: ResponseStore, rows: Iterable[Row]) -> None:
+        rows = list(rows)
+        dies("add " + min(row[0] for row in rows).hex(), lambda: add(self, rows))
+
+    store.os.replace = patched_replace
+    ResponseStore.add = patched_add
 
 
 def run_child(output_dir: Path, seen_file: Path | None, moment: str) -> int:
