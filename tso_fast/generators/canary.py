@@ -1,0 +1,185 @@
+"""Whether an engine answers with the weights that it should: one greedy answer against transformers on a CPU.
+
+Engines have kept weights that were to be replaced, or answered nonsense after a reload, without an error
+(vllm#29341, trl#3247).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tso_fast.errors import EngineError, InputError
+from tso_fast.generators import Completion, Engine, EngineSpec, Refusal, Request, Sampling
+from tso_fast.types import Cell
+
+PROMPT = "The capital of France is"
+MAX_TOKENS = 16
+MEMORY_SHARE = 0.25
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far two right implementations are apart, nats."""
+
+    mean: float
+    """Of the sum of log-probs, per token."""
+    gap: float
+    """Of a greedy token below the reference's best."""
+
+
+# float32 sums in another order differ by 1e-5, with TF32 products by some 1e-3. The others round every layer's output
+# to 11 and 8 bits: logits of some 20 are then off by 1/64 and 1/8, tokens that close may change places, and in the
+# mean over tokens much of it cancels.
+TOLERANCES = {
+    "float32": Tolerance(mean=5e-3, gap=2e-2),
+    "float16": Tolerance(mean=2e-2, gap=1e-1),
+    "bfloat16": Tolerance(mean=1e-1, gap=5e-1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What transformers says of some tokens after the prompt."""
+
+    logprob: float
+    gap: float
+    """Largest distance of a token's log-prob from the best one's."""
+
+
+def request(cell: Cell, spec: EngineSpec) -> Request:
+    """The greedy answer to ask for."""
+    prompt = _prompt_ids(spec.tokenizer)
+    limit = min((n for n in (spec.context, cell.context) if n is not None), default=MAX_TOKENS + len(prompt))
+    prompt = prompt[: max(1, limit - MAX_TOKENS)]
+    max_tokens = max(1, min(MAX_TOKENS, limit - len(prompt)))
+    return Request(
+        key=f"canary {cell.name}".encode(),
+        cell=cell.name,
+        token_ids=prompt,
+        seed=0,
+        sampling=Sampling(temperature=0.0, max_tokens=max_tokens),
+    )
+
+
+def check(engine: Engine, cell: Cell, spec: EngineSpec) -> Completion:
+    """Asks an engine that has nothing else to do.
+
+    Raises:
+        EngineError: its answer is not that of the cell's weights; with figures.
+        InputError: the weights themselves are damaged.
+    """
+    asked = request(cell, spec)
+    engine.submit([asked])
+    while not (answers := engine.collect()):
+        pass
+    answer = answers[0]
+    if isinstance(answer, Refusal):
+        raise EngineError(f"cell {cell.name}: the engine refuses the canary: {answer.reason}")
+    judge(answer, cell, spec)
+    return answer
+
+
+def judge(answer: Completion, cell: Cell, spec: EngineSpec, before: tuple[Cell, Completion] | None = None) -> None:
+    """Compares an answer to ``request`` with transformers.
+
+    Weights too large for a quarter of the free memory are only checked for finite numbers.
+
+    Args:
+        before: the weights that were to be replaced, and what they answered.
+    """
+    where = f"cell {cell.name}: {cell.path}"
+    if not answer.token_ids:
+        raise EngineError(f"{where}: the engine's answer has no tokens")
+    prompt = request(cell, spec).token_ids
+    reference = None
+    if _fits_memory(cell.base, spec.dtype):
+        reference = _reference(cell, prompt, answer.token_ids, spec)
+        if not math.isfinite(reference.logprob):
+            raise InputError(f"{where}: the model gives logits that are not finite; its weights are damaged, or "
+                             f"{spec.dtype} is too narrow for it")  # fmt: skip
+    if answer.logprob is None:
+        return
+    if not math.isfinite(answer.logprob):
+        raise EngineError(f"{where}: the engine's log-probs are not finite")
+    if reference is None:
+        return
+    tolerance, n = TOLERANCES[spec.dtype], len(answer.token_ids)
+    error = abs(answer.logprob - reference.logprob) / n
+    if error > tolerance.mean or reference.gap > tolerance.gap:
+        raise EngineError(f"{where}: the engine does not answer with these weights: a greedy answer of {n} tokens has "
+                          f"log-prob {answer.logprob:.4f} by the engine and {reference.logprob:.4f} by transformers, "
+                          f"{error:.4f} a token, expected at most {tolerance.mean}; its tokens are up to "
+                          f"{reference.gap:.4f} below the most likely, expected at most {tolerance.gap}")  # fmt: skip
+    if before is None:
+        return
+    # Versions of one model may be closer to each other than the tolerance; but not by every bit.
+    old, old_answer = before
+    is_same = (old_answer.token_ids, old_answer.logprob) == (answer.token_ids, answer.logprob)
+    if is_same and _reference(old, prompt, answer.token_ids, spec) != reference:
+        raise EngineError(f"{where}: the engine still answers exactly as with the weights before, {old.path}")
+
+
+@functools.lru_cache(maxsize=8)
+def _prompt_ids(tokenizer: str) -> tuple[int, ...]:
+    from tso_fast.policy import load_tokenizer
+
+    loaded: Any = load_tokenizer(tokenizer)
+    return tuple(loaded(PROMPT)["input_ids"]) or (loaded.eos_token_id,)
+
+
+_references: dict[tuple[Any, ...], Reference] = {}
+
+
+def _reference(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...], spec: EngineSpec) -> Reference:
+    """Kept: a loop over versions comes back to each of them, and the same weights give the same answer."""
+    key = (cell.weight_hash, spec.dtype, prompt, tokens)
+    if key not in _references:
+        _references[key] = _teacher_forced(cell, prompt, tokens, spec)
+    return _references[key]
+
+
+def _teacher_forced(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...], spec: EngineSpec) -> Reference:
+    import torch
+
+    from tso_fast.policy import load_model
+
+    # What runs on this engine's device may have no implementation for the CPU.
+    attention = spec.attn_implementation if spec.attn_implementation in ("eager", "sdpa") else "auto"
+    loaded = load_model(cell.path, base=cell.base, dtype=spec.dtype, attn_implementation=attention, device="cpu")
+    model: Any = loaded.eval()
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + tokens])
+        logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.float().log_softmax(dim=-1)
+    chosen = logprobs.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+    gap = (logprobs.max(dim=-1).values - chosen).max()
+    return Reference(logprob=float(chosen.double().sum()), gap=float(gap))
+
+
+def _fits_memory(path: Path, dtype: str) -> bool:
+    from tso_fast.generators.vllm_engine import weight_shapes
+
+    needed = sum(map(math.prod, weight_shapes(path).values())) * (4 if dtype == "float32" else 2)
+    available = _available_memory()
+    if needed > MEMORY_SHARE * available:
+        log.warning("%s: its weights of %.1f GiB are not compared with transformers: %.1f GiB of memory are free, and "
+                    "the comparison may take a quarter", path, needed / 2**30, available / 2**30)  # fmt: skip
+        return False
+    return True
+
+
+def _available_memory() -> int:
+    """Bytes. The kernel's estimate counts the page cache, which is full of weights just read."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
