@@ -67,6 +67,9 @@ class Refusal:
 class Engine(Protocol):
     """Models ready to answer. Used by one thread.
 
+    An engine that may run in a process of its own calls ``self.on_progress(is_loading)`` after every step and before it
+    loads weights; whoever watches it replaces that method.
+
     ``collect`` and ``submit`` raise ``EngineError`` when the engine is dead or silent beyond its timeout: then nothing
     more comes from it, and what was submitted and not collected is for another engine.
     """
@@ -76,7 +79,11 @@ class Engine(Protocol):
         ...
 
     def collect(self) -> list[Completion | Refusal]:
-        """Waits for at least one answer of what was submitted; the answers may come in any order."""
+        """Waits for at least one answer of what was submitted; they come in any order. Empty: there is none to wait for.
+
+        Raises:
+            InputError: a cell's weights are damaged.
+        """
         ...
 
     def close(self) -> None:
@@ -165,8 +172,8 @@ def generate(engine: Engine, requests: Iterable[Request]) -> list[Completion]:
     requests = list(requests)
     answers: dict[bytes, Completion] = {}
     engine.submit(requests)
-    while len(answers) < len(requests):
-        for answer in engine.collect():
+    while found := engine.collect():
+        for answer in found:
             if isinstance(answer, Refusal):
                 raise InputError(answer.reason)
             answers[answer.key] = answer
