@@ -79,7 +79,7 @@ class Engine(Protocol):
         ...
 
     def collect(self) -> list[Completion | Refusal]:
-        """Waits for at least one answer of what was submitted; they come in any order. Empty: there is none to wait for.
+        """Waits for an answer or more of what was submitted, in any order. Empty: there is none to wait for.
 
         Raises:
             InputError: a cell's weights are damaged.
