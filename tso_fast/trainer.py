@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tso_fast.errors import InputError, TrainingError
 from tso_fast.matrix import ModelMatrix, check_fits
 from tso_fast.monitors import drift_warnings
 from tso_fast.optimization import make_accelerator, optimise
-from tso_fast.policy import save_model
+from tso_fast.policy import free_gpu_memory, save_model
 from tso_fast.progress import console, stage
 from tso_fast.records import BadRows, candidates_row, pair_row, read_candidates, read_pairs, read_verdicts, verdict_row
 from tso_fast.reference_policy import load_whole, reference_weights, save_ema
@@ -138,9 +139,12 @@ def _open_run(config: TrainConfig, matrix: ModelMatrix, accelerator: Accelerator
 
 def _once(run: Run, accelerator: Accelerator, name: str, produce: Callable[[], Produced]) -> dict[str, Any]:
     """The info of a stage; unless it is complete, the main process produces and commits it first."""
+    free_gpu_memory()  # of the training before, whose place on the GPUs engines take
     if accelerator.is_main_process and run.info(name) is None:
         paths, info = produce()
         run.commit(name, paths, info)
+    while run.info(name) is None:  # hours, perhaps, and a barrier has a timeout
+        time.sleep(1.0)
     accelerator.wait_for_everyone()
     info_now = run.info(name)
     assert info_now is not None

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tso_fast.errors import InputError
 from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
-from tso_fast.policy import device_of, end_token_ids, free_memory, load_model, load_tokenizer
+from tso_fast.policy import device_of, end_token_ids, load_model, load_tokenizer, release
 from tso_fast.types import Cell, FinishReason
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -396,8 +396,12 @@ class HFEngine:
     def close(self) -> None:
         self._shards.clear()
         self._running = iter(())
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._generator is not None:
+            release(self._generator.model)
         self._generator = None
-        free_memory()
 
     def _run(self, shard: list[Request]) -> Iterator[Sequence[Completion | Refusal]]:
         by_cell: dict[str, list[Request]] = {}
@@ -425,8 +429,7 @@ class HFEngine:
     def _load(self, cell: Cell) -> None:
         if self._has(cell.name):
             return
-        self._generator = None
-        free_memory()
+        self._drop()
         self.on_progress(is_loading=True)
         model = load_model(cell.path, base=cell.base, dtype=self.spec.dtype, device=self.device,
                            attn_implementation=self.spec.attn_implementation)  # fmt: skip

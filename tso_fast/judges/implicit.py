@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tso_fast.batching import encode_prompt, pad_sequences, response_ids
 from tso_fast.errors import InputError
-from tso_fast.policy import Policy, free_memory, load_model
+from tso_fast.policy import Policy, load_model, release
 from tso_fast.types import Candidates, Cell
 
 
@@ -109,6 +109,5 @@ def cell_logprobs(
             )
         )
     finally:
-        del model
-        free_memory()
+        release(model)
     return [[next(scores) if fits else None for fits in flags] for flags in is_scored]
