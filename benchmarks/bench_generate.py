@@ -379,7 +379,7 @@ def main() -> None:
     if "store" in arguments.only:
         record["store"] = [bench_store(arguments.responses, 100), bench_store(arguments.responses // 5, 300)]
     if "hf" in arguments.only:
-        record["hf"] = bench_hf(arguments.rounds, min(arguments.requests, 96))
+        record["hf"] = bench_hf(arguments.rounds, min(arguments.requests, 64))
     if "vllm" in arguments.only:
         record["vllm"] = bench_vllm(arguments.rounds, arguments.requests)
     if "flips" in arguments.only:

@@ -74,7 +74,7 @@ def served(folder: Path) -> Iterator[dict[str, tuple[int, subprocess.Popen[bytes
             wait_for(port, process)
         yield running
     finally:
-        for _, process in running.values():
+        for _, process in running.values():  # also one that was started again
             kill_group(process.pid)
 
 
@@ -202,7 +202,7 @@ def main() -> None:
         folder = arguments.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(exist_ok=True)
         make_matrix(folder)
-        servers = dict(stack.enter_context(served(folder))) if "openai" in arguments.only else {}
+        servers = stack.enter_context(served(folder)) if "openai" in arguments.only else {}
         config = write_config(folder, servers)
         rows = []
         greedy = {}

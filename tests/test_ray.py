@@ -54,13 +54,13 @@ def two_nodes(cluster: Any) -> list[Any]:
 
 @pytest.fixture
 def run(tiny_matrix: Path, tmp_path: Path, cluster: Any) -> Any:
-    rows = read_rows(tiny_matrix / "prompts.jsonl")[:8]
+    rows = read_rows(tiny_matrix / "prompts.jsonl")[:16]
     prompts = [Candidates(prompt=Prompt(id=row["id"], prompt=row["prompt"]), responses=()) for row in rows]
 
     def start(name: str, cells: list[CellConfig] | None = None, **settings: Any) -> list[Candidates]:
-        values = {"max_completion_length": 150, "top_k": 40, "use_cpu": True, "shard_size": 1, "executor": "ray",
-                  "ray_address": cluster.address, "engine_start_timeout_s": 90.0, "engine_timeout_s": 60.0,
-                  **settings}  # fmt: skip
+        values = {"max_completion_length": 400, "top_k": 40, "num_generations": 4, "use_cpu": True, "shard_size": 1,
+                  "executor": "ray", "ray_address": cluster.address, "engine_start_timeout_s": 90.0,
+                  "engine_timeout_s": 60.0, **settings}  # fmt: skip
         config = GenerateConfig(prompts="-", output="-", cells=cells or [CellConfig(path=str(tiny_matrix / "s.v1"))],
                                 **values)  # fmt: skip
         matrix = ModelMatrix(config.cells)
@@ -117,7 +117,7 @@ def test_a_node_killed_while_it_works_loses_nothing(
     assert killed
     assert parts == whole
     with ResponseStore(tmp_path / "ray") as store:
-        assert len(store) == 16
+        assert len(store) == 64
     # Once, and again where an engine was placed on the dead node before Ray knew.
     assert 1 <= caplog.text.count("an engine died, its work is given to another (retry") <= 3
     wait_until_gone()

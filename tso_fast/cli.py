@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[0] not in COMMANDS:
             raise InputError(f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; "
                              f"expected one of {', '.join(COMMANDS)}")  # fmt: skip
+        _show_log()
         COMMANDS[arguments[0]](arguments[1:])
     except (EngineError, InputError, OutputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,6 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_log() -> None:
+    """What was chosen and what went wrong on the way, beside the progress."""
+    import logging
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            from tso_fast.progress import console
+
+            kind = "note" if record.levelno < logging.WARNING else record.levelname.lower()
+            console.print(f"{kind}: {record.getMessage()}", highlight=False, markup=False, soft_wrap=True)
+
+    log = logging.getLogger("tso_fast")
+    if not log.handlers:
+        log.addHandler(Shown(logging.INFO))
+        log.setLevel(logging.INFO)
 
 
 def _train(arguments: list[str]) -> None:
