@@ -186,6 +186,22 @@ def test_an_error_of_the_receiver_stops_the_engines() -> None:
     assert all(engine.is_closed for engine in executor.engines)
 
 
+def test_an_engine_that_cannot_be_closed_is_an_error_and_no_wait() -> None:
+    class Stuck(Planned):
+        def open(self, spec: EngineSpec, place: Any) -> Any:
+            engine = super().open(spec, place)
+
+            def close() -> None:
+                engine.is_closed = True
+                raise RuntimeError("it will not go")
+
+            engine.close = close
+            return engine
+
+    with pytest.raises(RuntimeError, match="it will not go"):
+        run(Stuck(lambda n: float("inf")), [job("a", 2)], lambda answers: None, max_retries=0)
+
+
 def test_refusals_are_answers() -> None:
     executor = Planned(lambda n: float("inf"))
     executor.refused = {b"a/2", b"a/9"}

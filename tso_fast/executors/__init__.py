@@ -137,14 +137,15 @@ class _Worker(threading.Thread):
         error: BaseException | None = None
         held: list[Shard] = []
         try:
-            self._serve(held)
+            try:
+                self._serve(held)
+            finally:
+                if self.engine is not None:
+                    self.engine.close()
         except BaseException as caught:
             error = caught
-        finally:
-            if self.engine is not None:
-                self.engine.close()
-            self.events.put(_Progress(-len(self.buffer)))
-            self.events.put(_Ended(self.job, self.place, error, [shard for shard in held if shard.requests]))
+        self.events.put(_Progress(-len(self.buffer)))
+        self.events.put(_Ended(self.job, self.place, error, [shard for shard in held if shard.requests]))
 
     def _serve(self, held: list[Shard]) -> None:
         if (first := self.job.take()) is None:
