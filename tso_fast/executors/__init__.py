@@ -219,7 +219,8 @@ def run(
             worker.is_stopped.set()
         for worker in workers.values():
             if worker.engine is not None:
-                worker.engine.close()
+                with contextlib.suppress(Exception):  # what went wrong first is what counts
+                    worker.engine.close()
             worker.join(timeout=60)
 
 
