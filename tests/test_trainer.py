@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_adapter
 from resume_chain import SMALL, config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tso_fast.cli import main
-from tso_fast.config import TrainConfig
+from tso_fast.config import CellConfig, TrainConfig
 from tso_fast.errors import InputError, TrainingError
 from tso_fast.quickstart.build import make_tokenizer
 from tso_fast.store import read_run
@@ -305,6 +306,25 @@ def test_gsm8k_with_human_solutions_from_a_config_file(
     assert last["rewards/accuracies"] >= 0
     assert "report" in out.out
     assert (tmp_path / "run/report.html").exists()
+
+
+def test_an_adapter_can_be_the_policy(base: TrainConfig, tmp_path: Path) -> None:
+    """It is merged; what is trained and saved are full weights, and the reference starts as the same model."""
+    newest = Path(base.cells[-1].path)
+    adapter = make_adapter(newest, tmp_path / "lora", strength=1)
+    cells = [*base.cells, CellConfig(path=str(adapter), version_rank=9)]
+    for reference in ("initial", "ema"):
+        config = dataclasses.replace(base, output_dir=str(tmp_path / reference), cells=cells, reference=reference,
+                                     num_iterations=2, eval_prompts=None)  # fmt: skip
+        train(config)
+        first = next(r for r in rows_of(tmp_path / reference / "metrics.jsonl") if r["iteration"] == 1)
+        assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+        trained = load_file(tmp_path / reference / "iter-1/policy/model.safetensors")
+        before = load_file(newest / "model.safetensors")
+        assert trained.keys() == before.keys()
+        assert all(not torch.equal(trained[name], before[name]) for name in trained if "q_proj" in name)
+        responses = rows_of(tmp_path / reference / "iter-2/responses.jsonl")[0]["responses"]
+        assert {r["model"] for r in responses} >= {"lora", "tso-1"}
 
 
 def test_config_fields_are_really_used_by_training(base: TrainConfig, run: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def _add_adapter(model: PreTrainedModel, path: Path, merge: bool) -> PreTrainedM
                              f"expected an adapter of {model.name_or_path} with all of its weights")  # fmt: skip
     if merge:
         try:
-            return adapted.merge_and_unload(safe_merge=True)
+            # peft froze the weights.
+            return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)
         except ValueError as error:  # not finite
             raise InputError(f"{path}: the LoRA adapter cannot be merged into {model.name_or_path}: {error}") from error
     model = adapted.base_model.model
