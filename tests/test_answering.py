@@ -177,6 +177,53 @@ def test_lora_versions_answer_beside_their_base(
     assert len({r.weight_hash for r in answered[0].responses}) == 3
 
 
+def test_stop_texts_end_responses(setup: Any, prompts: list[Candidates], tmp_path: Path) -> None:
+    free = answers(setup("m.v2", max_completion_length=30), prompts, tmp_path)
+    ended = answers(setup("m.v2", max_completion_length=30, stop=["e"]), prompts, tmp_path)
+    pairs = [(a, b) for x, y in zip(free, ended, strict=True) for a, b in zip(x.responses, y.responses, strict=True)]
+    assert sum("e" in a.text for a, _ in pairs) > 9
+    for a, b in pairs:
+        assert b.text == a.text.split("e")[0]
+        assert a.token_ids is not None
+        assert b.token_ids == a.token_ids[: len(b.token_ids or ())]
+        assert "e" not in a.text or b.finish_reason == "stop"
+
+
+def test_every_setting_of_an_engine_reaches_it(setup: Any, prompts: list[Candidates], tmp_path: Path) -> None:
+    turned = {
+        "dtype": "bfloat16",
+        "attn_implementation": "eager",
+        "engine_start_timeout_s": 11.0,
+        "engine_timeout_s": 12.0,
+        "generation_batch_size": 13,
+        "max_concurrency": 14,
+        "max_retries": 15,
+        "batch_invariant": True,
+        "vllm_args": {"gpu_memory_utilization": 0.5},
+        "generator": "vllm",
+    }
+    config, matrix = setup("s.v1", "s.v2", "m.v1", **turned)
+    asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+    with ResponseStore(tmp_path) as store:
+        jobs = answering._Plan(asked, prompts, matrix, config, store).jobs(lambda n: None)
+    assert [[c.name for c in job.spec.cells] for job in jobs] == [["s.v1", "s.v2"], ["m.v1"]]  # by architecture
+    spec = jobs[0].spec
+    got = {
+        "dtype": spec.dtype,
+        "attn_implementation": spec.attn_implementation,
+        "engine_start_timeout_s": spec.start_timeout_s,
+        "engine_timeout_s": spec.timeout_s,
+        "generation_batch_size": spec.batch_size,
+        "max_concurrency": spec.max_concurrency,
+        "max_retries": spec.max_retries,
+        "batch_invariant": spec.batch_invariant,
+        "vllm_args": spec.engine_args,
+        "generator": spec.kind,
+    }
+    assert got == turned
+    assert (spec.use_cpu, spec.num_gpus, spec.context) == (True, 0, 512)
+
+
 LONG = Candidates(prompt=Prompt(id="long", prompt="Sam has 2 pears. " * 200, where="p.jsonl:9"), responses=())
 
 
