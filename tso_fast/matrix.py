@@ -11,12 +11,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from tso_fast.batching import encode_prompt, response_ids
 from tso_fast.config import CellConfig
 from tso_fast.errors import InputError
-from tso_fast.policy import load_config, load_tokenizer
+from tso_fast.policy import load_config, load_tokenizer, tensor_shapes
 from tso_fast.records import BadRows, prompt_row
 from tso_fast.store import sha256_file
 from tso_fast.types import HUMAN, Candidates, Cell
@@ -80,10 +78,9 @@ def _open_weights(path: Path, place: str) -> tuple[int, list[str]]:
     return sum(map(math.prod, shapes)), [_hash_line(file) for file in weights]
 
 
-def _shapes(file: Path, place: str) -> dict[str, list[int]]:
+def _shapes(file: Path, place: str) -> dict[str, tuple[int, ...]]:
     try:
-        with safe_open(file, "pt") as tensors:
-            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+        return tensor_shapes(file)
     except Exception as error:
         raise InputError(f"{place}: {file} is no readable safetensors file: {error}") from error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -170,6 +171,12 @@ def model_class_of(path: str | Path) -> type[PreTrainedModel]:
     except KeyError as error:
         raise InputError(f"{path}: config.json names the model type {config.model_type!r}, of which transformers has "
                          "no causal language model") from error  # fmt: skip
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in a safetensors file, from its header; raises whatever safetensors does of a damaged one."""
+    with safe_open(file, "pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def load_config(path: str | Path) -> Any:

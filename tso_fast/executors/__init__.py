@@ -68,7 +68,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        return f"{self.spec.kind}: {', '.join(cell.name for cell in self.spec.cells)}"
+        return f"{self.spec.kind}: {self.spec.names}"
 
     def take(self) -> Shard | None:
         """The next shard, one that came back first; None: nothing is left to hand out."""
@@ -241,7 +241,7 @@ def _start(executor: Executor, jobs: Sequence[Job], events: queue.Queue, workers
         is_new = False
         fewest = min((job.engines for job in jobs if job.has_more()), default=0)
         for job in jobs:
-            is_enough = job.engines > fewest or (job.engines and job.spec.kind == "openai")  # its one client is async
+            is_enough = job.engines > fewest or (job.engines and job.spec.is_client)  # its one client is async
             if is_enough or not job.has_more() or (place := executor.acquire(job.spec)) is None:
                 continue
             job.engines += 1

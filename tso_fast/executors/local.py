@@ -45,15 +45,14 @@ class LocalExecutor:
 
     def acquire(self, spec: EngineSpec) -> Place | None:
         if spec.num_gpus > self.num_gpus:
-            raise InputError(f"num_gpus: {', '.join(cell.name for cell in spec.cells)} needs {spec.num_gpus} GPUs, "
+            raise InputError(f"num_gpus: {spec.names} needs {spec.num_gpus} GPUs, "
                              f"this machine offers {self.num_gpus}")  # fmt: skip
-        is_client = spec.kind == "openai"  # which takes no room
-        if not is_client and (self.running >= self.limit or len(self.free) < spec.num_gpus):
+        if not spec.is_client and (self.running >= self.limit or len(self.free) < spec.num_gpus):
             return None
-        self.running += not is_client
+        self.running += not spec.is_client
         self.started += 1
         gpus, self.free = tuple(self.free[: spec.num_gpus]), self.free[spec.num_gpus :]
-        return Place(gpus, self.started if not is_client else 0)
+        return Place(gpus, 0 if spec.is_client else self.started)
 
     def release(self, place: Place) -> None:
         self.running -= place.number > 0

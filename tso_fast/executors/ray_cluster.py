@@ -73,7 +73,7 @@ class RayExecutor:
                                  f"{error}") from error  # fmt: skip
 
     def acquire(self, spec: EngineSpec) -> Place | None:
-        place = Place(spec.num_gpus, spec.kind == "openai")
+        place = Place(spec.num_gpus, spec.is_client)
         if not place.is_client:
             nodes = [node for node in self.ray.nodes() if node["Alive"]]
             gpus = [int(node["Resources"].get("GPU", 0)) for node in nodes]
@@ -142,7 +142,7 @@ class RayEngine:
     def _get(self, task: Any, timeout_s: float, what: str) -> Any:
         """The result of a task; its errors as those of an engine here would be."""
         exceptions = self.ray.exceptions
-        cells = ", ".join(cell.name for cell in self.spec.cells)
+        cells = self.spec.names
         try:
             return self.ray.get(task, timeout=timeout_s)
         except exceptions.GetTimeoutError as error:

@@ -134,6 +134,16 @@ class EngineSpec:
     max_retries: int = 5
     """Of one request to a server."""
 
+    @property
+    def is_client(self) -> bool:
+        """It takes no room: its models run elsewhere."""
+        return self.kind == "openai"
+
+    @property
+    def names(self) -> str:
+        """Of the cells, for people."""
+        return ", ".join(cell.name for cell in self.cells)
+
 
 def open_engine(spec: EngineSpec, *, own_process: bool = False, environment: Mapping[str, str] | None = None,
                 log: str | None = None) -> Engine:  # fmt: skip

@@ -189,9 +189,8 @@ class EngineProcess:
         self._finalizer()
         words = last_words(self._log, self._log_start)
         said = "".join(f"\n    {line}" for line in words) or " none"
-        cells = ", ".join(cell.name for cell in self.spec.cells)
-        self._error = EngineError(f"the {self.spec.kind} engine of {cells} failed: {what}\n  its last words:{said}"
-                                  f"\n  its whole output: {self._log}")  # fmt: skip
+        self._error = EngineError(f"the {self.spec.kind} engine of {self.spec.names} failed: {what}\n"
+                                  f"  its last words:{said}\n  its whole output: {self._log}")  # fmt: skip
         return self._error
 
 

@@ -389,7 +389,7 @@ def weight_shapes(path: Path) -> Shapes:
     Raises:
         InputError: no model there, or a file that is cut or damaged.
     """
-    from safetensors import safe_open
+    from tso_fast.policy import tensor_shapes
 
     files = sorted(path.glob("*.safetensors"))
     if not files or not (path / "config.json").is_file():
@@ -397,9 +397,7 @@ def weight_shapes(path: Path) -> Shapes:
     shapes: Shapes = {}
     for file in files:
         try:
-            with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            shapes |= tensor_shapes(file)
         except Exception as error:
             raise InputError(f"{file}: no readable safetensors file: {error}") from error
     return shapes
@@ -456,10 +454,9 @@ def check_patterns(cell: Cell) -> None:
 
 
 def _adapter_shapes(file: Path) -> Shapes:
-    from safetensors import safe_open
+    from tso_fast.policy import tensor_shapes
 
-    with safe_open(file, "pt") as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    shapes = tensor_shapes(file)
     if not shapes:
         raise ValueError(f"{file.name} has no tensors")
     return shapes
