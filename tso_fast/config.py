@@ -140,8 +140,45 @@ class VerifierConfig:
 
 
 @dataclass(kw_only=True)
-class JudgeConfig(VerifierConfig):
-    """How the verifier's verdicts and the scores in the data become one score."""
+class JudgeConfig:
+    """One judge beside `verifier`."""
+
+    kind: Literal["llm", "implicit", "agreement", "verifier"]
+    """`llm`: a language model reads two responses in both orders, or rates one; `implicit`: log-probs of a cell;
+    `agreement`: the share of a prompt's other responses that end in the same number; `verifier`: one more program."""
+    name: str | None = None
+    """Name in files and tables; default: its kind."""
+    cell: str | None = None
+    """Cell of the matrix that judges, `policy` for the current one."""
+    model: CellConfig | None = None
+    """Or a model of its own, whose vocabulary may differ from the matrix's."""
+    template: str = "pairwise"
+    """Prompt of `llm`: a name of `tso_fast/judges/templates`, or a file. `{prompt}` with `{first}` and `{second}` makes
+    it a comparison, with `{response}` a rating, `{own}` is the judge's own answer, written first."""
+    num_votes: int = 1
+    """Times that `llm` is asked the same; with a temperature above 0."""
+    temperature: float = 0.0
+    """Sampling temperature of `llm`."""
+    max_completion_length: int = 256
+    """Most tokens that `llm` writes."""
+    pairs: Literal["all", "baseline"] = "all"
+    """Which pairs of a prompt `llm` compares: all, or every response against a middle one (OSP)."""
+    reference: str | None = None
+    """Cell whose log-probs `implicit` subtracts: its score is then the DPO reward over beta."""
+    length_normalized: bool = False
+    """`implicit`: log-probs a token."""
+    verifier: str | None = None
+    """Program of a judge of kind `verifier`."""
+    verifier_pattern: str | None = None
+    """Its regular expression."""
+
+
+@dataclass(kw_only=True)
+class EvidenceConfig(VerifierConfig):
+    """Who judges, and how verdicts, comparisons and the scores in the data become one belief."""
+
+    judges: list[JudgeConfig] | None = None
+    """Judges beside `verifier`."""
 
     consensus: Literal["mean", "median", "borda", "win_rate"] = "mean"
     """How the scores of several scorers become one."""
@@ -228,7 +265,7 @@ class OptimizationConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(OptimizationConfig, PairingConfig, JudgeConfig, AnsweringConfig):
+class TrainConfig(OptimizationConfig, PairingConfig, EvidenceConfig, AnsweringConfig):
     """The whole loop."""
 
     output_dir: str
@@ -278,7 +315,7 @@ class ScoreConfig(VerifierConfig, RowsConfig):
 
 
 @dataclass(kw_only=True)
-class PairsConfig(PairingConfig, JudgeConfig, RowsConfig):
+class PairsConfig(PairingConfig, EvidenceConfig, RowsConfig):
     """Responses in, preference pairs out."""
 
     responses: str
@@ -352,8 +389,8 @@ def check(config: Any) -> None:
         _check_generation(config)
     if isinstance(config, VerifierConfig):
         _check_verifier(config)
-    if isinstance(config, JudgeConfig):
-        _check_judge(config)
+    if isinstance(config, EvidenceConfig):
+        _check_evidence(config)
     if isinstance(config, TrainConfig):
         _check_train(config)
 
@@ -424,7 +461,7 @@ def _check_verifier(config: VerifierConfig) -> None:
                          f"got verifier {config.verifier!r}, verifier_pattern {config.verifier_pattern!r}")  # fmt: skip
 
 
-def _check_judge(config: JudgeConfig) -> None:
+def _check_evidence(config: EvidenceConfig) -> None:
     if config.score_normalize != "none" and config.consensus in ("borda", "win_rate"):
         raise InputError(f"score_normalize: {config.score_normalize!r} has no effect on the ranks that consensus "
                          f"{config.consensus!r} counts; leave it out")  # fmt: skip

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tso_fast.errors import InputError
-from tso_fast.types import HUMAN, Candidates, Message, PreferencePair, Prompt, Response, Verdict
+from tso_fast.types import HUMAN, Candidates, Comparison, Message, PreferencePair, Prompt, Response, Verdict
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -297,41 +298,104 @@ def _response_row(response: Response) -> Row:
     return _no_none(row)
 
 
-def verdict_row(verdict: Verdict) -> Row:
-    return {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
+def text_hash(text: str) -> str:
+    """8 hex digits that tell the responses of a prompt apart."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def verdict_row(verdict: Verdict | Comparison) -> Row:
+    row = {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
+    if isinstance(verdict, Verdict):
+        return row
+    for name in ("responses", "orders", "hashes"):
+        row[name] = None if row[name] is None else list(row[name])
+    optional = ("orders", "annotator", "hashes")
+    return {name: value for name, value in row.items() if value is not None or name not in optional}
 
 
 def read_verdicts(
     path: str | Path, candidates: Iterable[Candidates], bad: BadRows, may_be_empty: bool = False
-) -> list[Verdict]:
-    """Reads verdicts; each must name a response of ``candidates``."""
-    sizes = {c.prompt.id: len(c.responses) for c in candidates}
-    seen: dict[tuple[str, int, str], str] = {}
+) -> list[Verdict | Comparison]:
+    """Reads verdicts, on single responses and on two; each must name responses of ``candidates``.
 
-    def parse(row: Row, where: str) -> Verdict:
+    A judge gives one verdict on a response, and one on two of them, in either order; so does an annotator, whose
+    earlier labels are replaced by later ones only where they are (``judges.human.read_labels``).
+    """
+    texts = {c.prompt.id: [r.text for r in c.responses] for c in candidates}
+    seen: dict[tuple[Any, ...], str] = {}
+
+    def parse(row: Row, where: str) -> Verdict | Comparison:
         prompt_id = _text(row, "prompt_id", where, required=True)
-        index = _get(row, "response", where, int, "the index of a response", required=True)
-        judge = _text(row, "judge", where, required=True)
         assert prompt_id is not None
-        assert judge is not None
-        if prompt_id not in sizes:
+        if prompt_id not in texts:
             raise InputError(f"{where}: field 'prompt_id' is {prompt_id!r}; no such prompt among the responses")
-        if not 0 <= index < sizes[prompt_id]:
-            raise InputError(f"{where}: field 'response' is {index}; prompt {prompt_id!r} has {sizes[prompt_id]} "
-                             "responses")  # fmt: skip
-        verdict = Verdict(
-            prompt_id=prompt_id,
-            response=index,
-            judge=judge,
-            score=_number(row, "score", where),
-            reason=_text(row, "reason", where) or "",
-        )
-        if (first := seen.setdefault((prompt_id, index, judge), where)) != where:
-            raise InputError(f"{where}: judge {judge!r} has a verdict on response {index} of {prompt_id!r} already at "
-                             f"{first}; expected one")  # fmt: skip
+        verdict: Verdict | Comparison
+        if "responses" in row:
+            verdict = _comparison(row, where, prompt_id, texts[prompt_id])
+            key: tuple[Any, ...] = (prompt_id, frozenset(verdict.responses), verdict.judge, verdict.annotator)
+        else:
+            verdict = _verdict(row, where, prompt_id, texts[prompt_id])
+            key = (prompt_id, verdict.response, verdict.judge)
+        if (first := seen.setdefault(key, where)) != where:
+            who = f"judge {verdict.judge!r}" if getattr(verdict, "annotator", None) is None else \
+                f"annotator {verdict.annotator!r}"  # type: ignore[union-attr]  # fmt: skip
+            what = f"response {verdict.response}" if isinstance(verdict, Verdict) else \
+                f"responses {list(verdict.responses)}"  # fmt: skip
+            raise InputError(f"{where}: {who} has a verdict on {what} of {prompt_id!r} already at {first}; expected "
+                             "one")  # fmt: skip
         return verdict
 
     return _read(path, parse, bad, "verdicts", may_be_empty)
+
+
+def _verdict(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> Verdict:
+    index = _get(row, "response", where, int, "the index of a response", required=True)
+    judge = _text(row, "judge", where, required=True)
+    assert judge is not None
+    if not 0 <= index < len(texts):
+        raise InputError(f"{where}: field 'response' is {index}; prompt {prompt_id!r} has {len(texts)} responses")
+    return Verdict(
+        prompt_id=prompt_id,
+        response=index,
+        judge=judge,
+        score=_number(row, "score", where),
+        reason=_text(row, "reason", where) or "",
+    )
+
+
+def _comparison(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> Comparison:
+    pair = _get(row, "responses", where, list, "the indices of two responses", required=True)
+    if len(pair) != 2 or not all(type(i) is int and 0 <= i < len(texts) for i in pair) or pair[0] == pair[1]:
+        raise InputError(f"{where}: field 'responses' is {json.dumps(pair)}; expected two different indices of the "
+                         f"{len(texts)} responses of prompt {prompt_id!r}")  # fmt: skip
+    judge = _text(row, "judge", where, required=True)
+    assert judge is not None
+    orders = _get(row, "orders", where, list, "two probabilities")
+    if orders is not None:
+        if len(orders) != 2:
+            raise InputError(f"{where}: field 'orders' has {len(orders)} items; expected two probabilities or nulls")
+        orders = tuple(_probability({"orders": item}, "orders", where) for item in orders)
+    hashes = _get(row, "hashes", where, list, "the hashes of two texts")
+    if hashes is not None and hashes != (found := [text_hash(texts[i]) for i in pair]):
+        raise InputError(f"{where}: field 'hashes' is {json.dumps(hashes)}, but the responses {pair} of prompt "
+                         f"{prompt_id!r} have {json.dumps(found)}: it was said of other texts")  # fmt: skip
+    return Comparison(
+        prompt_id=prompt_id,
+        responses=(pair[0], pair[1]),
+        judge=judge,
+        probability=_probability(row, "probability", where),
+        orders=orders,
+        annotator=_text(row, "annotator", where),
+        hashes=None if hashes is None else (hashes[0], hashes[1]),
+        reason=_text(row, "reason", where) or "",
+    )
+
+
+def _probability(row: Row, name: str, where: str) -> float | None:
+    value = _number(row, name, where)
+    if value is not None and not 0 <= value <= 1:
+        raise InputError(f"{where}: field {name!r} is {value}; expected a probability in [0, 1]")
+    return value
 
 
 def pair_row(pair: PreferencePair) -> Row:

@@ -16,7 +16,7 @@ from tso_fast.errors import InputError
 from tso_fast.progress import console, stage
 from tso_fast.records import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
 from tso_fast.store import SKIPPED_FILE, check_writable, write_json, write_jsonl
-from tso_fast.types import Candidates
+from tso_fast.types import Candidates, Comparison, Verdict
 
 stdout = Console()
 
@@ -111,6 +111,7 @@ def pairs(config: PairsConfig) -> None:
     if config.verdicts is not None and config.verifier is not None:
         raise InputError("verdicts: give either a file of verdicts or a verifier, not both")
     file = _new_file(config.output)
+    verdicts: Sequence[Verdict | Comparison]
     if config.verdicts is None:
         verdicts = stages.judge(candidates, config, bad)
     else:

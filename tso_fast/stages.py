@@ -11,14 +11,14 @@ import numpy as np
 
 from tso_fast import correction, pairing
 from tso_fast.answering import Asked, answer
-from tso_fast.config import EvalConfig, JudgeConfig, PairingConfig, VerifierConfig
+from tso_fast.config import EvalConfig, EvidenceConfig, PairingConfig, VerifierConfig
 from tso_fast.errors import InputError
 from tso_fast.judges.verifier import make_verifier, verify, with_answers
 from tso_fast.matrix import ModelMatrix
 from tso_fast.records import BadRows
 from tso_fast.response_store import ResponseStore
 from tso_fast.scoring import consensus
-from tso_fast.types import Candidates, PreferencePair, ScoreMatrix, Verdict
+from tso_fast.types import Candidates, Comparison, PreferencePair, ScoreMatrix, Verdict
 
 
 def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
@@ -61,7 +61,7 @@ def score_matrix(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) 
     return ScoreMatrix(scores=scores, offsets=offsets, scorers=scorers)
 
 
-def consensus_of(matrix: ScoreMatrix, config: JudgeConfig) -> np.ndarray:
+def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> np.ndarray:
     """One score a response, [R] float32, NaN = no evidence."""
     weights = None
     if config.score_weights is not None:
@@ -80,13 +80,13 @@ def consensus_of(matrix: ScoreMatrix, config: JudgeConfig) -> np.ndarray:
 
 def make_pairs(
     candidates: Sequence[Candidates],
-    verdicts: Sequence[Verdict],
-    judging: JudgeConfig,
+    verdicts: Sequence[Verdict | Comparison],
+    judging: EvidenceConfig,
     config: PairingConfig,
     seed: int,
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
     """Corrects the prior order by the evidence and selects pairs; the second value counts what happened."""
-    matrix = score_matrix(candidates, verdicts)
+    matrix = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)])
     scores = consensus_of(matrix, judging)
     counts = correction.Counts()
     pairs: list[PreferencePair] = []
@@ -101,7 +101,7 @@ def make_pairs(
         "prompts": len(candidates),
         "prompts_with_pairs": len({pair.prompt.id for pair in pairs}),
         "used": {"keep": used["keep"], "swap": used["swap"]},
-        "abstained": sum(v.score is None for v in verdicts),
+        "abstained": sum(isinstance(v, Verdict) and v.score is None for v in verdicts),
         "human_chosen": sum(pair.chosen.is_human for pair in pairs),
     }
     return pairs, info

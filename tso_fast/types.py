@@ -143,6 +143,44 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What one judge says of two responses to one prompt.
+
+    ``Comparison(prompt_id="q1", responses=(0, 2), judge="llm", probability=0.9, orders=(0.95, 0.85))``
+    """
+
+    prompt_id: str
+    responses: tuple[int, int]
+    judge: str
+    probability: float | None
+    """That the first of ``responses`` is the better, in [0, 1]; 0.5: a tie; None: the judge abstains."""
+    orders: tuple[float | None, float | None] | None = None
+    """The same probability as said with the first response shown first, and with it shown second."""
+    annotator: str | None = None
+    """Who said so, where the judge is ``human``."""
+    hashes: tuple[str, str] | None = None
+    """``text_hash`` of the two responses, so that a label cannot reach other texts than were seen."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEvidence:
+    """All that is known of two responses to one prompt before a decision, ``responses`` in increasing order."""
+
+    prompt_id: str
+    responses: tuple[int, int]
+    prior: int
+    """Which one the matrix prefers: 1 the first, -1 the second, 0 neither."""
+    rule: str
+    """Rule of the matrix that says so: human, newer, larger, newer+larger, none."""
+    votes: Mapping[str, float]
+    """By judge: the gap of its scores, or 2 x probability - 1 of its comparison; positive for the first response, 0 for
+    a tie. A judge that abstained is absent."""
+    labels: Mapping[str, float | None]
+    """By annotator: 1 the first is better, -1 the second, 0 a tie; None: the pair is bad."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoreMatrix:
     """All scores of a set of candidates, the rows of one prompt adjacent."""
 

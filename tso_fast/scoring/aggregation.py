@@ -5,16 +5,15 @@ Letters in shapes: P prompts, R responses of all prompts, M scorers, n responses
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from itertools import pairwise
-from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from tso_fast.errors import did_you_mean
+from tso_fast.scoring.checks import array, check_offsets, extension
 
 Method = Literal["mean", "median", "borda", "win_rate"]
 Normalize = Literal["none", "z", "rank", "minmax"]
@@ -65,7 +64,7 @@ def consensus(
         ImportError: the C++ extension is not built.
     """
     scores_RM, offsets_P1, weights_M = _check(scores, offsets, method, normalize, weights, num_threads)
-    values, num_scores = _extension().consensus(scores_RM, offsets_P1, weights_M, method, normalize, num_threads)
+    values, num_scores = extension().consensus(scores_RM, offsets_P1, weights_M, method, normalize, num_threads)
     return Consensus(scores=values, num_scores=num_scores)
 
 
@@ -151,9 +150,9 @@ def _check(
     if num_threads < 0:
         raise ValueError(f"num_threads must be >= 0 (0: one per hardware thread), got {num_threads}")
 
-    scores_RM = _array("scores", scores, np.float32, "[R, M]")
-    offsets_P1 = _array("offsets", offsets, np.int64, "[P+1]")
-    _check_offsets(offsets_P1, len(scores_RM))
+    scores_RM = array("scores", scores, np.float32, "[R, M]")
+    offsets_P1 = array("offsets", offsets, np.int64, "[P+1]")
+    check_offsets(offsets_P1, len(scores_RM))
     if (infinite := np.isinf(scores_RM)).any():
         row, column = np.argwhere(infinite)[0]
         raise ValueError(
@@ -163,30 +162,6 @@ def _check(
     if weights is not None and method == "median":
         raise ValueError("method 'median' takes no weights, they would have no effect; pass weights=None or use 'mean'")
     return scores_RM, offsets_P1, _check_weights(weights, scores_RM.shape[1])
-
-
-def _array(name: str, value: Any, dtype: type[np.generic], shape: str) -> np.ndarray:
-    array = np.asarray(value)
-    expected = f"{name} must be {shape} {np.dtype(dtype)}"
-    if array.ndim != shape.count(",") + 1:
-        raise ValueError(f"{expected}, got shape {list(array.shape)}")
-    if array.dtype != dtype:
-        raise ValueError(f"{expected}, got {array.dtype}; convert it with .astype(np.{np.dtype(dtype)})")
-    return np.require(array, requirements=["C", "ALIGNED"])
-
-
-def _check_offsets(offsets: np.ndarray, num_rows: int) -> None:
-    rule = f"offsets must start at 0, never decrease and end at R = {num_rows}, the rows of scores"
-    if not len(offsets):
-        raise ValueError(f"{rule}; got no entries: no prompts is offsets [0]")
-    if offsets[0] != 0:
-        raise ValueError(f"{rule}; offsets[0] is {offsets[0]}")
-    if len(falls := np.flatnonzero(np.diff(offsets) < 0)):
-        p = falls[0]
-        raise ValueError(f"{rule}; offsets[{p}] = {offsets[p]} is followed by {offsets[p + 1]}")
-    if offsets[-1] != num_rows:
-        hint = "; its last entry is the total, not the start of the last prompt" if offsets[-1] < num_rows else ""
-        raise ValueError(f"{rule}; offsets[-1] is {offsets[-1]}{hint}")
 
 
 def _check_weights(weights: npt.ArrayLike | None, num_scorers: int) -> np.ndarray:
@@ -206,13 +181,3 @@ def _check_weights(weights: npt.ArrayLike | None, num_scorers: int) -> np.ndarra
         raise ValueError("weights are all 0; at least one scorer needs a weight > 0 (weights=None: all equal)")
     # Only ratios count. Scaled by a power of two, exact, so that no weights overflow in a sum.
     return np.ldexp(weights_M, -np.frexp(weights_M.max(initial=0.0))[1])
-
-
-def _extension() -> ModuleType:
-    try:
-        return importlib.import_module("tso_fast._C")
-    except ImportError as error:
-        raise ImportError(
-            f"the C++ extension tso_fast._C cannot be loaded ({error}); build it with `pip install .` in the source "
-            f"folder, which needs a C++17 compiler (g++ or clang++). consensus_reference does without it, slowly."
-        ) from error

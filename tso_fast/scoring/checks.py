@@ -1,0 +1,43 @@
+"""What the functions of this package ask of their arrays."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+def array(name: str, value: Any, dtype: type[np.generic], shape: str) -> np.ndarray:
+    array = np.asarray(value)
+    expected = f"{name} must be {shape} {np.dtype(dtype)}"
+    if array.ndim != shape.count(",") + 1:
+        raise ValueError(f"{expected}, got shape {list(array.shape)}")
+    if array.dtype != dtype:
+        raise ValueError(f"{expected}, got {array.dtype}; convert it with .astype(np.{np.dtype(dtype)})")
+    return np.require(array, requirements=["C", "ALIGNED"])
+
+
+def check_offsets(offsets: np.ndarray, num_rows: int) -> None:
+    rule = f"offsets must start at 0, never decrease and end at R = {num_rows}, the rows of scores"
+    if not len(offsets):
+        raise ValueError(f"{rule}; got no entries: no prompts is offsets [0]")
+    if offsets[0] != 0:
+        raise ValueError(f"{rule}; offsets[0] is {offsets[0]}")
+    if len(falls := np.flatnonzero(np.diff(offsets) < 0)):
+        p = falls[0]
+        raise ValueError(f"{rule}; offsets[{p}] = {offsets[p]} is followed by {offsets[p + 1]}")
+    if offsets[-1] != num_rows:
+        hint = "; its last entry is the total, not the start of the last prompt" if offsets[-1] < num_rows else ""
+        raise ValueError(f"{rule}; offsets[-1] is {offsets[-1]}{hint}")
+
+
+def extension() -> ModuleType:
+    try:
+        return importlib.import_module("tso_fast._C")
+    except ImportError as error:
+        raise ImportError(
+            f"the C++ extension tso_fast._C cannot be loaded ({error}); build it with `pip install .` in the source "
+            f"folder, which needs a C++17 compiler (g++ or clang++). consensus_reference does without it, slowly."
+        ) from error
