@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tso_fast.config import JudgeConfig, PairingConfig
+from tso_fast.config import EvidenceConfig, PairingConfig
 from tso_fast.correction import Corrected, Counts, correct
 from tso_fast.judges.verifier import make_verifier, verify
 from tso_fast.pairing import select, to_pair
@@ -86,7 +86,7 @@ def test_selection_depends_on_prompt_and_seed_only(gsm8k_dev: Path) -> None:
 
     def pairs_of(some: list[Candidates], seed: int = 0) -> dict[str, list[Any]]:
         ids = {c.prompt.id for c in some}
-        made, _ = make_pairs(some, [v for v in verdicts if v.prompt_id in ids], JudgeConfig(verifier="numeric"),
+        made, _ = make_pairs(some, [v for v in verdicts if v.prompt_id in ids], EvidenceConfig(verifier="numeric"),
                              PairingConfig(max_pairs=2), seed)  # fmt: skip
         out: dict[str, list[Any]] = {}
         for pair in made:
@@ -104,7 +104,7 @@ def test_selection_depends_on_prompt_and_seed_only(gsm8k_dev: Path) -> None:
 def test_chosen_never_scores_lower(gsm8k_dev: Path) -> None:
     candidates = read_candidates(gsm8k_dev, BadRows())
     verdicts = verify(candidates, make_verifier("numeric"), BadRows())
-    made, info = make_pairs(candidates, verdicts, JudgeConfig(verifier="numeric"), PairingConfig(max_pairs=3), 0)
+    made, info = make_pairs(candidates, verdicts, EvidenceConfig(verifier="numeric"), PairingConfig(max_pairs=3), 0)
     assert len(made) > 1000
     assert all(pair.score_chosen == 1.0 and pair.score_rejected == 0.0 for pair in made)
     assert info["used"]["keep"] + info["used"]["swap"] == len(made)

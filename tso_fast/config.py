@@ -174,11 +174,23 @@ class JudgeConfig:
 
 
 @dataclass(kw_only=True)
-class EvidenceConfig(VerifierConfig):
-    """Who judges, and how verdicts, comparisons and the scores in the data become one belief."""
+class JudgesConfig(VerifierConfig):
+    """Who judges."""
 
     judges: list[JudgeConfig] | None = None
     """Judges beside `verifier`."""
+
+
+@dataclass(kw_only=True)
+class EvidenceConfig(JudgesConfig):
+    """How verdicts, comparisons, labels and the scores in the data become one belief."""
+
+    evidence: Literal["consensus", "calibrated"] = "consensus"
+    """`consensus`: scores are put together as told below; `calibrated`: reliabilities of the judges and of the prior
+    order are estimated from their agreement and from human labels (Dawid-Skene), and weigh every vote."""
+    judge_reliability: dict[str, float] | None = None
+    """Share of right verdicts that `calibrated` takes as given, by judge; default: 0.99 for `verifier`, the others are
+    estimated."""
 
     consensus: Literal["mean", "median", "borda", "win_rate"] = "mean"
     """How the scores of several scorers become one."""
@@ -194,6 +206,8 @@ class PairingConfig:
 
     min_margin: float = 0.0
     """Least difference of consensus scores that decides a pair; at or below it the pair is a tie."""
+    min_confidence: float = 0.5
+    """Least stated probability that the chosen response is the better one; below it the pair is dropped."""
     on_no_evidence: Literal["prior", "drop"] = "prior"
     """A pair that no judge scored: believe the matrix's prior order, or drop it."""
     max_pairs: int = 1
@@ -201,11 +215,17 @@ class PairingConfig:
     pair_strategy: Literal["random", "best_worst"] = "random"
     """Which of the decided pairs are used: a random chosen response against a random rejected one, or the best
     against the worst. A response text is used in one pair at most while others are left."""
-    scale_by: Literal["unit", "gap", "hardness"] = "unit"
-    """Scale of a pair: 1, the gap of its consensus scores, or `hardness`: 2 x the share of the prompt's responses that
-    score below the chosen one."""
+    scale_by: Literal["unit", "gap", "hardness", "confidence"] = "unit"
+    """Scale of a pair: 1, the gap of its consensus scores, `hardness`: 2 x the share of the prompt's responses that
+    score below the chosen one, or `confidence`: 2 x soft label - 1."""
+    soft_label_by: Literal["score_gap", "rank_gap", "win_rate", "probability"] | None = None
+    """Soft label: sigmoid(kappa x gap of scores) (MMPO), sigmoid(kappa x gap of ranks in [0, 1]), 1/2 + half the gap of
+    win rates, or the probability that judges state; default: `score_gap` with a `soft_label_kappa`, else labels are
+    hard."""
     soft_label_kappa: float | None = None
-    """Soft label sigmoid(kappa x score gap) (MMPO); default: hard labels."""
+    """Kappa of `score_gap` and `rank_gap`; default 1."""
+    calibrate_soft_labels: bool = True
+    """With 50 human labels or more, temper soft labels so that they match them."""
     margin_weight: float = 0.0
     """Margin inside the loss: this times the score gap."""
 
@@ -305,13 +325,17 @@ class GenerateConfig(AnsweringConfig):
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(VerifierConfig, RowsConfig):
+class ScoreConfig(JudgesConfig, AnsweringConfig):
     """Responses in, verdicts out."""
 
     responses: str
     """JSONL of responses."""
     output: str
     """JSONL of verdicts to write."""
+    cells: list[CellConfig] | None = None
+    """Models that judges name as their `cell`."""
+    policy: str | None = None
+    """Cell that judges call `policy`; default: the newest version of the largest size."""
 
 
 @dataclass(kw_only=True)
@@ -321,7 +345,12 @@ class PairsConfig(PairingConfig, EvidenceConfig, RowsConfig):
     responses: str
     """JSONL of responses."""
     verdicts: str | None = None
-    """JSONL of verdicts, from `tso-fast score` or elsewhere; default: the verifier is run here."""
+    """JSONL of verdicts, from `tso-fast score` or elsewhere; default: verifiers and `agreement` are run here."""
+    labels: str | None = None
+    """JSONL of human labels, from `tso-fast annotate` or elsewhere; they overrule every judge."""
+    oracle: str | None = None
+    """What the errors of the prior and of the correction are measured against, and is no evidence: `is_correct` of the
+    responses, a name in the data's `scores`, or a verifier."""
     output: str
     """JSONL of pairs to write."""
     seed: int = 0
@@ -389,8 +418,12 @@ def check(config: Any) -> None:
         _check_generation(config)
     if isinstance(config, VerifierConfig):
         _check_verifier(config)
+    if isinstance(config, JudgesConfig):
+        _check_judges(config)
     if isinstance(config, EvidenceConfig):
         _check_evidence(config)
+    if isinstance(config, PairingConfig):
+        _check_pairing(config)
     if isinstance(config, TrainConfig):
         _check_train(config)
 
@@ -451,13 +484,13 @@ def _check_generation(config: GenerationConfig) -> None:
     _check_greedy(config)
 
 
-def _check_verifier(config: VerifierConfig) -> None:
+def _check_verifier(config: VerifierConfig, place: str = "") -> None:
     known = ("exact", "numeric", "regex")
     if config.verifier is not None and ":" not in config.verifier:
-        _require(config.verifier in known, "verifier", config.verifier,
+        _require(config.verifier in known, f"{place}verifier", config.verifier,
                  f"one of {', '.join(known)}, or package.module:function")  # fmt: skip
     if (config.verifier == "regex") != (config.verifier_pattern is not None):
-        raise InputError("verifier_pattern: it goes with verifier 'regex', and regex needs it; "
+        raise InputError(f"{place}verifier_pattern: it goes with verifier 'regex', and regex needs it; "
                          f"got verifier {config.verifier!r}, verifier_pattern {config.verifier_pattern!r}")  # fmt: skip
 
 
@@ -470,6 +503,50 @@ def _check_evidence(config: EvidenceConfig) -> None:
             raise InputError("score_weights: they have no effect on consensus 'median'; leave them out")
         for name, weight in config.score_weights.items():
             _require(0 <= weight < float("inf"), f"score_weights.{name}", weight, "a finite number >= 0")
+        if config.evidence == "calibrated":
+            raise InputError("score_weights: they have no effect on calibrated evidence, which estimates weights; give "
+                             "judge_reliability, or leave them out")  # fmt: skip
+    if config.judge_reliability is not None:
+        if config.evidence != "calibrated":
+            raise InputError(f"judge_reliability: it has no effect with evidence {config.evidence!r}; set evidence to "
+                             "calibrated, or leave it out")  # fmt: skip
+        for name, share in config.judge_reliability.items():
+            _require(0 < share < 1, f"judge_reliability.{name}", share, "a share of right verdicts in (0, 1)")
+
+
+def _check_judges(config: JudgesConfig) -> None:
+    names = ["verifier"] if config.verifier is not None else []
+    for i, judge in enumerate(config.judges or []):
+        _check_fields(judge, f"judges[{i}].")
+        name = judge.name or judge.kind
+        if name in names or name == "human":
+            raise InputError(f"judges[{i}].name: {name!r} is taken; set a name of its own")
+        names.append(name)
+        _check_judge(judge, f"judges[{i}]")
+
+
+def _check_judge(judge: JudgeConfig, place: str) -> None:
+    own = {
+        "llm": ("cell", "model", "template", "num_votes", "temperature", "max_completion_length", "pairs"),
+        "implicit": ("cell", "reference", "length_normalized"),
+        "verifier": ("verifier", "verifier_pattern"),
+        "agreement": (),
+    }[judge.kind]
+    for f in dataclasses.fields(JudgeConfig):
+        if f.name not in ("kind", "name", *own) and getattr(judge, f.name) != f.default:
+            raise InputError(f"{place}.{f.name}: it has no effect on a judge of kind {judge.kind!r}; leave it out")
+    if judge.kind == "verifier":
+        if judge.verifier is None:
+            raise InputError(f"{place}.verifier: missing; a judge of kind 'verifier' needs a program")
+        _check_verifier(VerifierConfig(verifier=judge.verifier, verifier_pattern=judge.verifier_pattern), f"{place}.")
+
+
+def _check_pairing(config: PairingConfig) -> None:
+    _require(0 <= config.min_confidence <= 1, "min_confidence", config.min_confidence, "a probability in [0, 1]")
+    if config.soft_label_kappa is not None and config.soft_label_by in ("win_rate", "probability"):
+        raise InputError(
+            f"soft_label_kappa: it has no effect with soft_label_by {config.soft_label_by!r}; leave it out"
+        )
 
 
 def _check_train(config: TrainConfig) -> None:

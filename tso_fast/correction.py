@@ -1,16 +1,24 @@
-"""Evaluation correction: the matrix's prior order of two responses against the evidence of the judges."""
+"""Evaluation correction: the matrix's prior order of two responses against the evidence of judges and people.
+
+    PairEvidence -> (consensus scores | reliabilities) -> keep, swap or drop, with a reason on every pair
+
+A person's label decides; else the judges do, by the gap of their consensus scores or by the combined probability of
+``reliability.combine``.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tso_fast.config import PairingConfig
-from tso_fast.types import Candidates, Decision, Response
+from tso_fast.errors import InputError
+from tso_fast.reliability import Combination, combine
+from tso_fast.types import HUMAN, Candidates, Comparison, Decision, PairEvidence, Response, ScoreMatrix
 
 
 def prior_order(a: Response, b: Response) -> tuple[int, str]:
@@ -33,6 +41,95 @@ def _compare(a: float | None, b: float | None) -> int:
     return 0 if a is None or b is None else (a > b) - (a < b)
 
 
+def evidence_of(
+    candidates: Sequence[Candidates], matrix: ScoreMatrix, comparisons: Iterable[Comparison]
+) -> list[list[PairEvidence]]:
+    """Prior order, votes and labels of every two responses of every prompt.
+
+    Args:
+        matrix: scores of the judges that look at single responses.
+        comparisons: of the judges that look at two; those of judge ``human`` are labels.
+    """
+    votes: dict[tuple[str, int, int], dict[str, float]] = {}
+    labels: dict[tuple[str, int, int], dict[str, float | None]] = {}
+    for comparison in comparisons:
+        (i, j), p = sorted(comparison.responses), comparison.probability
+        # Negative where the responses are named the other way round.
+        vote = None if p is None else (2 * p - 1) * (1 if comparison.responses == (i, j) else -1)
+        if comparison.judge == HUMAN:
+            labels.setdefault((comparison.prompt_id, i, j), {})[comparison.annotator or ""] = vote
+        elif comparison.judge in matrix.scorers:
+            raise InputError(f"verdicts: judge {comparison.judge!r} has verdicts on single responses and on two; "
+                             "expected one kind")  # fmt: skip
+        elif vote is not None:
+            votes.setdefault((comparison.prompt_id, i, j), {})[comparison.judge] = vote
+    out = []
+    for p, item in enumerate(candidates):
+        own = matrix.scores[matrix.offsets[p] : matrix.offsets[p + 1]].astype(np.float64)
+        pairs = []
+        for i, j in itertools.combinations(range(len(item.responses)), 2):
+            sign, rule = prior_order(item.responses[i], item.responses[j])
+            gaps = own[i] - own[j]
+            seen = {name: float(gap) for name, gap in zip(matrix.scorers, gaps, strict=True) if not np.isnan(gap)}
+            key = (item.prompt.id, i, j)
+            compared = votes.get(key, {})
+            stated = (1 + sum(compared.values()) / len(compared)) / 2 if compared else None
+            pairs.append(PairEvidence(prompt_id=item.prompt.id, responses=(i, j), prior=sign, rule=rule, stated=stated,
+                                      votes={**seen, **compared}, labels=labels.get(key, {})))  # fmt: skip
+        out.append(pairs)
+    return out
+
+
+def label_of(labels: Mapping[str, float | None]) -> float | None:
+    """What people say together: the mean of their labels; None: most of them call the pair bad."""
+    given = [label for label in labels.values() if label is not None]
+    if 2 * len(given) <= len(labels):
+        return None
+    return sum(given) / len(given)
+
+
+def combined(
+    candidates: Sequence[Candidates],
+    evidence: Sequence[Sequence[PairEvidence]],
+    given: Mapping[str, float],
+    labelled: Iterable[tuple[str, tuple[int, int]]] = (),
+) -> Combination:
+    """Reliabilities from all pairs of different texts, and their probabilities, in the order of ``evidence``.
+
+    Args:
+        given: accuracies that are not estimated, by judge.
+        labelled: the pairs whose labels may be used.
+    """
+    flat = [(item, pair) for item, pairs in zip(candidates, evidence, strict=True) for pair in pairs]
+    judges = sorted({name for _, pair in flat for name in pair.votes})
+    column = {name: j for j, name in enumerate(judges)}
+    votes = np.full((len(flat), len(judges)), np.nan)
+    prior, of = np.zeros(len(flat), dtype=np.int64), np.zeros(len(flat), dtype=np.int64)
+    labels = np.full(len(flat), np.nan)
+    classes: dict[tuple[str, str], int] = {}
+    visible = set(labelled)
+    for n, (item, pair) in enumerate(flat):
+        if is_same_text(item, pair.responses):
+            continue
+        for name, vote in pair.votes.items():
+            votes[n, column[name]] = vote
+        if pair.prior:
+            prior[n] = pair.prior
+            better, worse = pair.responses if pair.prior > 0 else pair.responses[::-1]
+            name = f"{item.responses[better].model} > {item.responses[worse].model}"
+            of[n] = classes.setdefault((pair.rule, name), len(classes))
+        if pair.labels and (pair.prompt_id, pair.responses) in visible:
+            label = label_of(pair.labels)
+            labels[n] = np.nan if label is None else np.sign(label)
+    return combine(votes, judges, prior_N=prior, classes_N=of, classes=list(classes), labels_N=labels,
+                   given={name: value for name, value in given.items() if name in column})  # fmt: skip
+
+
+def is_same_text(item: Candidates, pair: tuple[int, int]) -> bool:
+    i, j = pair
+    return item.responses[i].text.strip() == item.responses[j].text.strip()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Corrected:
     """A decided pair of responses of one prompt, by index."""
@@ -43,7 +140,12 @@ class Corrected:
     decision: Decision
     reason: str
     gap: float
-    """Consensus score of chosen less that of rejected; 0 without evidence."""
+    """Consensus score of chosen less that of rejected, or its probability of being better less the other's; 0 without
+    evidence, and where a person overruled it."""
+    probability: float | None = None
+    """That chosen is the better, if one is; None: the evidence says only which one."""
+    is_human: bool = False
+    """A person decided."""
 
 
 @dataclass
@@ -70,7 +172,13 @@ class Counts:
 
 
 def correct(
-    item: Candidates, scores: Sequence[float] | np.ndarray, config: PairingConfig, counts: Counts
+    item: Candidates,
+    scores: Sequence[float] | np.ndarray,
+    config: PairingConfig,
+    counts: Counts,
+    *,
+    evidence: Sequence[PairEvidence] = (),
+    probabilities: np.ndarray | None = None,
 ) -> list[Corrected]:
     """Decides every pair of responses to one prompt; keeps those that have an order.
 
@@ -80,32 +188,84 @@ def correct(
     Args:
         scores: [R of this prompt] consensus, NaN = no evidence.
         counts: counts every pair, dropped ones included.
+        evidence: of every two responses, in the order of ``itertools.combinations``; for labels and comparisons.
+        probabilities: [pairs of this prompt, 3] of ``combined``, which then decide instead of the scores.
     """
     decided = []
-    for i, j in itertools.combinations(range(len(item.responses)), 2):
+    for n, (i, j) in enumerate(itertools.combinations(range(len(item.responses)), 2)):
         sign, rule = prior_order(item.responses[i], item.responses[j])
-        gap = float(scores[i]) - float(scores[j])
-        chosen, rejected = (i, j) if (sign if np.isnan(gap) else gap) > 0 else (j, i)
-        decision, reason = _decide(item.responses[chosen], item.responses[rejected], sign, gap, config)
+        known = evidence[n] if evidence else None
+        gap, stated = _belief(known, None if probabilities is None else probabilities[n], scores[i], scores[j])
+        label = label_of(known.labels) if known and known.labels else None
+        direction = label or (sign if np.isnan(gap) else gap)
+        chosen, rejected = (i, j) if direction > 0 else (j, i)
+        decision: Decision
+        if is_same_text(item, (i, j)):
+            decision, reason = "drop", "same text"
+        elif known and known.labels:
+            decision, reason = _decide_by_label(item.responses[chosen], label, sign)
+        else:
+            neither = 0.0 if probabilities is None else float(probabilities[n][2])
+            decision, reason = _decide(item.responses[chosen], sign, gap, direction, neither, stated, config)
         counts.add(rule, decision, reason)
-        if decision != "drop":
-            size = 0.0 if np.isnan(gap) else abs(gap)
-            decided.append(
-                Corrected(chosen=chosen, rejected=rejected, prior=rule, decision=decision, reason=reason, gap=size)
-            )
+        if decision == "drop":
+            continue
+        is_human = bool(known and known.labels)
+        signed = gap if chosen == i else -gap
+        if is_human:
+            assert label is not None
+            stated = (1 + abs(label)) / 2
+        elif stated is not None and chosen != i:
+            stated = 1 - stated
+        decided.append(
+            Corrected(chosen=chosen, rejected=rejected, prior=rule, decision=decision, reason=reason,
+                      gap=0.0 if np.isnan(gap) else max(signed, 0.0), probability=stated, is_human=is_human)
+        )  # fmt: skip
     return decided
 
 
-def _decide(chosen: Response, rejected: Response, sign: int, gap: float, config: PairingConfig) -> tuple[Decision, str]:
-    if chosen.text.strip() == rejected.text.strip():
-        return "drop", "same text"
+def _belief(
+    known: PairEvidence | None, probabilities: np.ndarray | None, score_i: float, score_j: float
+) -> tuple[float, float | None]:
+    """Gap in favour of the first (NaN: no evidence), and the probability that it is the better, if one is."""
+    if probabilities is not None:
+        first, second, _ = map(float, probabilities)
+        stated = first / (first + second) if first + second > 0 else 0.5
+        # Rounded, as two equal voters that contradict each other are a tie.
+        return (round(first - second, 12) if known is not None and known.votes else np.nan), stated
+    return float(score_i) - float(score_j), known.stated if known is not None else None
+
+
+def _decide_by_label(chosen: Response, label: float | None, sign: int) -> tuple[Decision, str]:
+    if label is None:
+        return "drop", "human: bad"
+    if label == 0:
+        return "drop", "human: tie"
+    if chosen.finish_reason == "length":
+        return "drop", "chosen is cut off"
+    if sign == 0:
+        return "keep", "human alone"
+    return ("keep", "human: confirmed") if sign * label > 0 else ("swap", "human: contradicted")
+
+
+def _decide(
+    chosen: Response,
+    sign: int,
+    gap: float,
+    direction: float,
+    neither: float,
+    stated: float | None,
+    config: PairingConfig,
+) -> tuple[Decision, str]:
     if np.isnan(gap):
         if sign == 0:
             return "drop", "no order"
         if config.on_no_evidence == "drop":
             return "drop", "no evidence"
-    elif abs(gap) <= config.min_margin:
+    elif abs(gap) <= config.min_margin or neither > 0.5:
         return "drop", "tie"
+    if stated is not None and (stated if direction > 0 else 1 - stated) < config.min_confidence:
+        return "drop", "unsure"
     if chosen.finish_reason == "length":
         return "drop", "chosen is cut off"
     if np.isnan(gap):

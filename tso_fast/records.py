@@ -240,6 +240,7 @@ def _response(item: Any, where: str) -> Response:
         seed=_get(item, "seed", where, int, "an integer"),
         weight_hash=_text(item, "weight_hash", where),
         logprob=_number(item, "logprob", where),
+        is_correct=_get(item, "is_correct", where, bool, "true or false"),
         scores={name: value for name in scores if (value := _number(scores, name, f"{where}, 'scores'")) is not None},
     )
 
@@ -416,6 +417,7 @@ def pair_row(pair: PreferencePair) -> Row:
         "prior": pair.prior,
         "decision": pair.decision,
         "reason": pair.reason,
+        "probability": pair.probability,
     }
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         row[f"{side}_model"] = response.model
@@ -464,6 +466,7 @@ def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
         prior=_text(row, "prior", where) or "none",
         decision=_text(row, "decision", where) or "keep",  # type: ignore[arg-type]
         reason=_text(row, "reason", where) or "",
+        probability=_probability(row, "probability", where),
     )
 
 

@@ -73,57 +73,132 @@ def generate(config: GenerateConfig) -> None:
 
 
 def score(config: ScoreConfig) -> None:
-    """Verdicts on every response, and the mean score of each model."""
-    from tso_fast import stages
+    """Verdicts of every judge, the mean score of each model, and what the judges cost."""
+    from tso_fast import judging
+    from tso_fast.matrix import ModelMatrix
+    from tso_fast.response_store import ResponseStore
 
-    if config.verifier is None:
-        raise InputError("verifier: missing; `tso-fast score` needs a judge")
+    if config.verifier is None and not config.judges:
+        raise InputError("verifier: missing; `tso-fast score` needs a judge: a verifier, or judges")
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.responses, bad)
     file = _new_file(config.output)
-    verdicts = stages.judge(candidates, config, bad)
+    matrix = ModelMatrix(config.cells, config.policy) if config.cells else None
+    with (
+        ResponseStore(config.response_store or f"{config.output}.responses") as store,
+        stage("judge", len(candidates)) as advance,
+    ):
+        models = judging.Models(matrix=matrix, settings=config, store=store, advance=advance)
+        verdicts, costs = judging.judge(candidates, config, bad, models)
     write_jsonl(file, map(verdict_row, verdicts))
-    stdout.print(_scores_table(candidates, verdicts))
+    if any(isinstance(v, Verdict) for v in verdicts):
+        stdout.print(_scores_table(candidates, [v for v in verdicts if isinstance(v, Verdict)]))
+    if comparisons := [v for v in verdicts if isinstance(v, Comparison)]:
+        stdout.print(_comparisons_table(comparisons))
+    for name, cost in costs.items():
+        stdout.print(f"{name}: {cost}", highlight=False)
     _finish(file, f"{len(verdicts)} verdicts", bad)
 
 
-def _scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Any]) -> Table:
+def _scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> Table:
     model_of = {(c.prompt.id, i): r.model for c in candidates for i, r in enumerate(c.responses)}
-    scores: dict[str, list[float | None]] = {}
+    scores: dict[tuple[str, str], list[float | None]] = {}
     for verdict in verdicts:
-        scores.setdefault(model_of[verdict.prompt_id, verdict.response], []).append(verdict.score)
-    table = Table("model", title="Verdicts")
+        scores.setdefault((verdict.judge, model_of[verdict.prompt_id, verdict.response]), []).append(verdict.score)
+    table = Table("judge", "model", title="Verdicts on single responses")
     for name in ("responses", "mean score", "abstained"):
         table.add_column(name, justify="right")
-    for model, values in sorted(scores.items()):
+    for (judge, model), values in sorted(scores.items()):
         given = [v for v in values if v is not None]
         mean = f"{sum(given) / len(given):.3f}" if given else "-"
-        table.add_row(model, str(len(values)), mean, str(len(values) - len(given)))
+        table.add_row(judge, model, str(len(values)), mean, str(len(values) - len(given)))
+    return table
+
+
+def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
+    table = Table("judge", title="Verdicts on two responses")
+    for name in ("pairs", "decided", "ties", "abstained", "mean certainty"):
+        table.add_column(name, justify="right")
+    for judge in sorted({c.judge for c in comparisons}):
+        told = [c.probability for c in comparisons if c.judge == judge]
+        given = [p for p in told if p is not None]
+        certainty = f"{sum(max(p, 1 - p) for p in given) / len(given):.3f}" if given else "-"
+        ties = sum(p == 0.5 for p in given)
+        table.add_row(judge, str(len(told)), str(len(given) - ties), str(ties), str(len(told) - len(given)), certainty)
     return table
 
 
 def pairs(config: PairsConfig) -> None:
     """Corrects the prior order by the evidence, selects pairs, and prints what was kept, swapped and dropped."""
-    from tso_fast import stages
+    from tso_fast import evidence, judging, stages
+    from tso_fast.judges.human import read_labels  # later
 
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.responses, bad)
-    if config.verdicts is not None and config.verifier is not None:
-        raise InputError("verdicts: give either a file of verdicts or a verifier, not both")
+    if config.verdicts is not None and (config.verifier is not None or config.judges):
+        raise InputError("verdicts: give either a file of verdicts or judges, not both")
     file = _new_file(config.output)
-    verdicts: Sequence[Verdict | Comparison]
+    verdicts: list[Verdict | Comparison]
     if config.verdicts is None:
-        verdicts = stages.judge(candidates, config, bad)
+        verdicts, _ = judging.judge(candidates, config, bad)
     else:
         verdicts = read_verdicts(config.verdicts, candidates, bad)
-    made, info = stages.make_pairs(candidates, verdicts, config, config, config.seed)
+    if config.labels is not None:
+        verdicts += read_labels(config.labels, candidates, bad)
+    oracle = None if config.oracle is None else evidence.make_oracle(config.oracle, candidates)
+    made, info = stages.make_pairs(candidates, verdicts, config, config, config.seed, oracle)
     write_jsonl(file, map(pair_row, made))
     stdout.print(decisions_table(info))
+    if info["errors"] is not None:
+        stdout.print(errors_table(info["errors"], config.oracle or ""))
+    if info["judges"]:
+        stdout.print(judges_table(info["judges"]))
     reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
     stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)
     stdout.print(f"used      {len(made)} pairs of {info['prompts_with_pairs']} of {info['prompts']} prompts "
                  f"({info['used']['keep']} kept, {info['used']['swap']} swapped)", highlight=False)  # fmt: skip
+    if (found := info["calibration"]) is not None:
+        tempered = "" if found["ece_tempered"] is None else (
+            f"; tempered by {found['temperature']:.2f}: {found['ece_tempered']:.3f}")  # fmt: skip
+        stdout.print(f"labels    soft labels against {found['labels']} human ones held back: expected calibration "
+                     f"error {found['ece']:.3f}{tempered}", highlight=False)  # fmt: skip
     _finish(file, f"{len(made)} pairs", bad)
+
+
+def errors_table(errors: dict[str, dict[str, int]], oracle: str) -> Table:
+    """Errors of the prior and of what correction kept, and the least that the same evidence allows."""
+    table = Table("prior order", title=f"Errors against {oracle}, on the pairs that it orders")
+    for name in ("pairs", "prior", "corrected", "of pairs kept", "oracle's weights"):
+        table.add_column(name, justify="right")
+
+    def row(rule: str, of: dict[str, int], has_prior: bool) -> None:
+        pairs, kept = of["pairs"], of["kept"]
+        table.add_row(
+            rule, f"{pairs:,}", f"{of['prior'] / pairs:.1%}" if has_prior else "-",
+            f"{of['corrected'] / kept:.1%}" if kept else "-", f"{kept / pairs:.1%}",
+            f"{of['best'] / kept:.1%}" if kept else "-",
+        )  # fmt: skip
+
+    for rule, of in sorted(errors.items()):
+        row(rule, of, rule != "none")
+    ordered = [of for rule, of in errors.items() if rule != "none"]
+    if len(ordered) > 1:
+        table.add_section()
+        row("all ordered", {key: sum(of[key] for of in ordered) for key in ordered[0]}, True)
+    return table
+
+
+def judges_table(judges: dict[str, dict[str, Any]]) -> Table:
+    """What was asked of whom, and, with calibrated evidence, how far it was believed."""
+    table = Table("voter", title="Evidence")
+    for name in ("verdicts", "abstained", "votes on pairs", "ties", "believed right"):
+        table.add_column(name, justify="right")
+    for name, of in judges.items():
+        believed = "-" if "accuracy" not in of else f"{of['accuracy']:.1%}" + (" (given)" if of["is_given"] else "")
+        ties = f"{of['ties_share']:.1%}" if "ties_share" in of else "-"
+        table.add_row(name, *(f"{of[key]:,}" if key in of else "-" for key in ("verdicts", "abstained", "pairs")),
+                      ties, believed)  # fmt: skip
+    return table
 
 
 def decisions_table(info: dict[str, Any]) -> Table:
@@ -145,7 +220,7 @@ def decisions_table(info: dict[str, Any]) -> Table:
 
 def evaluate(config: EvalConfig) -> None:
     """Accuracy of each cell with its 95 % interval."""
-    from tso_fast import stages
+    from tso_fast import judging, stages
     from tso_fast.answering import ask, max_tokens
     from tso_fast.matrix import ModelMatrix, check_fits
     from tso_fast.response_store import ResponseStore
@@ -153,7 +228,7 @@ def evaluate(config: EvalConfig) -> None:
     if config.verifier is None:
         raise InputError("verifier: missing; `tso-fast eval` needs one")
     bad = BadRows(config.on_bad_row)
-    candidates = stages.judgeable(read_candidates(config.prompts, bad), config, bad)
+    candidates = judging.judgeable(read_candidates(config.prompts, bad), config, bad)
     file = None if config.output is None else _new_file(config.output)
     matrix = ModelMatrix(config.cells)
     candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)

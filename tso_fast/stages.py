@@ -7,75 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from tso_fast import correction, pairing
 from tso_fast.answering import Asked, answer
-from tso_fast.config import EvalConfig, EvidenceConfig, PairingConfig, VerifierConfig
+from tso_fast.config import EvalConfig, EvidenceConfig, PairingConfig
 from tso_fast.errors import InputError
-from tso_fast.judges.verifier import make_verifier, verify, with_answers
+from tso_fast.evidence import Beliefs, Oracle, errors_against, score_matrix, with_comparisons
+from tso_fast.judges.verifier import make_verifier, verify
 from tso_fast.matrix import ModelMatrix
 from tso_fast.records import BadRows
 from tso_fast.response_store import ResponseStore
-from tso_fast.scoring import consensus
-from tso_fast.types import Candidates, Comparison, PreferencePair, ScoreMatrix, Verdict
-
-
-def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
-    """Those that the configured judges can judge, known before anything is generated; the others are bad rows.
-
-    Raises:
-        InputError: a judge that cannot be made.
-    """
-    if config.verifier is None:
-        return list(candidates)
-    make_verifier(config.verifier, config.verifier_pattern)
-    return with_answers(candidates, config.verifier, bad)
-
-
-def judge(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Verdict]:
-    """Verdicts of the configured judges; none when no judge is configured."""
-    if config.verifier is None:
-        return []
-    return verify(candidates, make_verifier(config.verifier, config.verifier_pattern), bad)
-
-
-def score_matrix(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> ScoreMatrix:
-    """Verdicts and the scores that came with the data, one row a response, one column a scorer."""
-    judges, given = {v.judge for v in verdicts}, {name for c in candidates for r in c.responses for name in r.scores}
-    if both := sorted(judges & given):
-        raise InputError(f"responses: the data have scores named {both[0]!r}, and so has a judge of this run; rename "
-                         "those in the data")  # fmt: skip
-    scorers = tuple(sorted(judges | given))
-    column = {name: i for i, name in enumerate(scorers)}
-    offsets = np.cumsum([0] + [len(c.responses) for c in candidates], dtype=np.int64)
-    first_row = {c.prompt.id: int(offset) for c, offset in zip(candidates, offsets[:-1], strict=True)}
-    scores = np.full((int(offsets[-1]), len(scorers)), np.nan, dtype=np.float32)
-    for item in candidates:
-        for i, response in enumerate(item.responses):
-            for name, score in response.scores.items():
-                scores[first_row[item.prompt.id] + i, column[name]] = score
-    for verdict in verdicts:
-        if verdict.score is not None:
-            scores[first_row[verdict.prompt_id] + verdict.response, column[verdict.judge]] = verdict.score
-    return ScoreMatrix(scores=scores, offsets=offsets, scorers=scorers)
-
-
-def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> np.ndarray:
-    """One score a response, [R] float32, NaN = no evidence."""
-    weights = None
-    if config.score_weights is not None:
-        if unknown := sorted(set(config.score_weights) - set(matrix.scorers)):
-            raise InputError(f"score_weights: no scorer is called {unknown[0]!r}; the scorers are "
-                             f"{', '.join(matrix.scorers) or 'none'}")  # fmt: skip
-        weights = np.array([config.score_weights.get(name, 1.0) for name in matrix.scorers])
-        if len(weights) and not weights.any():
-            raise InputError(f"score_weights: {config.score_weights} leaves no scorer; expected a weight > 0")
-    if not matrix.scorers:
-        return np.full(matrix.scores.shape[0], np.nan, dtype=np.float32)
-    result = consensus(matrix.scores, matrix.offsets, method=config.consensus, normalize=config.score_normalize,
-                       weights=weights)  # fmt: skip
-    return result.scores
+from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
 
 
 def make_pairs(
@@ -84,25 +25,43 @@ def make_pairs(
     judging: EvidenceConfig,
     config: PairingConfig,
     seed: int,
+    oracle: Oracle | None = None,
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
-    """Corrects the prior order by the evidence and selects pairs; the second value counts what happened."""
-    matrix = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)])
-    scores = consensus_of(matrix, judging)
+    """Corrects the prior order by the evidence and selects pairs; the second value counts what happened.
+
+    Args:
+        oracle: scores that are no evidence; what was decided is measured against them.
+    """
+    comparisons = [v for v in verdicts if isinstance(v, Comparison)]
+    pointwise = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)], oracle)
+    evidence = correction.evidence_of(candidates, pointwise, comparisons)
+    believed = Beliefs(candidates, evidence, judging, with_comparisons(pointwise, candidates, comparisons))
     counts = correction.Counts()
+    decided = [
+        correction.correct(item, believed.scores[p], config, counts, evidence=evidence[p],
+                           probabilities=believed.probabilities[p])
+        for p, item in enumerate(candidates)
+    ]  # fmt: skip
+    calibration = believed.calibrate(config)
+    temperature = 1.0 if calibration is None else calibration["temperature"]
     pairs: list[PreferencePair] = []
     for p, item in enumerate(candidates):
-        own = scores[matrix.offsets[p] : matrix.offsets[p + 1]]
-        decided = correction.correct(item, own, config, counts)
-        selected = pairing.select(item, decided, config, seed)
-        pairs += [pairing.to_pair(item, pair, own, config) for pair in selected]
+        pairs += [
+            pairing.to_pair(item, pair, believed.scores[p], config, win_rates=believed.win_rates[p],
+                            temperature=temperature)
+            for pair in pairing.select(item, decided[p], config, seed)
+        ]  # fmt: skip
     used = Counter(pair.decision for pair in pairs)
     info = {
         **counts.to_dict(),
         "prompts": len(candidates),
         "prompts_with_pairs": len({pair.prompt.id for pair in pairs}),
         "used": {"keep": used["keep"], "swap": used["swap"]},
-        "abstained": sum(isinstance(v, Verdict) and v.score is None for v in verdicts),
+        "abstained": sum((v.score if isinstance(v, Verdict) else v.probability) is None for v in verdicts),
         "human_chosen": sum(pair.chosen.is_human for pair in pairs),
+        "judges": believed.judges(verdicts),
+        "calibration": calibration,
+        "errors": None if oracle is None else errors_against(oracle, candidates, evidence, decided, believed),
     }
     return pairs, info
 
@@ -117,8 +76,9 @@ def evaluate(
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[dict[str, Any]]:
     """For each cell: the accuracy of its answers with its 95 % interval (Wilson), and their mean length."""
+    assert config.verifier is not None
     answered = list(answer(asked, candidates, matrix, config, store, bad, advance))
-    verdicts = judge(answered, config, bad)
+    verdicts = verify(answered, make_verifier(config.verifier, config.verifier_pattern), bad)
     responses = {(c.prompt.id, i): r for c in answered for i, r in enumerate(c.responses)}
     out = []
     for a in asked:

@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 import tso_fast
-from tso_fast import stages, store
+from tso_fast import judging, stages, store
 from tso_fast.answering import answer, ask, max_tokens
 from tso_fast.batching import encode_pairs
 from tso_fast.config import EvalConfig, TrainConfig, check, to_dict
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> Run:
         _evaluate(0, run, accelerator, matrix, held_out, config)
         for t, mini_batch in enumerate(mini_batches, start=1):
             _generate(t, run, accelerator, matrix, mini_batch, config)
-            _score(t, run, accelerator, config)
+            _score(t, run, accelerator, matrix, config)
             _pair(t, run, accelerator, config)
             _train(t, run, accelerator, matrix, config)
             matrix.add_version(run / f"iter-{t}/policy", trained[t - 1], config.max_versions)
@@ -118,7 +118,7 @@ def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candi
 
 
 def _read(path: str, matrix: ModelMatrix, config: TrainConfig, bad: BadRows) -> list[Candidates]:
-    candidates = stages.judgeable(read_candidates(path, bad), config, bad)
+    candidates = judging.judgeable(read_candidates(path, bad), config, bad)
     return check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
 
 
@@ -186,20 +186,21 @@ def _store(config: TrainConfig) -> ResponseStore:
     return ResponseStore(config.response_store or config.output_dir)
 
 
-def _score(t: int, run: Run, accelerator: Accelerator, config: TrainConfig) -> None:
+def _score(t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, config: TrainConfig) -> None:
     """The judges look at every response."""
 
     def produce() -> Produced:
         candidates = read_candidates(run / f"iter-{t}/responses.jsonl", BadRows())
         bad = BadRows(config.on_bad_row)
-        with stage(f"iteration {t}: judge", len(candidates)):
-            verdicts = stages.judge(candidates, config, bad)
+        with stage(f"iteration {t}: judge", len(candidates)), _store(config) as responses:
+            models = judging.Models(matrix=matrix, settings=config, store=responses)
+            verdicts, costs = judging.judge(candidates, config, bad, models)
         files = [run / f"iter-{t}/verdicts.jsonl"]
         write_jsonl(files[0], map(verdict_row, verdicts))
         if bad.rows:
             files.append(run / f"iter-{t}/{store.SKIPPED_FILE}")
             write_jsonl(files[1], bad.rows)
-        return files, {"verdicts": len(verdicts), "skipped_prompts": len(bad.rows)}
+        return files, {"verdicts": len(verdicts), "skipped_prompts": len(bad.rows), "costs": costs}
 
     _once(run, accelerator, f"iter-{t}/score", produce)
 

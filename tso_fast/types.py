@@ -80,6 +80,8 @@ class Response:
     """Log-prob of ``token_ids`` under the sampling distribution, nats. Not a policy log-prob."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Scores that came with the data, by scorer."""
+    is_correct: bool | None = None
+    """What the data know of it; never evidence, only measured against (``oracle``)."""
 
     @property
     def is_human(self) -> bool:
@@ -176,6 +178,8 @@ class PairEvidence:
     votes: Mapping[str, float]
     """By judge: the gap of its scores, or 2 x probability - 1 of its comparison; positive for the first response, 0 for
     a tie. A judge that abstained is absent."""
+    stated: float | None
+    """Mean probability that the first is better, of the judges that compare two responses; None: none did."""
     labels: Mapping[str, float | None]
     """By annotator: 1 the first is better, -1 the second, 0 a tie; None: the pair is bad."""
 
@@ -208,6 +212,8 @@ class PreferencePair:
     """Rule of the matrix that ordered the pair: human, newer, larger, newer+larger; none: the matrix gives no order."""
     decision: Decision = "keep"
     reason: str = ""
+    probability: float | None = None
+    """That chosen is the better, as judges or people state it; None: they say only which one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def with_answers(candidates: Sequence[Candidates], name: str, bad: BadRows) -> l
     return usable
 
 
-def verify(candidates: Sequence[Candidates], check: Check, bad: BadRows) -> list[Verdict]:
+def verify(candidates: Sequence[Candidates], check: Check, bad: BadRows, name: str = "verifier") -> list[Verdict]:
     """One verdict a response, 1.0 right to 0.0 wrong; a prompt that cannot be judged is a bad row, and abstained on."""
     verdicts = []
     for item in candidates:
@@ -148,7 +148,7 @@ def verify(candidates: Sequence[Candidates], check: Check, bad: BadRows) -> list
             bad.handle(error, prompt_row(item.prompt))
             scores, reason = [None] * len(item.responses), str(error)
         verdicts += [
-            Verdict(prompt_id=item.prompt.id, response=i, judge="verifier", score=score, reason=reason)
+            Verdict(prompt_id=item.prompt.id, response=i, judge=name, score=score, reason=reason)
             for i, score in enumerate(scores)
         ]
     return verdicts

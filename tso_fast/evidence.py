@@ -1,0 +1,326 @@
+"""What the evidence makes believe: one score a response, one probability a pair, and how right that is.
+
+verdicts -> ScoreMatrix -> Beliefs (consensus, or reliabilities) -> correction
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tso_fast import correction, pairing
+from tso_fast.config import EvidenceConfig, PairingConfig
+from tso_fast.correction import Corrected, Counts, combined, label_of
+from tso_fast.errors import InputError
+from tso_fast.judges.verifier import make_verifier
+from tso_fast.reliability import Combination, expected_calibration_error, fit_temperature, tempered
+from tso_fast.scoring import consensus
+from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
+
+FOLDS = 5
+MIN_LABELS = 50
+"""Human labels that a temperature needs."""
+VERIFIER_RELIABILITY = {"verifier": 0.99}
+"""A program that knows the answer is not put to the vote of judges that do not."""
+
+Evidence = Sequence[Sequence[PairEvidence]]
+
+
+def score_matrix(
+    candidates: Sequence[Candidates], verdicts: Sequence[Verdict], oracle: Oracle | None = None
+) -> ScoreMatrix:
+    """Verdicts and the scores that came with the data but the oracle's: one row a response, one column a scorer."""
+    judges, given = {v.judge for v in verdicts}, {name for c in candidates for r in c.responses for name in r.scores}
+    if oracle is not None:
+        given -= {oracle.name}
+    if both := sorted(judges & given):
+        raise InputError(f"responses: the data have scores named {both[0]!r}, and so has a judge of this run; rename "
+                         "those in the data")  # fmt: skip
+    scorers = tuple(sorted(judges | given))
+    column = {name: i for i, name in enumerate(scorers)}
+    offsets = np.cumsum([0] + [len(c.responses) for c in candidates], dtype=np.int64)
+    first_row = {c.prompt.id: int(offset) for c, offset in zip(candidates, offsets[:-1], strict=True)}
+    scores = np.full((int(offsets[-1]), len(scorers)), np.nan, dtype=np.float32)
+    for item in candidates:
+        for i, response in enumerate(item.responses):
+            for name, score in response.scores.items():
+                if name not in column:
+                    continue
+                scores[first_row[item.prompt.id] + i, column[name]] = score
+    for verdict in verdicts:
+        if verdict.score is not None:
+            scores[first_row[verdict.prompt_id] + verdict.response, column[verdict.judge]] = verdict.score
+    return ScoreMatrix(scores=scores, offsets=offsets, scorers=scorers)
+
+
+def with_comparisons(
+    matrix: ScoreMatrix, candidates: Sequence[Candidates], comparisons: Sequence[Comparison]
+) -> ScoreMatrix:
+    """The matrix with a column for every judge that compares: the mean probability with which a response won."""
+    judges = sorted({c.judge for c in comparisons} - {HUMAN})
+    if not judges:
+        return matrix
+    first_row = {c.prompt.id: int(offset) for c, offset in zip(candidates, matrix.offsets[:-1], strict=True)}
+    wins, num = np.zeros((2, len(matrix.scores), len(judges)))
+    for comparison in comparisons:
+        if comparison.probability is None or comparison.judge == HUMAN:
+            continue
+        column = judges.index(comparison.judge)
+        for response, won in zip(
+            comparison.responses, (comparison.probability, 1 - comparison.probability), strict=True
+        ):
+            row = first_row[comparison.prompt_id] + response
+            wins[row, column] += won
+            num[row, column] += 1
+    means = np.divide(wins, num, out=np.full_like(wins, np.nan), where=num > 0).astype(np.float32)
+    scores = np.concatenate([matrix.scores, means], axis=1)
+    return ScoreMatrix(scores=scores, offsets=matrix.offsets, scorers=(*matrix.scorers, *judges))
+
+
+def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> np.ndarray:
+    """One score a response, [R] float32, NaN = no evidence."""
+    weights = None
+    if config.score_weights is not None:
+        if unknown := sorted(set(config.score_weights) - set(matrix.scorers)):
+            raise InputError(f"score_weights: no scorer is called {unknown[0]!r}; the scorers are "
+                             f"{', '.join(matrix.scorers) or 'none'}")  # fmt: skip
+        weights = np.array([config.score_weights.get(name, 1.0) for name in matrix.scorers])
+        if len(weights) and not weights.any():
+            raise InputError(f"score_weights: {config.score_weights} leaves no scorer; expected a weight > 0")
+    if not matrix.scorers:
+        return np.full(matrix.scores.shape[0], np.nan, dtype=np.float32)
+    result = consensus(matrix.scores, matrix.offsets, method=config.consensus, normalize=config.score_normalize,
+                       weights=weights)  # fmt: skip
+    return result.scores
+
+
+class Beliefs:
+    """Scores and probabilities of a set of candidates, all lists by prompt."""
+
+    def __init__(
+        self, candidates: Sequence[Candidates], evidence: Evidence, config: EvidenceConfig, matrix: ScoreMatrix
+    ) -> None:
+        self.candidates = candidates
+        self.evidence = evidence
+        self.config = config
+        self.combination: Combination | None = None
+        self.probabilities: list[np.ndarray | None] = [None] * len(candidates)
+        """[pairs of the prompt, 3] of ``reliability.combine``; None: scores decide."""
+        bounds = matrix.offsets[1:-1]
+        if config.evidence == "calibrated":
+            self.combination = combined(candidates, evidence, self.given, _labelled(evidence))
+            self.probabilities = _by_prompt(self.combination, evidence)
+            self.scores = [
+                _expected_win_rates(item, pairs, p)
+                for item, pairs, p in zip(candidates, evidence, self.probabilities, strict=True)
+            ]
+            self.win_rates = self.scores
+        else:
+            self.scores = np.split(consensus_of(matrix, config), bounds) if len(candidates) else []
+            self.win_rates = self.scores
+            if matrix.scorers:
+                rates = consensus(matrix.scores, matrix.offsets, method="win_rate", normalize="none").scores
+                self.win_rates = np.split(rates, bounds) if len(candidates) else []
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Reliabilities that are not estimated."""
+        return {**VERIFIER_RELIABILITY, **(self.config.judge_reliability or {})}
+
+    def judges(self, verdicts: Sequence[Verdict | Comparison]) -> dict[str, dict[str, Any]]:
+        """Of each judge: verdicts, abstentions, and with calibrated evidence its reliability; of the prior likewise."""
+        out: dict[str, dict[str, Any]] = {}
+        for verdict in verdicts:
+            row = out.setdefault(verdict.judge, {"verdicts": 0, "abstained": 0})
+            row["verdicts"] += 1
+            row["abstained"] += (verdict.score if isinstance(verdict, Verdict) else verdict.probability) is None
+            if isinstance(verdict, Comparison):
+                row["ties"] = row.get("ties", 0) + (verdict.probability == 0.5)
+        if self.combination is not None:
+            for name, found in self.combination.judges.items():
+                out.setdefault(name, {}).update(accuracy=found.accuracy, ties_share=found.tie_rate,
+                                                pairs=found.num_votes, is_given=found.is_given)  # fmt: skip
+            out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items()}
+        return out
+
+    def without(self, hidden: Callable[[PairEvidence], bool]) -> list[np.ndarray | None]:
+        """Probabilities where the labels of some pairs are not used."""
+        if self.config.evidence != "calibrated":
+            return [None] * len(self.candidates)
+        seen = [(pair.prompt_id, pair.responses) for pairs in self.evidence for pair in pairs
+                if pair.labels and not hidden(pair)]  # fmt: skip
+        return _by_prompt(combined(self.candidates, self.evidence, self.given, seen), self.evidence)
+
+    def calibrate(self, config: PairingConfig) -> dict[str, Any] | None:
+        """How well soft labels match human ones that were hidden from them, and the temperature that mends it."""
+        if config.soft_label_by is None and config.soft_label_kappa is None:
+            return None
+        stated, right = self._against_labels(config)
+        if not len(stated):
+            return None
+        out = {"labels": len(stated), "accuracy": float(right.mean()), "temperature": 1.0,
+               "ece": expected_calibration_error(stated, right), "ece_tempered": None}  # fmt: skip
+        if config.calibrate_soft_labels and len(stated) >= MIN_LABELS:
+            out["temperature"] = fit_temperature(stated, right)
+            parts = np.arange(len(stated)) % FOLDS
+            held_back = stated.copy()
+            for fold in range(FOLDS):
+                others = parts != fold
+                held_back[~others] = tempered(stated[~others], fit_temperature(stated[others], right[others]))
+            out["ece_tempered"] = expected_calibration_error(held_back, right)
+        return out
+
+    def _against_labels(self, config: PairingConfig) -> tuple[np.ndarray, np.ndarray]:
+        """Soft labels of pairs that people have labelled, stated without that label; and whether they agree."""
+        stated, right = [], []
+        anything = dataclasses.replace(config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior")
+        for fold in range(FOLDS if self.config.evidence == "calibrated" else 1):
+
+            def hidden(pair: PairEvidence, fold: int = fold) -> bool:
+                return self.config.evidence != "calibrated" or _fold(pair.prompt_id) == fold
+
+            if not any(pair.labels and hidden(pair) for pairs in self.evidence for pair in pairs):
+                continue
+            probabilities = self.without(hidden)
+            for p, item in enumerate(self.candidates):
+                labels = {pair.responses: label_of(pair.labels) for pair in self.evidence[p]
+                          if pair.labels and hidden(pair)}  # fmt: skip
+                if not any(labels.values()):
+                    continue
+                unlabelled = [dataclasses.replace(pair, labels={}) for pair in self.evidence[p]]
+                for pair in correction.correct(item, self.scores[p], anything, Counts(), evidence=unlabelled,
+                                               probabilities=probabilities[p]):  # fmt: skip
+                    i, j = sorted((pair.chosen, pair.rejected))
+                    if label := labels.get((i, j)):
+                        stated.append(pairing.soft_label(pair, self.scores[p], config, self.win_rates[p]))
+                        right.append(float((label > 0) == (pair.chosen == i)))
+        return np.array(stated), np.array(right)
+
+
+def _by_rule(combination: Combination) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for (rule, _), found in combination.prior.items():
+        row = out.setdefault(rule, {"accuracy": 0.0, "ties_share": 0.0, "pairs": 0, "is_given": False})
+        row["pairs"] += found.num_votes
+        row["accuracy"] += (found.accuracy - row["accuracy"]) * found.num_votes / max(row["pairs"], 1)
+    return out
+
+
+def _fold(prompt_id: str) -> int:
+    return zlib.crc32(prompt_id.encode()) % FOLDS
+
+
+def _labelled(evidence: Evidence) -> list[tuple[str, tuple[int, int]]]:
+    return [(pair.prompt_id, pair.responses) for pairs in evidence for pair in pairs if pair.labels]
+
+
+def _by_prompt(combination: Combination, evidence: Evidence) -> list[np.ndarray | None]:
+    return list(np.split(combination.probabilities, np.cumsum([len(pairs) for pairs in evidence])[:-1]))
+
+
+def _expected_win_rates(item: Candidates, pairs: Sequence[PairEvidence], p: np.ndarray | None) -> np.ndarray:
+    """[R] float32: mean probability of being the better of two, neither half; NaN for a response without evidence."""
+    assert p is not None
+    n = len(item.responses)
+    sums, has_evidence = np.zeros(n), np.zeros(n, dtype=bool)
+    for pair, (first, second, neither) in zip(pairs, p, strict=True):
+        i, j = pair.responses
+        sums[i] += first + neither / 2
+        sums[j] += second + neither / 2
+        if pair.votes or pair.labels:
+            has_evidence[[i, j]] = True
+    return np.where(has_evidence, sums / max(n - 1, 1), np.nan).astype(np.float32)
+
+
+# -------------------------------------------------------------------------------------------------- measured against
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle:
+    """What is known to be right and is no evidence."""
+
+    name: str
+    """``is_correct`` of the responses, a scorer of the data, or a verifier."""
+    scores: Sequence[Sequence[float | None]]
+    """By prompt and response; None: not known."""
+
+
+def make_oracle(name: str, candidates: Sequence[Candidates], pattern: str | None = None) -> Oracle:
+    """
+    Raises:
+        InputError: nothing in the data is called so.
+    """
+    if name == "is_correct":
+        scores = [[None if r.is_correct is None else float(r.is_correct) for r in c.responses] for c in candidates]
+        # A person's own response has no such field; it is what the answer was taken from.
+    elif any(name in r.scores for c in candidates for r in c.responses):
+        scores = [[r.scores.get(name) for r in c.responses] for c in candidates]
+    else:
+        check = make_verifier(name, pattern)
+        scores = [[check(c.prompt, r) for r in c.responses] for c in candidates]
+    if all(score is None for of_prompt in scores for score in of_prompt):
+        raise InputError(f"oracle: no response has {name!r}; expected is_correct, a name in the data's scores, or a "
+                         "verifier")  # fmt: skip
+    return Oracle(name=name, scores=scores)
+
+
+def errors_against(
+    oracle: Oracle,
+    candidates: Sequence[Candidates],
+    evidence: Evidence,
+    decided: Sequence[Sequence[Corrected]],
+    beliefs: Beliefs,
+) -> dict[str, dict[str, int]]:
+    """By rule of the prior, over the pairs that the oracle orders: how many, and how many each way gets wrong.
+
+    ``prior``: the matrix's order. ``kept``: pairs that correction decided; ``corrected``: those of them that it decided
+    wrongly. ``best``: the kept pairs that the same evidence gets wrong with reliabilities counted on the oracle itself
+    (on other prompts, in five folds): what correction could reach with nothing left to estimate.
+    """
+    told = [[_told(pair, oracle.scores[p]) for pair in pairs] for p, pairs in enumerate(evidence)]
+    best = _best(candidates, evidence, told, beliefs.given)
+    out: dict[str, dict[str, int]] = {}
+    for p, pairs in enumerate(evidence):
+        chosen = {frozenset((d.chosen, d.rejected)): d.chosen for d in decided[p]}
+        for n, (pair, truth) in enumerate(zip(pairs, told[p], strict=True)):
+            if not truth:
+                continue
+            row = out.setdefault(pair.rule, {"pairs": 0, "prior": 0, "kept": 0, "corrected": 0, "best": 0})
+            row["pairs"] += 1
+            row["prior"] += pair.prior == -truth
+            if (of := chosen.get(frozenset(pair.responses))) is not None:
+                row["kept"] += 1
+                row["corrected"] += (of == pair.responses[0]) != (truth > 0)
+                first, second, _ = best[p][n]
+                row["best"] += (first > second) != (truth > 0)
+    return out
+
+
+def _told(pair: PairEvidence, scores: Sequence[float | None]) -> int:
+    a, b = (scores[i] for i in pair.responses)
+    return 0 if a is None or b is None else (a > b) - (a < b)
+
+
+def _best(
+    candidates: Sequence[Candidates], evidence: Evidence, told: Sequence[Sequence[int]], given: dict[str, float]
+) -> list[np.ndarray]:
+    """Probabilities with the oracle's order as labels of the other folds."""
+    labelled = [
+        [dataclasses.replace(pair, labels={"oracle": float(truth)}) for pair, truth in zip(pairs, truths, strict=True)]
+        for pairs, truths in zip(evidence, told, strict=True)
+    ]
+    out: list[np.ndarray] = [np.empty((len(pairs), 3)) for pairs in evidence]
+    for fold in range(FOLDS):
+        seen = [
+            (pair.prompt_id, pair.responses) for pairs in labelled for pair in pairs if _fold(pair.prompt_id) != fold
+        ]
+        found = _by_prompt(combined(candidates, labelled, given, seen), evidence)
+        for p, item in enumerate(candidates):
+            if _fold(item.prompt.id) == fold:
+                out[p] = found[p]  # type: ignore[assignment]
+    return out

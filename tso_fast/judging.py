@@ -1,0 +1,127 @@
+"""The configured judges: candidates in, verdicts on one or two responses out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tso_fast.config import AnsweringConfig, JudgeConfig, JudgesConfig, VerifierConfig
+from tso_fast.errors import InputError
+from tso_fast.judges.agreement import agree
+from tso_fast.judges.implicit import cell_logprobs
+from tso_fast.judges.verifier import make_verifier, verify, with_answers
+from tso_fast.matrix import ModelMatrix
+from tso_fast.policy import device_of
+from tso_fast.records import BadRows
+from tso_fast.response_store import ResponseStore
+from tso_fast.types import Candidates, Cell, Comparison, Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What judges that are models run on."""
+
+    matrix: ModelMatrix | None
+    """Of the run; None: there is none, and a judge brings its own model."""
+    settings: AnsweringConfig
+    store: ResponseStore
+    advance: Callable[[int], None] = field(default=lambda count: None)
+
+
+def judge_name(config: JudgeConfig) -> str:
+    return config.name or config.kind
+
+
+def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
+    """Those that the configured verifiers can judge, known before anything is generated; the others are bad rows.
+
+    Raises:
+        InputError: a verifier that cannot be made.
+    """
+    usable = list(candidates)
+    for verifier, pattern in _verifiers(config):
+        make_verifier(verifier, pattern)
+        usable = with_answers(usable, verifier, bad)
+    return usable
+
+
+def _verifiers(config: VerifierConfig) -> list[tuple[str, str | None]]:
+    judges = config.judges or [] if isinstance(config, JudgesConfig) else []
+    every = [(config.verifier, config.verifier_pattern)]
+    every += [(judge.verifier, judge.verifier_pattern) for judge in judges if judge.kind == "verifier"]
+    return [(verifier, pattern) for verifier, pattern in every if verifier is not None]
+
+
+def judge(
+    candidates: Sequence[Candidates], config: JudgesConfig, bad: BadRows, models: Models | None = None
+) -> tuple[list[Verdict | Comparison], dict[str, Any]]:
+    """Verdicts of every configured judge, none when there is none; and what the judges that are models cost.
+
+    Raises:
+        InputError: a judge that is a model, where there are no ``models``.
+    """
+    verdicts: list[Verdict | Comparison] = []
+    costs: dict[str, Any] = {}
+    if config.verifier is not None:
+        verdicts += verify(candidates, make_verifier(config.verifier, config.verifier_pattern), bad)
+    for own in config.judges or []:
+        name = judge_name(own)
+        if own.kind == "agreement":
+            verdicts += agree(candidates, name)
+        elif own.kind == "verifier":
+            assert own.verifier is not None
+            verdicts += verify(candidates, make_verifier(own.verifier, own.verifier_pattern), bad, name)
+        elif models is None:
+            raise InputError(f"judges: {name!r} is a model, which this command does not run; run `tso-fast score` and "
+                             "give its file as verdicts")  # fmt: skip
+        elif own.kind == "implicit":
+            verdicts += _implicit(candidates, own, models)
+        else:
+            from tso_fast.judges.llm import judge as judge_llm
+
+            found, cost = judge_llm(candidates, own, models.matrix, models.settings, models.store, bad, models.advance)
+            verdicts += found
+            costs[name] = cost
+    return verdicts, costs
+
+
+def _implicit(candidates: Sequence[Candidates], config: JudgeConfig, models: Models) -> list[Verdict]:
+    """Log-probs of a cell, less those of a reference cell where there is one: the DPO reward over beta."""
+    policy = _logprobs(_cell(config.cell or "policy", config, models), candidates, models)
+    reference = None
+    if config.reference is not None:
+        reference = _logprobs(_cell(config.reference, config, models), candidates, models)
+    verdicts = []
+    for p, item in enumerate(candidates):
+        for i in range(len(item.responses)):
+            own = policy[p][i]
+            base = reference[p][i] if reference is not None else None
+            score = None
+            if own is not None and (reference is None or base is not None):
+                score = own.logprob - (base.logprob if base is not None else 0.0)
+                score = score / own.num_tokens if config.length_normalized else score
+            verdicts.append(Verdict(prompt_id=item.prompt.id, response=i, judge=judge_name(config), score=score,
+                                    reason="" if score is not None else "longer than the context"))  # fmt: skip
+    return verdicts
+
+
+def _cell(name: str, config: JudgeConfig, models: Models) -> Cell:
+    matrix = models.matrix
+    if matrix is None:
+        raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}, and there are no cells; set cells")
+    if name == "policy":
+        return matrix.policy
+    found = {cell.name: cell for cell in matrix.cells}
+    if name not in found:
+        raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
+                         "the current one is policy")  # fmt: skip
+    return found[name]
+
+
+def _logprobs(cell: Cell, candidates: Sequence[Candidates], models: Models) -> Any:
+    assert models.matrix is not None
+    settings = models.settings
+    return cell_logprobs(cell, candidates, models.matrix.tokenizer, dtype=settings.dtype,
+                         attn_implementation=settings.attn_implementation, device=device_of(settings.use_cpu),
+                         advance=models.advance)  # fmt: skip

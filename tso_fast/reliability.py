@@ -1,0 +1,304 @@
+"""How far to believe whom: reliabilities of judges and of the prior order, estimated from their agreement.
+
+A symmetric Dawid-Skene model (Dawid and Skene 1979, doi:10.2307/2346806). Two responses are in one of three states: the
+first is better, the second is, or neither. A judge's vote depends on the state alone, and swapping the two responses
+mirrors states and votes; so a judge is described by how often it agrees, ties and opposes where there is a better one,
+and by how often it ties where there is none. Votes of different strength (score gaps, probabilities) are sorted into up
+to ``LEVELS`` levels a judge, each with its own worth. The matrix's prior order votes too, with an accuracy for each
+pair of models, drawn towards that of its rule. Human labels, where given, are the state itself. EM finds reliabilities
+and probabilities together; Dirichlet priors keep rare votes finite and tell the two mirror-image solutions apart.
+
+Letters in shapes: N pairs, J judges, C classes of the prior order, U distinct patterns of votes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+LEVELS = 3
+MIN_VOTES_PER_LEVEL = 50
+ASSUMED = 0.7
+"""Accuracy of any voter before the data speak."""
+STRENGTH = 4.0
+"""Votes that an assumed reliability counts for."""
+CLASS_STRENGTH = 20.0
+"""Pairs that the accuracy of a rule counts for in that of one pair of models."""
+MAX_ITERATIONS = 1000
+TOLERANCE = 1e-7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """``Reliability(accuracy=0.82, tie_rate=0.1, num_votes=990, is_given=False)``"""
+
+    accuracy: float
+    """Share of its votes for one of two responses that are right, where one is better; below 0.5: it is inverted."""
+    tie_rate: float
+    """Share of ties among its votes."""
+    num_votes: int
+    is_given: bool
+    """Taken from the configuration, not estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """What all votes together say."""
+
+    probabilities: np.ndarray
+    """[N, 3] float64: the first is better, the second is, neither; rows sum to 1."""
+    judges: Mapping[str, Reliability]
+    prior: Mapping[tuple[str, str], Reliability]
+    """By (rule, class)."""
+    is_estimated: bool
+    """False: too few voters to estimate anything, reliabilities are the assumed ones."""
+
+
+def combine(
+    votes_NJ: np.ndarray,
+    judges: Sequence[str],
+    *,
+    prior_N: np.ndarray,
+    classes_N: np.ndarray,
+    classes: Sequence[tuple[str, str]],
+    labels_N: np.ndarray | None = None,
+    given: Mapping[str, float] | None = None,
+) -> Combination:
+    """Estimates reliabilities and combines votes, prior order and labels.
+
+    Args:
+        votes_NJ: float; positive for the first response, the size its strength, 0 a tie, NaN no vote.
+        judges: [J] names.
+        prior_N: int; 1 the prior order prefers the first, -1 the second, 0 neither.
+        classes_N: int; index into ``classes`` of the prior order's class, any where ``prior_N`` is 0.
+        classes: [C] (rule, name of the class): classes of one rule inform each other.
+        labels_N: float; 1, -1, 0 of a person, NaN unknown.
+        given: accuracies that are not estimated, by judge, in (0, 1).
+
+    With fewer than three voters that say something, no label and nothing given, agreement tells nothing; then an
+    accuracy of 0.7 is assumed of each, and a warning says so.
+    """
+    given = given or {}
+    levels_NJ, num_levels = _levels(votes_NJ, [name in given for name in judges])
+    labels_N = np.full(len(votes_NJ), np.nan) if labels_N is None else labels_N
+    # 2 stands for "not there" in every column.
+    table = np.column_stack([
+        np.where(np.isnan(levels_NJ), LEVELS + 1, levels_NJ),
+        prior_N,
+        np.where(prior_N == 0, 0, classes_N),
+        np.where(np.isnan(labels_N), 2, labels_N),
+    ]).astype(np.int32)  # fmt: skip
+    patterns, inverse, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
+    model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given)
+    is_estimated = model.num_voters >= 3 or bool(given) or not np.isnan(labels_N).all()
+    if is_estimated:
+        model.fit()
+    elif len(votes_NJ):
+        logger.warning(
+            "evidence: %d voters only and no human label: their reliabilities cannot be told from their agreement; "
+            "%.2f is assumed of each",
+            model.num_voters, ASSUMED,
+        )  # fmt: skip
+    return Combination(
+        probabilities=model.posterior()[inverse.reshape(-1)],
+        judges={name: model.judge_reliability(j) for j, name in enumerate(judges)},
+        prior={key: model.class_reliability(c) for c, key in enumerate(classes)},
+        is_estimated=is_estimated,
+    )
+
+
+def _levels(votes_NJ: np.ndarray, is_given: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
+    """Votes as -L .. L, NaN where there is none; the levels of a judge hold about as many votes each."""
+    out = np.sign(votes_NJ)
+    num_levels = []
+    for j in range(votes_NJ.shape[1]):
+        size = np.abs(votes_NJ[:, j])
+        strong = size[size > 0]  # NaN is not
+        wanted = min(LEVELS, len(strong) // MIN_VOTES_PER_LEVEL) if not is_given[j] else 1
+        edges = np.unique(np.quantile(strong, np.arange(1, wanted) / wanted)) if wanted > 1 else np.array([])
+        edges = edges[edges < strong.max()] if len(edges) else edges
+        num_levels.append(len(edges) + 1)
+        out[:, j] *= 1 + np.searchsorted(edges, np.nan_to_num(size), side="left")
+    return out, num_levels
+
+
+class _Model:
+    def __init__(
+        self,
+        patterns: np.ndarray,
+        counts_U: np.ndarray,
+        judges: Sequence[str],
+        num_levels: Sequence[int],
+        classes: Sequence[tuple[str, str]],
+        given: Mapping[str, float],
+    ) -> None:
+        J = len(judges)
+        self.counts_U = counts_U
+        self.levels_UJ = patterns[:, :J]
+        self.prior_U, self.class_U, self.label_U = patterns[:, J], patterns[:, J + 1], patterns[:, J + 2]
+        self.has_vote_UJ = self.levels_UJ <= LEVELS
+        self.num_levels = num_levels
+        rules = sorted({rule for rule, _ in classes})
+        self.rule_C = np.array([rules.index(rule) for rule, _ in classes], dtype=np.int64)
+        self.num_rules = len(rules)
+        self.given_J = [given.get(name) for name in judges]
+        self.has_ties = bool(((self.levels_UJ == 0).any() or (self.label_U == 0).any()) and len(counts_U))
+        self.num_voters = int(sum((self.has_vote_UJ & (self.levels_UJ != 0)).any(axis=0)) + bool(self.prior_U.any()))
+        # Probability of each vote in the states "first" and "neither"; that in "second" is the mirror image.
+        self.pseudo = [self._pseudo_counts(j) for j in range(J)]
+        self.vote_probabilities = [pseudo / pseudo.sum(axis=1, keepdims=True) for pseudo in self.pseudo]
+        self.class_accuracy_C = np.full(len(classes), ASSUMED)
+        self.share_neither = 1 / 3 if self.has_ties else 0.0
+
+    def _pseudo_counts(self, j: int) -> np.ndarray:
+        """[2, 2 L + 1]: counts of votes assumed before any is seen, or the given reliability itself."""
+        L, accuracy = self.num_levels[j], self.given_J[j]
+        levels = np.arange(-L, L + 1)
+        can_tie = bool((self.levels_UJ[:, j] == 0).any())
+        if accuracy is None:
+            accuracy, wrong = ASSUMED, 1 - ASSUMED
+            tie = 0.5 * can_tie
+        else:
+            wrong = (1 - accuracy) / 2 if can_tie else 1 - accuracy
+            tie = wrong * can_tie
+        first = np.select([levels > 0, levels < 0], [accuracy / L, wrong / L], tie)
+        tie_in_neither = (ASSUMED if self.given_J[j] is None else accuracy) if can_tie else 0.0
+        neither = np.where(levels == 0, tie_in_neither, (1 - tie_in_neither) / (2 * L))
+        return STRENGTH * np.stack([first, neither])
+
+    def posterior(self) -> np.ndarray:
+        """[U, 3]"""
+        log_U3 = np.zeros((len(self.counts_U), 3))
+        with np.errstate(divide="ignore"):
+            log_U3 += np.log([(1 - self.share_neither) / 2] * 2 + [self.share_neither])
+            for j, (first, neither) in enumerate(self.vote_probabilities):
+                rows, index = self.has_vote_UJ[:, j], self.levels_UJ[self.has_vote_UJ[:, j], j] + self.num_levels[j]
+                log_U3[rows] += np.log(np.stack([first[index], first[::-1][index], neither[index]], axis=1))
+            ordered = self.prior_U != 0
+            if ordered.any():
+                accuracy = self.class_accuracy_C[self.class_U[ordered]]
+                agrees = np.where(self.prior_U[ordered] > 0, accuracy, 1 - accuracy)
+                log_U3[ordered] += np.log(np.stack([agrees, 1 - agrees, np.full_like(agrees, 0.5)], axis=1))
+        log_U3 -= log_U3.max(axis=1, keepdims=True)
+        p_U3 = np.exp(log_U3)
+        p_U3 /= p_U3.sum(axis=1, keepdims=True)
+        for label, state in ((1, 0), (-1, 1), (0, 2)):
+            p_U3[self.label_U == label] = np.eye(3)[state]
+        return p_U3
+
+    def fit(self) -> None:
+        for _ in range(MAX_ITERATIONS):
+            p_U3 = self.posterior() * self.counts_U[:, None]
+            change = max(self._fit_judges(p_U3), self._fit_prior(p_U3))
+            if self.has_ties:
+                share = (p_U3[:, 2].sum() + 1) / (self.counts_U.sum() + 3)
+                change, self.share_neither = max(change, abs(share - self.share_neither)), share
+            if change < TOLERANCE:
+                break
+
+    def _fit_judges(self, p_U3: np.ndarray) -> float:
+        change = 0.0
+        for j, pseudo in enumerate(self.pseudo):
+            if self.given_J[j] is not None:
+                continue
+            rows, L = self.has_vote_UJ[:, j], self.num_levels[j]
+            index = self.levels_UJ[rows, j] + L
+            first, second, neither = (np.bincount(index, p_U3[rows, s], minlength=2 * L + 1) for s in range(3))
+            counts = pseudo + np.stack([first + second[::-1], 0.5 * (neither + neither[::-1])])
+            new = counts / counts.sum(axis=1, keepdims=True)
+            change = max(change, float(np.abs(new - self.vote_probabilities[j]).max()))
+            self.vote_probabilities[j] = new
+        return change
+
+    def _fit_prior(self, p_U3: np.ndarray) -> float:
+        C = len(self.class_accuracy_C)
+        if not C:
+            return 0.0
+        ordered = self.prior_U != 0
+        p_U3, prior, of = p_U3[ordered], self.prior_U[ordered], self.class_U[ordered]
+        right_C = np.bincount(of, np.where(prior > 0, p_U3[:, 0], p_U3[:, 1]), minlength=C)
+        all_C = np.bincount(of, p_U3[:, :2].sum(axis=1), minlength=C)
+        right_R = np.bincount(self.rule_C, right_C, minlength=self.num_rules)
+        all_R = np.bincount(self.rule_C, all_C, minlength=self.num_rules)
+        rule_R = (right_R + STRENGTH * ASSUMED) / (all_R + STRENGTH)
+        new = (right_C + CLASS_STRENGTH * rule_R[self.rule_C]) / (all_C + CLASS_STRENGTH)
+        change = float(np.abs(new - self.class_accuracy_C).max())
+        self.class_accuracy_C = new
+        return change
+
+    def judge_reliability(self, j: int) -> Reliability:
+        L, (first, _) = self.num_levels[j], self.vote_probabilities[j]
+        rows = self.has_vote_UJ[:, j]
+        num_votes = self.counts_U[rows].sum()
+        ties = self.counts_U[rows & (self.levels_UJ[:, j] == 0)].sum()
+        return Reliability(
+            accuracy=float(first[L + 1 :].sum() / (first[L + 1 :].sum() + first[:L].sum())),
+            tie_rate=float(ties / num_votes) if num_votes else 0.0,
+            num_votes=int(num_votes),
+            is_given=self.given_J[j] is not None,
+        )
+
+    def class_reliability(self, c: int) -> Reliability:
+        num_votes = self.counts_U[(self.prior_U != 0) & (self.class_U == c)].sum()
+        return Reliability(
+            accuracy=float(self.class_accuracy_C[c]), tie_rate=0.0, num_votes=int(num_votes), is_given=False
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- calibration
+
+
+def expected_calibration_error(probabilities: np.ndarray, is_right: np.ndarray, num_bins: int = 10) -> float:
+    """Mean distance of stated probability and observed accuracy over equal-count bins (Naeini et al. 2015, with the
+    adaptive bins of Nixon et al. 2019, arXiv 1904.01685); 0 is calibrated, NaN for no pair.
+
+    Args:
+        probabilities: [N] that a choice is right.
+        is_right: [N] whether it was, 0 to 1.
+    """
+    if not len(probabilities):
+        return float("nan")
+    order = np.argsort(probabilities, kind="stable")
+    total = 0.0
+    for part in np.array_split(order, min(num_bins, len(order))):
+        total += len(part) * abs(probabilities[part].mean() - is_right[part].mean())
+    return float(total / len(order))
+
+
+def fit_temperature(probabilities: np.ndarray, is_right: np.ndarray) -> float:
+    """T so that sigmoid(logit(p) / T) has the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        probabilities: [N] in [0, 1]; those of 0 and 1 count as 1e-6 and 1 - 1e-6.
+        is_right: [N] 0 to 1.
+    """
+    logit = _logit(probabilities)
+    # The likelihood has one maximum in 1 / T: golden section.
+    low, high = -4.0, 4.0
+    ratio = (np.sqrt(5) - 1) / 2
+    for _ in range(60):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        if _nll(logit * np.exp(a), is_right) < _nll(logit * np.exp(b), is_right):
+            high = b
+        else:
+            low = a
+    return float(np.exp(-(low + high) / 2))
+
+
+def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """sigmoid(logit(p) / T)"""
+    return 1 / (1 + np.exp(-_logit(probabilities) / temperature))
+
+
+def _logit(probabilities: np.ndarray) -> np.ndarray:
+    p = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    return np.log(p / (1 - p))
+
+
+def _nll(logit: np.ndarray, is_right: np.ndarray) -> float:
+    return float((np.logaddexp(0, -logit) * is_right + np.logaddexp(0, logit) * (1 - is_right)).sum())
