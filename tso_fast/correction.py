@@ -93,12 +93,14 @@ def combined(
     evidence: Sequence[Sequence[PairEvidence]],
     given: Mapping[str, float],
     labelled: Iterable[tuple[str, tuple[int, int]]] = (),
+    unlabelled_weight: float = 1.0,
 ) -> Combination:
     """Reliabilities from all pairs of different texts, and their probabilities, in the order of ``evidence``.
 
     Args:
         given: accuracies that are not estimated, by judge.
         labelled: the pairs whose labels may be used.
+        unlabelled_weight: of ``reliability.combine``.
     """
     flat = [(item, pair) for item, pairs in zip(candidates, evidence, strict=True) for pair in pairs]
     judges = sorted({name for _, pair in flat for name in pair.votes})
@@ -122,7 +124,8 @@ def combined(
             label = label_of(pair.labels)
             labels[n] = np.nan if label is None else np.sign(label)
     return combine(votes, judges, prior_N=prior, classes_N=of, classes=list(classes), labels_N=labels,
-                   given={name: value for name, value in given.items() if name in column})  # fmt: skip
+                   given={name: value for name, value in given.items() if name in column},
+                   unlabelled_weight=unlabelled_weight)  # fmt: skip
 
 
 def is_same_text(item: Candidates, pair: tuple[int, int]) -> bool:

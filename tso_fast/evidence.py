@@ -6,6 +6,8 @@ verdicts -> ScoreMatrix -> Beliefs (consensus, or reliabilities) -> correction
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from tso_fast.judges.verifier import make_verifier
 from tso_fast.reliability import Combination, expected_calibration_error, fit_temperature, tempered
 from tso_fast.scoring import consensus
 from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
+
+logger = logging.getLogger(__name__)
 
 FOLDS = 5
 MIN_LABELS = 50
@@ -109,11 +113,16 @@ class Beliefs:
         self.evidence = evidence
         self.config = config
         self.combination: Combination | None = None
-        self.probabilities: list[np.ndarray | None] = [None] * len(candidates)
+        self.probabilities: list[Any] = [None] * len(candidates)
         """[pairs of the prompt, 3] of ``reliability.combine``; None: scores decide."""
         bounds = matrix.offsets[1:-1]
         if config.evidence == "calibrated":
-            self.combination = combined(candidates, evidence, self.given, _labelled(evidence))
+            self.unlabelled_weight = self._choose_weight()
+            self.combination = combined(candidates, evidence, self.given, _labelled(evidence), self.unlabelled_weight)
+            for (a, b), (observed, expected) in self.combination.misfits.items():
+                logger.warning("evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these "
+                               "would on %.0f %%; judges may copy each other, which only human labels can tell "
+                               "(`tso-fast annotate`)", a, b, 100 * observed, 100 * expected)  # fmt: skip
             self.probabilities = _by_prompt(self.combination, evidence)
             self.scores = [
                 _expected_win_rates(item, pairs, p)
@@ -148,13 +157,38 @@ class Beliefs:
             out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items()}
         return out
 
-    def without(self, hidden: Callable[[PairEvidence], bool]) -> list[np.ndarray | None]:
+    def _choose_weight(self) -> float:
+        """1: reliabilities from all pairs; 0: from labels alone, where that predicts held-back labels better.
+
+        Agreement among dependent judges looks like reliability; labels see through it, once there are enough.
+        """
+        decided = [pair for pairs in self.evidence for pair in pairs if pair.labels and label_of(pair.labels)]
+        if len(decided) < MIN_LABELS:
+            return 1.0
+        losses = {}
+        for weight in (1.0, 0.0):
+            loss = 0.0
+            for fold in range(FOLDS):
+                probabilities = self.without(_is_in(fold), weight)
+                for pairs, p in zip(self.evidence, probabilities, strict=True):
+                    for n, pair in enumerate(pairs):
+                        if pair.labels and _fold(pair.prompt_id) == fold and (label := label_of(pair.labels)):
+                            first, second = p[n][:2] + 1e-9
+                            loss -= math.log((first if label > 0 else second) / (first + second))
+            losses[weight] = loss
+        logger.info("evidence: reliabilities %s; held-back labels cost %.3f nat with all pairs, %.3f with labels alone",
+                    "from all pairs" if losses[1.0] <= losses[0.0] else "from human labels alone",
+                    losses[1.0] / len(decided), losses[0.0] / len(decided))  # fmt: skip
+        return 1.0 if losses[1.0] <= losses[0.0] else 0.0
+
+    def without(self, hidden: Callable[[PairEvidence], bool], unlabelled_weight: float | None = None) -> list[Any]:
         """Probabilities where the labels of some pairs are not used."""
         if self.config.evidence != "calibrated":
             return [None] * len(self.candidates)
         seen = [(pair.prompt_id, pair.responses) for pairs in self.evidence for pair in pairs
                 if pair.labels and not hidden(pair)]  # fmt: skip
-        return _by_prompt(combined(self.candidates, self.evidence, self.given, seen), self.evidence)
+        weight = self.unlabelled_weight if unlabelled_weight is None else unlabelled_weight
+        return _by_prompt(combined(self.candidates, self.evidence, self.given, seen, weight), self.evidence)
 
     def calibrate(self, config: PairingConfig) -> dict[str, Any] | None:
         """How well soft labels match human ones that were hidden from them, and the temperature that mends it."""
@@ -179,11 +213,7 @@ class Beliefs:
         """Soft labels of pairs that people have labelled, stated without that label; and whether they agree."""
         stated, right = [], []
         anything = dataclasses.replace(config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior")
-        for fold in range(FOLDS if self.config.evidence == "calibrated" else 1):
-
-            def hidden(pair: PairEvidence, fold: int = fold) -> bool:
-                return self.config.evidence != "calibrated" or _fold(pair.prompt_id) == fold
-
+        for fold in range(FOLDS if self.config.evidence == "calibrated" else 1):            hidden = _is_in(fold) if self.config.evidence == "calibrated" else lambda pair: True
             if not any(pair.labels and hidden(pair) for pairs in self.evidence for pair in pairs):
                 continue
             probabilities = self.without(hidden)
@@ -211,6 +241,10 @@ def _by_rule(combination: Combination) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _is_in(fold: int) -> Callable[[PairEvidence], bool]:
+    return lambda pair: _fold(pair.prompt_id) == fold
+
+
 def _fold(prompt_id: str) -> int:
     return zlib.crc32(prompt_id.encode()) % FOLDS
 
@@ -219,7 +253,7 @@ def _labelled(evidence: Evidence) -> list[tuple[str, tuple[int, int]]]:
     return [(pair.prompt_id, pair.responses) for pairs in evidence for pair in pairs if pair.labels]
 
 
-def _by_prompt(combination: Combination, evidence: Evidence) -> list[np.ndarray | None]:
+def _by_prompt(combination: Combination, evidence: Evidence) -> list[Any]:
     return list(np.split(combination.probabilities, np.cumsum([len(pairs) for pairs in evidence])[:-1]))
 
 
@@ -319,8 +353,8 @@ def _best(
         seen = [
             (pair.prompt_id, pair.responses) for pairs in labelled for pair in pairs if _fold(pair.prompt_id) != fold
         ]
-        found = _by_prompt(combined(candidates, labelled, given, seen), evidence)
+        found = _by_prompt(combined(candidates, labelled, given, seen, unlabelled_weight=0.0), evidence)
         for p, item in enumerate(candidates):
             if _fold(item.prompt.id) == fold:
-                out[p] = found[p]  # type: ignore[assignment]
+                out[p] = found[p]
     return out

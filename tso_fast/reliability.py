@@ -13,6 +13,7 @@ Letters in shapes: N pairs, J judges, C classes of the prior order, U distinct p
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ STRENGTH = 4.0
 """Votes that an assumed reliability counts for."""
 CLASS_STRENGTH = 20.0
 """Pairs that the accuracy of a rule counts for in that of one pair of models."""
+MISFIT = 0.05
+"""Difference of agreement that is told."""
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-7
 
@@ -55,6 +58,9 @@ class Combination:
     judges: Mapping[str, Reliability]
     prior: Mapping[tuple[str, str], Reliability]
     """By (rule, class)."""
+    misfits: Mapping[tuple[str, str], tuple[float, float]]
+    """Voters whose agreement the model does not explain, so that judges may depend on each other: how often the two
+    agree, and how often they should."""
     is_estimated: bool
     """False: too few voters to estimate anything, reliabilities are the assumed ones."""
 
@@ -68,6 +74,7 @@ def combine(
     classes: Sequence[tuple[str, str]],
     labels_N: np.ndarray | None = None,
     given: Mapping[str, float] | None = None,
+    unlabelled_weight: float = 1.0,
 ) -> Combination:
     """Estimates reliabilities and combines votes, prior order and labels.
 
@@ -79,6 +86,8 @@ def combine(
         classes: [C] (rule, name of the class): classes of one rule inform each other.
         labels_N: float; 1, -1, 0 of a person, NaN unknown.
         given: accuracies that are not estimated, by judge, in (0, 1).
+        unlabelled_weight: what a pair without a label counts in the estimates; 0: reliabilities are counted on labels
+            alone, which dependent judges cannot mislead.
 
     With fewer than three voters that say something, no label and nothing given, agreement tells nothing; then an
     accuracy of 0.7 is assumed of each, and a warning says so.
@@ -94,7 +103,7 @@ def combine(
         np.where(np.isnan(labels_N), 2, labels_N),
     ]).astype(np.int32)  # fmt: skip
     patterns, inverse, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
-    model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given)
+    model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given, unlabelled_weight)
     is_estimated = model.num_voters >= 3 or bool(given) or not np.isnan(labels_N).all()
     if is_estimated:
         model.fit()
@@ -106,6 +115,7 @@ def combine(
         )  # fmt: skip
     return Combination(
         probabilities=model.posterior()[inverse.reshape(-1)],
+        misfits=model.misfits() if is_estimated else {},
         judges={name: model.judge_reliability(j) for j, name in enumerate(judges)},
         prior={key: model.class_reliability(c) for c, key in enumerate(classes)},
         is_estimated=is_estimated,
@@ -136,9 +146,14 @@ class _Model:
         num_levels: Sequence[int],
         classes: Sequence[tuple[str, str]],
         given: Mapping[str, float],
+        unlabelled_weight: float,
     ) -> None:
         J = len(judges)
-        self.counts_U = counts_U
+        self.judges = judges
+        # The prior order alone, or nothing at all, tells nothing of reliabilities.
+        is_told = (patterns[:, :J] <= LEVELS).any(axis=1) | (patterns[:, J + 2] != 2)
+        self.counts_U = counts_U * is_told
+        self.weight_U = self.counts_U * np.where(patterns[:, J + 2] != 2, 1.0, unlabelled_weight)
         self.levels_UJ = patterns[:, :J]
         self.prior_U, self.class_U, self.label_U = patterns[:, J], patterns[:, J + 1], patterns[:, J + 2]
         self.has_vote_UJ = self.levels_UJ <= LEVELS
@@ -193,10 +208,10 @@ class _Model:
 
     def fit(self) -> None:
         for _ in range(MAX_ITERATIONS):
-            p_U3 = self.posterior() * self.counts_U[:, None]
+            p_U3 = self.posterior() * self.weight_U[:, None]
             change = max(self._fit_judges(p_U3), self._fit_prior(p_U3))
             if self.has_ties:
-                share = (p_U3[:, 2].sum() + 1) / (self.counts_U.sum() + 3)
+                share = (p_U3[:, 2].sum() + 1) / (self.weight_U.sum() + 3)
                 change, self.share_neither = max(change, abs(share - self.share_neither)), share
             if change < TOLERANCE:
                 break
@@ -230,6 +245,43 @@ class _Model:
         change = float(np.abs(new - self.class_accuracy_C).max())
         self.class_accuracy_C = new
         return change
+
+    def misfits(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """By two voters: observed and expected agreement where they differ by over ``MISFIT`` and four standard errors.
+
+        The likelihood is a mixture over the three states in which voters are independent; expected is what it says of
+        the pairs on which both vote for one response.
+        """
+        out = {}
+        J = len(self.judges)
+        names = [*self.judges, "prior"]
+        votes = np.column_stack([np.where(self.has_vote_UJ, np.sign(self.levels_UJ), 0), self.prior_U])
+        for a, b in itertools.combinations(range(J + 1), 2):
+            rows = (votes[:, a] != 0) & (votes[:, b] != 0)
+            n = self.counts_U[rows].sum()
+            if n < MIN_VOTES_PER_LEVEL:
+                continue
+            first_a, first_b = self._chance_of_first(a, rows), self._chance_of_first(b, rows)
+            state = np.array([(1 - self.share_neither) / 2] * 2 + [self.share_neither])
+            both = state * first_a.sum(axis=1) * first_b.sum(axis=1)
+            agree = state * (first_a * first_b).sum(axis=1)
+            share = (agree.sum(axis=1) / both.sum(axis=1)) @ self.counts_U[rows] / n
+            observed = self.counts_U[rows & (votes[:, a] == votes[:, b])].sum() / n
+            if abs(observed - share) > max(MISFIT, 4 * np.sqrt(share * (1 - share) / n)):
+                out[names[a], names[b]] = (float(observed), float(share))
+        return out
+
+    def _chance_of_first(self, voter: int, rows: np.ndarray) -> np.ndarray:
+        """[rows, 2, 3]: chance of a vote for the first and for the second response in each state."""
+        if voter < len(self.judges):
+            L, (first, neither) = self.num_levels[voter], self.vote_probabilities[voter]
+            right, wrong, either = first[L + 1 :].sum(), first[:L].sum(), neither[L + 1 :].sum()
+            one = np.array([[right, wrong, either], [wrong, right, either]])
+            return np.broadcast_to(one, (int(rows.sum()), 2, 3))
+        accuracy = self.class_accuracy_C[self.class_U[rows]]
+        half = np.full_like(accuracy, 0.5)
+        return np.stack([np.stack([accuracy, 1 - accuracy, half], axis=1),
+                         np.stack([1 - accuracy, accuracy, half], axis=1)], axis=1)  # fmt: skip
 
     def judge_reliability(self, j: int) -> Reliability:
         L, (first, _) = self.num_levels[j], self.vote_probabilities[j]
