@@ -112,7 +112,7 @@ class Matrix:
 def risk(log_odds: np.ndarray, truth: np.ndarray, coverage: float) -> float:
     """Error of the most certain share of pairs; pairs that are equally certain count in proportion."""
     wrong = np.where(log_odds == 0, 0.5, np.sign(log_odds) != truth)
-    certain, level = np.unique(-np.abs(log_odds).round(9), return_inverse=True)
+    _, level = np.unique(-np.abs(log_odds).round(9), return_inverse=True)
     num, errors = np.bincount(level), np.bincount(level, wrong)
     taken = np.clip(coverage * len(truth) - np.concatenate([[0], np.cumsum(num)[:-1]]), 0, num)
     return float((errors * taken / num).sum() / (coverage * len(truth)))
@@ -214,7 +214,8 @@ def pandalm(file: Path) -> list[dict[str, Any]]:
         people = [k for k in range(3) if k != truth]
         evidence = [
             [PairEvidence(prompt_id=c.prompt.id, responses=(0, 1), prior=0, rule="none", stated=None, labels={},
-                          votes={f"person {k + 1}": float(votes[n, k]) for k in people} | {"length": float(lengths[n])})]
+                          votes={**{f"person {k + 1}": float(votes[n, k]) for k in people},
+                                 "length": float(lengths[n])})]
             for n, c in enumerate(candidates)
         ]  # fmt: skip
         found = combined(candidates, evidence, {})
@@ -310,9 +311,7 @@ def main() -> None:
     for name, run in sections.items():
         record[name] = run()
         write_json(arguments.output, record)
-    print(
-        f"GSM8K, {record['pairs']} ordered pairs with one right and one wrong response; 5 seeds, mean (lowest–highest)\n"
-    )
+    print(f"GSM8K, {record['pairs']} ordered pairs, one right and one wrong; 5 seeds, mean (lowest–highest)\n")
     print(show_gsm8k(record["decided"], matrix.prior_error))
     print("\nThe same where judges also guess on the pairs that are both right or both wrong, as in a real run\n")
     print(show_gsm8k(record["all"], matrix.prior_error))

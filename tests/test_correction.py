@@ -219,7 +219,8 @@ def test_the_whole_matrix_with_its_people(judged: tuple[list[Candidates], np.nda
     """Every pair is counted once; the unordered cells are decided by evidence alone; people are never corrected."""
     candidates, _ = judged
     verdicts = verify(candidates, make_verifier("numeric"), BadRows())
-    pairs, info = make_pairs(candidates, verdicts, EvidenceConfig(verifier="numeric"), PairingConfig(max_pairs=99), seed=0)
+    judging = EvidenceConfig(verifier="numeric")
+    pairs, info = make_pairs(candidates, verdicts, judging, PairingConfig(max_pairs=99), seed=0)
     decisions = info["decisions"]
     assert {rule: sum(of.values()) for rule, of in decisions.items()} == {
         "human": 4 * 660, "larger": 2 * 660, "newer": 2 * 660, "newer+larger": 660, "none": 660

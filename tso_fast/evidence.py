@@ -213,7 +213,8 @@ class Beliefs:
         """Soft labels of pairs that people have labelled, stated without that label; and whether they agree."""
         stated, right = [], []
         anything = dataclasses.replace(config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior")
-        for fold in range(FOLDS if self.config.evidence == "calibrated" else 1):            hidden = _is_in(fold) if self.config.evidence == "calibrated" else lambda pair: True
+        for fold in range(FOLDS if self.config.evidence == "calibrated" else 1):
+            hidden = _is_in(fold) if self.config.evidence == "calibrated" else lambda pair: True
             if not any(pair.labels and hidden(pair) for pairs in self.evidence for pair in pairs):
                 continue
             probabilities = self.without(hidden)

@@ -1,0 +1,364 @@
+"""From verdicts, comparisons and labels to beliefs, corrected pairs, soft labels, and errors against what is known."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tso_fast.config import EvidenceConfig, PairingConfig
+from tso_fast.correction import evidence_of, label_of
+from tso_fast.errors import InputError
+from tso_fast.evidence import Beliefs, errors_against, make_oracle, score_matrix, with_comparisons
+from tso_fast.judges.agreement import agree
+from tso_fast.records import BadRows, read_candidates
+from tso_fast.stages import make_pairs
+from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
+
+NAN = math.nan
+
+
+def item(id: str, *texts: str, **fields: Any) -> Candidates:  # noqa: A002
+    """The first response is of the newest version, the last of the oldest."""
+    responses = tuple(
+        Response(model=f"v{len(texts) - i}", text=text, version_rank=len(texts) - i, size_b=1.0, **fields)
+        for i, text in enumerate(texts)
+    )
+    return Candidates(prompt=Prompt(id=id, prompt="?"), responses=responses)
+
+
+def said(
+    probability: float | None,
+    i: int = 0,
+    j: int = 1,
+    judge: str = "llm",
+    id: str = "q",
+    **more: Any,  # noqa: A002
+) -> Comparison:
+    return Comparison(prompt_id=id, responses=(i, j), judge=judge, probability=probability, **more)
+
+
+def label(probability: float | None, annotator: str = "ann", **more: Any) -> Comparison:
+    return said(probability, judge="human", annotator=annotator, **more)
+
+
+def decide(
+    verdicts: list[Verdict | Comparison], evidence: str = "consensus", **settings: Any
+) -> tuple[list[PreferencePair], dict[str, Any]]:
+    judging = EvidenceConfig(evidence=evidence)  # type: ignore[arg-type]
+    return make_pairs([item("q", "new", "old")], verdicts, judging, PairingConfig(**settings), 0)
+
+
+def reasons(info: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(decision, reason) for decision, of in info["reasons"].items() for reason in of]
+
+
+# ---- gathering
+
+
+def test_votes_of_every_kind_meet_in_a_pair() -> None:
+    candidates = [item("q", "a", "b", "c")]
+    verdicts = [Verdict(prompt_id="q", response=i, judge="rater", score=s) for i, s in enumerate([3.0, 1.0, None])]
+    comparisons = [said(0.9), said(0.2, 2, 0, judge="other"), said(None, 1, 2), label(0.0, annotator="bo")]
+    (pairs,) = evidence_of(candidates, score_matrix(candidates, verdicts), comparisons)
+    first, second, third = pairs
+    assert first.responses == (0, 1)
+    assert (first.prior, first.rule) == (1, "newer")
+    assert dict(first.votes) == pytest.approx({"rater": 2.0, "llm": 0.8})
+    assert first.stated == pytest.approx(0.9)
+    assert dict(first.labels) == {"bo": -1.0}
+    assert dict(second.votes) == pytest.approx({"other": 0.6})  # named the other way round
+    assert dict(third.votes) == {}
+    assert third.stated is None
+
+
+def test_a_judge_is_of_one_kind() -> None:
+    verdicts = [Verdict(prompt_id="q", response=0, judge="llm", score=1.0), said(0.9)]
+    with pytest.raises(InputError, match="'llm' has verdicts on single responses and on two"):
+        decide(verdicts)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"a": 1.0}, 1.0),
+        ({"a": 1.0, "b": -1.0}, 0.0),
+        ({"a": 1.0, "b": 1.0, "c": -1.0}, 1 / 3),
+        ({"a": None}, None),
+        ({"a": None, "b": 1.0}, None),
+        ({"a": None, "b": 1.0, "c": 1.0}, 1.0),
+    ],
+)
+def test_what_people_say_together(labels: dict[str, float | None], expected: float | None) -> None:
+    assert label_of(labels) == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_comparing_judge_becomes_a_column_of_mean_wins() -> None:
+    candidates = [item("p", "x", "y"), item("q", "a", "b", "c")]
+    matrix = score_matrix(candidates, [])
+    verdicts = [said(0.9), said(0.6, 2, 0), said(None, 1, 2), label(1.0)]
+    with_them = with_comparisons(matrix, candidates, verdicts)
+    assert with_them.scorers == ("llm",)
+    np.testing.assert_allclose(with_them.scores[:, 0], [NAN, NAN, (0.9 + 0.4) / 2, 0.1, 0.6], rtol=1e-6)
+
+
+# ---- decisions
+
+
+@pytest.mark.parametrize("evidence", ["consensus", "calibrated"])
+@pytest.mark.parametrize(
+    ("labels", "decision", "reason", "chosen"),
+    [
+        ([1.0], "keep", "human: confirmed", "new"),
+        ([0.0], "swap", "human: contradicted", "old"),
+        ([0.5], "drop", "human: tie", None),
+        ([None], "drop", "human: bad", None),
+        ([1.0, 0.0], "drop", "human: tie", None),
+        ([0.0, 0.0, 1.0], "swap", "human: contradicted", "old"),
+    ],
+)
+def test_a_person_overrules_every_judge(
+    evidence: str, labels: list[float | None], decision: str, reason: str, chosen: str | None
+) -> None:
+    people = [label(p, annotator=f"ann{i}") for i, p in enumerate(labels)]
+    for probability in (0.99, 0.01):
+        pairs, info = decide([said(probability), said(probability, judge="second"), *people], evidence=evidence)
+        assert reasons(info) == [(decision, reason)]
+        assert [pair.chosen.text for pair in pairs] == ([chosen] if chosen else [])
+
+
+@pytest.mark.parametrize(("stated", "reason"), [(0.9, "confirmed"), (0.1, "contradicted"), (0.5, "tie")])
+def test_a_comparison_alone_decides_by_consensus(stated: float, reason: str) -> None:
+    pairs, info = decide([said(stated)])
+    assert [r for _, r in reasons(info)] == [reason]
+    for pair in pairs:
+        assert pair.probability == pytest.approx(0.9)
+        assert pair.score_chosen == pytest.approx(0.9)
+
+
+def test_an_unsure_pair_is_dropped() -> None:
+    assert reasons(decide([said(0.7)], min_confidence=0.75)[1]) == [("drop", "unsure")]
+    assert reasons(decide([said(0.8)], min_confidence=0.75)[1]) == [("keep", "confirmed")]
+    assert reasons(decide([said(0.2)], min_confidence=0.75)[1]) == [("swap", "contradicted")]
+
+
+def test_an_abstention_leaves_the_prior() -> None:
+    pairs, info = decide([said(None, reason="no verdict")])
+    assert reasons(info) == [("keep", "prior alone")]
+    assert info["abstained"] == 1
+    assert info["judges"] == {"llm": {"verdicts": 1, "abstained": 1, "ties": 0}}
+    assert pairs[0].probability is None
+
+
+def test_one_judge_against_the_prior_is_undecided_when_calibrated(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "tso_fast"):
+        assert reasons(decide([said(0.1)], evidence="calibrated")[1]) == [("drop", "tie")]
+    assert "2 voters only" in caplog.text
+
+
+def simulated(n: int = 400, judges: tuple[float, ...] = (0.8, 0.75, 0.7), seed: int = 0, prior: float = 0.8) -> Any:
+    """n prompts of a newer and an older response; the newer one is right with probability ``prior``."""
+    rng = np.random.default_rng(seed)
+    truth = np.where(rng.random(n) < prior, 1, -1)
+    candidates, verdicts = [], []
+    for k in range(n):
+        scores = ({"known": float(truth[k] > 0)}, {"known": float(truth[k] < 0)})
+        base = item(f"q{k}", "new", "old")
+        responses = tuple(
+            Response(**{**vars(r), "scores": s, "is_correct": bool(s["known"])})
+            for r, s in zip(base.responses, scores, strict=True)
+        )
+        candidates.append(Candidates(prompt=base.prompt, responses=responses))
+        for j, accuracy in enumerate(judges):
+            vote = truth[k] if rng.random() < accuracy else -truth[k]
+            verdicts.append(said(float(vote > 0), judge=f"j{j}", id=f"q{k}"))
+    return candidates, verdicts, truth
+
+
+def test_calibrated_evidence_corrects_the_prior() -> None:
+    candidates, verdicts, truth = simulated(1500)
+    oracle = make_oracle("known", candidates)
+    config = PairingConfig(soft_label_by="probability")
+    pairs, info = make_pairs(candidates, verdicts, EvidenceConfig(evidence="calibrated"), config, 0, oracle)
+    errors = info["errors"]["newer"]
+    assert errors["prior"] == (truth < 0).sum()
+    assert errors["corrected"] / errors["kept"] < 0.7 * errors["prior"] / errors["pairs"]
+    assert errors["corrected"] <= 1.15 * errors["best"] + 3
+    wrong = sum(pair.chosen.scores["known"] == 0.0 for pair in pairs)
+    assert wrong == errors["corrected"]
+    assert "known" not in info["judges"]  # what is measured against is no evidence
+    assert info["judges"]["j0"]["accuracy"] == pytest.approx(0.8, abs=0.06)
+    assert info["judges"]["prior: newer"]["accuracy"] == pytest.approx(0.8, abs=0.06)
+    for pair in pairs:
+        assert pair.soft_label == pair.probability
+        assert 0.5 <= pair.probability <= 1
+        assert pair.margin >= 0
+
+
+def test_the_oracle_is_no_evidence() -> None:
+    candidates, _, _ = simulated(20)
+    pairs, _ = make_pairs(candidates, [], EvidenceConfig(), PairingConfig(), 0, make_oracle("known", candidates))
+    assert {pair.reason for pair in pairs} == {"prior alone"}
+    pairs, _ = make_pairs(candidates, [], EvidenceConfig(), PairingConfig(), 0)
+    assert {pair.reason for pair in pairs} == {"confirmed", "contradicted"}
+
+
+@pytest.mark.parametrize("name", ["is_correct", "known"])
+def test_oracles(name: str) -> None:
+    candidates, _, truth = simulated(30)
+    oracle = make_oracle(name, candidates)
+    assert [s[0] for s in oracle.scores] == [float(t > 0) for t in truth]
+
+
+def test_a_verifier_as_oracle() -> None:
+    candidates = [
+        Candidates(prompt=Prompt(id="q", prompt="?", answer="4"), responses=item("q", "A: 4", "A: 5").responses)
+    ]
+    assert make_oracle("numeric", candidates).scores == [[1.0, 0.0]]
+
+
+def test_an_oracle_that_knows_nothing() -> None:
+    with pytest.raises(InputError, match="oracle: no response has 'is_correct'"):
+        make_oracle("is_correct", [item("q", "a", "b")])
+
+
+def test_errors_count_only_what_the_oracle_orders() -> None:
+    candidates = [item("q", "a", "b", "c")]
+    matrix = score_matrix(candidates, [])
+    evidence = evidence_of(candidates, matrix, [])
+    beliefs = Beliefs(candidates, evidence, EvidenceConfig(), matrix)
+    oracle = make_oracle("exact", [Candidates(prompt=Prompt(id="q", prompt="?", answer="b"),
+                                              responses=candidates[0].responses)])  # fmt: skip
+    assert errors_against(oracle, candidates, evidence, [[]], beliefs) == {
+        "newer": {"pairs": 2, "prior": 1, "kept": 0, "corrected": 0, "best": 0}
+    }
+
+
+# ---- calibration
+
+
+@pytest.mark.parametrize("evidence", ["consensus", "calibrated"])
+def test_soft_labels_match_held_back_labels(evidence: str) -> None:
+    """Judges that state 0.99 and are right on 75 %: people temper them."""
+    candidates, verdicts, truth = simulated(800, judges=(0.75,) * (1 if evidence == "consensus" else 3))
+    loud = [said(0.99 if v.probability else 0.01, judge=v.judge, id=v.prompt_id) for v in verdicts]
+    people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(300)]
+    judging = EvidenceConfig(evidence=evidence)  # type: ignore[arg-type]
+    config = PairingConfig(soft_label_by="probability")
+    pairs, info = make_pairs(candidates, [*loud, *people], judging, config, 0)
+    found = info["calibration"]
+    assert found["labels"] == pytest.approx(300, abs=12)
+    if evidence == "consensus":
+        assert found["temperature"] > 2
+        assert found["ece"] == pytest.approx(0.24, abs=0.06)
+    assert found["ece_tempered"] < 0.08
+    rest = [pair for pair in pairs if int(pair.prompt.id[1:]) >= 300]
+    stated = np.mean([pair.soft_label for pair in rest])
+    right = np.mean([(pair.chosen.text == "new") == (truth[int(pair.prompt.id[1:])] > 0) for pair in rest])
+    assert stated == pytest.approx(right, abs=0.05)
+    assert {pair.soft_label for pair in pairs if int(pair.prompt.id[1:]) < 300} == {1.0}  # one person, sure
+
+
+def test_a_few_labels_do_not_temper() -> None:
+    candidates, verdicts, truth = simulated(100)
+    people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(20)]
+    config = PairingConfig(soft_label_by="probability")
+    _, info = make_pairs(candidates, [*verdicts, *people], EvidenceConfig(evidence="calibrated"), config, 0)
+    assert (info["calibration"]["temperature"], info["calibration"]["ece_tempered"]) == (1.0, None)
+
+
+def test_no_tempering_when_told_so() -> None:
+    candidates, verdicts, truth = simulated(300)
+    people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(200)]
+    config = PairingConfig(soft_label_by="probability", calibrate_soft_labels=False)
+    _, info = make_pairs(candidates, [*verdicts, *people], EvidenceConfig(evidence="calibrated"), config, 0)
+    assert info["calibration"]["temperature"] == 1.0
+
+
+def test_labels_overrule_judges_that_copy_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    candidates, verdicts, truth = simulated(1200, judges=(0.7, 0.7), prior=0.8)
+    copies = [said(v.probability, judge="copy", id=v.prompt_id) for v in verdicts if v.judge == "j0"]
+    people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(150)]
+
+    def error(extra: list[Comparison]) -> float:
+        pairs, _ = make_pairs(candidates, [*verdicts, *copies, *extra], EvidenceConfig(evidence="calibrated"),
+                              PairingConfig(), 0)  # fmt: skip
+        rest = [pair for pair in pairs if int(pair.prompt.id[1:]) >= 150]
+        return float(np.mean([(p.chosen.text == "new") != (truth[int(p.prompt.id[1:])] > 0) for p in rest]))
+
+    with caplog.at_level(logging.INFO, "tso_fast"):
+        misled = error([])
+        assert "judges may copy each other" in caplog.text
+        told = error(people)
+        assert "reliabilities from human labels alone" in caplog.text
+    assert misled > 0.25
+    assert told < 0.2
+
+
+# ---- strength
+
+
+def strength(scores: list[float], **settings: Any) -> PreferencePair:
+    candidates = [item("q", *"abcdef"[: len(scores)])]
+    verdicts = [Verdict(prompt_id="q", response=i, judge="rater", score=None if math.isnan(s) else s)
+                for i, s in enumerate(scores)]  # fmt: skip
+    (pair,), _ = make_pairs(
+        candidates, verdicts, EvidenceConfig(), PairingConfig(pair_strategy="best_worst", **settings), 0
+    )
+    return pair
+
+
+def test_soft_label_by_gap_of_ranks() -> None:
+    pair = strength([0.0, 10.0, 3.0, NAN], soft_label_by="rank_gap", soft_label_kappa=2.0)
+    assert pair.soft_label == pytest.approx(1 / (1 + math.exp(-2)))
+    assert strength([0.0, 10.0, 10.0], soft_label_by="rank_gap").soft_label == pytest.approx(1 / (1 + math.exp(-0.75)))
+
+
+def test_soft_label_by_win_rate() -> None:
+    assert strength([0.0, 1.0, 2.0], soft_label_by="win_rate").soft_label == 1.0
+    assert strength([0.0, 1.0, 1.0], soft_label_by="win_rate").soft_label == pytest.approx(0.5 + 0.5 * 0.75)
+
+
+def test_scale_by_confidence() -> None:
+    pair = strength([0.0, 1.0], soft_label_by="score_gap", soft_label_kappa=1.0, scale_by="confidence")
+    assert pair.scale == pytest.approx(2 * pair.soft_label - 1)
+    assert strength([0.0, 1.0], scale_by="confidence").scale == 1.0
+
+
+# ---- agreement, on real answers
+
+
+def test_agreement_needs_no_answer(gsm8k_dev: Path) -> None:
+    """On a real matrix, coinciding answers are right far more often than the larger or newer model's."""
+    candidates = read_candidates(gsm8k_dev, BadRows())
+    verdicts = agree(candidates, "agreement")
+    right = wrong = 0
+    rows = iter(verdicts)
+    for c in candidates:
+        own = list(itertools.islice(rows, len(c.responses)))
+        for (a, va), (b, vb) in itertools.combinations(zip(c.responses, own, strict=True), 2):
+            if a.is_human or b.is_human or a.is_correct == b.is_correct or va.score == vb.score:
+                continue
+            assert va.score is not None
+            assert vb.score is not None
+            right += (va.score > vb.score) == a.is_correct
+            wrong += (va.score > vb.score) != a.is_correct
+    assert right / (right + wrong) > 0.85
+    assert right + wrong > 600
+
+
+def test_agreement_abstains() -> None:
+    candidates = Candidates(
+        prompt=Prompt(id="q", prompt="?"),
+        responses=(
+            Response(model="a", text="4"), Response(model="b", text="four"), Response(model="human", text="4"),
+            Response(model="c", text="so 4"),
+        ),
+    )  # fmt: skip
+    assert [v.score for v in agree([candidates], "agreement")] == [0.5, None, None, 0.5]
+    assert [v.score for v in agree([item("q", "4")], "agreement")] == [None]
