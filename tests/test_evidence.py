@@ -37,8 +37,8 @@ def said(
     i: int = 0,
     j: int = 1,
     judge: str = "llm",
-    id: str = "q",
-    **more: Any,  # noqa: A002
+    id: str = "q",  # noqa: A002
+    **more: Any,
 ) -> Comparison:
     return Comparison(prompt_id=id, responses=(i, j), judge=judge, probability=probability, **more)
 
@@ -161,17 +161,19 @@ def test_one_judge_against_the_prior_is_undecided_when_calibrated(caplog: pytest
     assert "2 voters only" in caplog.text
 
 
-def simulated(n: int = 400, judges: tuple[float, ...] = (0.8, 0.75, 0.7), seed: int = 0, prior: float = 0.8) -> Any:
-    """n prompts of a newer and an older response; the newer one is right with probability ``prior``."""
-    rng = np.random.default_rng(seed)
-    truth = np.where(rng.random(n) < prior, 1, -1)
+def simulated(n: int = 400, judges: tuple[float, ...] = (0.8, 0.75, 0.7), known: bool = False) -> Any:
+    """n prompts of a newer and an older response; the newer one is right with probability 0.8.
+
+    ``known``: the data have a score that says so, which is evidence unless it is the oracle.
+    """
+    rng = np.random.default_rng(0)
+    truth = np.where(rng.random(n) < 0.8, 1, -1)
     candidates, verdicts = [], []
     for k in range(n):
-        scores = ({"known": float(truth[k] > 0)}, {"known": float(truth[k] < 0)})
         base = item(f"q{k}", "new", "old")
         responses = tuple(
-            Response(**{**vars(r), "scores": s, "is_correct": bool(s["known"])})
-            for r, s in zip(base.responses, scores, strict=True)
+            Response(**{**vars(r), "scores": {"known": float(right)} if known else {}, "is_correct": bool(right)})
+            for r, right in zip(base.responses, (truth[k] > 0, truth[k] < 0), strict=True)
         )
         candidates.append(Candidates(prompt=base.prompt, responses=responses))
         for j, accuracy in enumerate(judges):
@@ -181,7 +183,7 @@ def simulated(n: int = 400, judges: tuple[float, ...] = (0.8, 0.75, 0.7), seed: 
 
 
 def test_calibrated_evidence_corrects_the_prior() -> None:
-    candidates, verdicts, truth = simulated(1500)
+    candidates, verdicts, truth = simulated(1500, known=True)
     oracle = make_oracle("known", candidates)
     config = PairingConfig(soft_label_by="probability")
     pairs, info = make_pairs(candidates, verdicts, EvidenceConfig(evidence="calibrated"), config, 0, oracle)
@@ -189,7 +191,7 @@ def test_calibrated_evidence_corrects_the_prior() -> None:
     assert errors["prior"] == (truth < 0).sum()
     assert errors["corrected"] / errors["kept"] < 0.7 * errors["prior"] / errors["pairs"]
     assert errors["corrected"] <= 1.15 * errors["best"] + 3
-    wrong = sum(pair.chosen.scores["known"] == 0.0 for pair in pairs)
+    wrong = sum(not pair.chosen.is_correct for pair in pairs)
     assert wrong == errors["corrected"]
     assert "known" not in info["judges"]  # what is measured against is no evidence
     assert info["judges"]["j0"]["accuracy"] == pytest.approx(0.8, abs=0.06)
@@ -201,7 +203,7 @@ def test_calibrated_evidence_corrects_the_prior() -> None:
 
 
 def test_the_oracle_is_no_evidence() -> None:
-    candidates, _, _ = simulated(20)
+    candidates, _, _ = simulated(20, known=True)
     pairs, _ = make_pairs(candidates, [], EvidenceConfig(), PairingConfig(), 0, make_oracle("known", candidates))
     assert {pair.reason for pair in pairs} == {"prior alone"}
     pairs, _ = make_pairs(candidates, [], EvidenceConfig(), PairingConfig(), 0)
@@ -210,7 +212,7 @@ def test_the_oracle_is_no_evidence() -> None:
 
 @pytest.mark.parametrize("name", ["is_correct", "known"])
 def test_oracles(name: str) -> None:
-    candidates, _, truth = simulated(30)
+    candidates, _, truth = simulated(30, known=True)
     oracle = make_oracle(name, candidates)
     assert [s[0] for s in oracle.scores] == [float(t > 0) for t in truth]
 
@@ -281,7 +283,7 @@ def test_no_tempering_when_told_so() -> None:
 
 
 def test_labels_overrule_judges_that_copy_each_other(caplog: pytest.LogCaptureFixture) -> None:
-    candidates, verdicts, truth = simulated(1200, judges=(0.7, 0.7), prior=0.8)
+    candidates, verdicts, truth = simulated(1200, judges=(0.7, 0.7))
     copies = [said(v.probability, judge="copy", id=v.prompt_id) for v in verdicts if v.judge == "j0"]
     people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(150)]
 

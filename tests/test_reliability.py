@@ -130,7 +130,7 @@ def test_stronger_votes_of_a_judge_count_more() -> None:
 
 
 def test_absent_votes_say_nothing() -> None:
-    truth, votes = planted([0.8, 0.8, 0.8])
+    _, votes = planted([0.8, 0.8, 0.8])
     votes[np.random.default_rng(0).random(votes.shape) < 0.3] = NAN
     votes[0] = NAN
     found = run(votes)
