@@ -202,7 +202,17 @@ def test_labels_alone_see_through_copies() -> None:
     votes[:, 1] = votes[:, 0]
     labels = np.where(np.arange(4000) < 400, truth, NAN)
     assert accuracies_of(run(votes, labels_N=labels))[0] > 0.85
-    assert accuracies_of(run(votes, labels_N=labels, unlabelled_weight=0.0)) == pytest.approx([0.7] * 3, abs=0.06)
+    counted = run(votes, labels_N=labels, learn_from="labels")
+    assert accuracies_of(counted) == pytest.approx([0.7] * 3, abs=0.06)
+    weighed = run(votes, labels_N=labels, learn_from="weights")
+    rest = slice(400, None)
+
+    def loss(c: Combination) -> float:
+        p = np.where(truth[rest] > 0, c.probabilities[rest, 0], c.probabilities[rest, 1])
+        return float(-np.log(p).mean())
+
+    assert loss(weighed) < loss(counted) - 0.02  # the copy no longer counts twice
+    assert accuracies_of(weighed) == accuracies_of(counted)
 
 
 # ---- calibration

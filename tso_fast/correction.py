@@ -17,7 +17,7 @@ import numpy as np
 
 from tso_fast.config import PairingConfig
 from tso_fast.errors import InputError
-from tso_fast.reliability import Combination, combine
+from tso_fast.reliability import Combination, LearnFrom, combine
 from tso_fast.types import HUMAN, Candidates, Comparison, Decision, PairEvidence, Response, ScoreMatrix
 
 
@@ -93,14 +93,14 @@ def combined(
     evidence: Sequence[Sequence[PairEvidence]],
     given: Mapping[str, float],
     labelled: Iterable[tuple[str, tuple[int, int]]] = (),
-    unlabelled_weight: float = 1.0,
+    learn_from: LearnFrom = "all",
 ) -> Combination:
     """Reliabilities from all pairs of different texts, and their probabilities, in the order of ``evidence``.
 
     Args:
         given: accuracies that are not estimated, by judge.
         labelled: the pairs whose labels may be used.
-        unlabelled_weight: of ``reliability.combine``.
+        learn_from: of ``reliability.combine``.
     """
     flat = [(item, pair) for item, pairs in zip(candidates, evidence, strict=True) for pair in pairs]
     judges = sorted({name for _, pair in flat for name in pair.votes})
@@ -125,7 +125,7 @@ def combined(
             labels[n] = np.nan if label is None else np.sign(label)
     return combine(votes, judges, prior_N=prior, classes_N=of, classes=list(classes), labels_N=labels,
                    given={name: value for name, value in given.items() if name in column},
-                   unlabelled_weight=unlabelled_weight)  # fmt: skip
+                   learn_from=learn_from)  # fmt: skip
 
 
 def is_same_text(item: Candidates, pair: tuple[int, int]) -> bool:

@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from tso_fast.config import EvidenceConfig, PairingConfig
 from tso_fast.correction import Corrected, Counts, combined, label_of
 from tso_fast.errors import InputError
 from tso_fast.judges.verifier import make_verifier
-from tso_fast.reliability import Combination, expected_calibration_error, fit_temperature, tempered
+from tso_fast.reliability import Combination, LearnFrom, expected_calibration_error, fit_temperature, tempered
 from tso_fast.scoring import consensus
 from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
 
@@ -117,8 +117,8 @@ class Beliefs:
         """[pairs of the prompt, 3] of ``reliability.combine``; None: scores decide."""
         bounds = matrix.offsets[1:-1]
         if config.evidence == "calibrated":
-            self.unlabelled_weight = self._choose_weight()
-            self.combination = combined(candidates, evidence, self.given, _labelled(evidence), self.unlabelled_weight)
+            self.learn_from = self._choose()
+            self.combination = combined(candidates, evidence, self.given, _labelled(evidence), self.learn_from)
             for (a, b), (observed, expected) in self.combination.misfits.items():
                 logger.warning("evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these "
                                "would on %.0f %%; judges may copy each other, which only human labels can tell "
@@ -157,38 +157,38 @@ class Beliefs:
             out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items()}
         return out
 
-    def _choose_weight(self) -> float:
-        """1: reliabilities from all pairs; 0: from labels alone, where that predicts held-back labels better.
+    def _choose(self) -> LearnFrom:
+        """What reliabilities are learned from: whichever predicts held-back labels best.
 
         Agreement among dependent judges looks like reliability; labels see through it, once there are enough.
         """
         decided = [pair for pairs in self.evidence for pair in pairs if pair.labels and label_of(pair.labels)]
         if len(decided) < MIN_LABELS:
-            return 1.0
-        losses = {}
-        for weight in (1.0, 0.0):
+            return "all"
+        losses: dict[LearnFrom, float] = {}
+        for learn_from in get_args(LearnFrom):
             loss = 0.0
             for fold in range(FOLDS):
-                probabilities = self.without(_is_in(fold), weight)
+                probabilities = self.without(_is_in(fold), learn_from)
                 for pairs, p in zip(self.evidence, probabilities, strict=True):
                     for n, pair in enumerate(pairs):
                         if pair.labels and _fold(pair.prompt_id) == fold and (label := label_of(pair.labels)):
                             first, second = p[n][:2] + 1e-9
                             loss -= math.log((first if label > 0 else second) / (first + second))
-            losses[weight] = loss
-        logger.info("evidence: reliabilities %s; held-back labels cost %.3f nat with all pairs, %.3f with labels alone",
-                    "from all pairs" if losses[1.0] <= losses[0.0] else "from human labels alone",
-                    losses[1.0] / len(decided), losses[0.0] / len(decided))  # fmt: skip
-        return 1.0 if losses[1.0] <= losses[0.0] else 0.0
+            losses[learn_from] = loss / len(decided)
+        best = min(losses, key=lambda name: losses[name])
+        logger.info("evidence: reliabilities from %s; nats a held-back label: %s", best,
+                    ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))  # fmt: skip
+        return best
 
-    def without(self, hidden: Callable[[PairEvidence], bool], unlabelled_weight: float | None = None) -> list[Any]:
+    def without(self, hidden: Callable[[PairEvidence], bool], learn_from: LearnFrom | None = None) -> list[Any]:
         """Probabilities where the labels of some pairs are not used."""
         if self.config.evidence != "calibrated":
             return [None] * len(self.candidates)
         seen = [(pair.prompt_id, pair.responses) for pairs in self.evidence for pair in pairs
                 if pair.labels and not hidden(pair)]  # fmt: skip
-        weight = self.unlabelled_weight if unlabelled_weight is None else unlabelled_weight
-        return _by_prompt(combined(self.candidates, self.evidence, self.given, seen, weight), self.evidence)
+        learned = combined(self.candidates, self.evidence, self.given, seen, learn_from or self.learn_from)
+        return _by_prompt(learned, self.evidence)
 
     def calibrate(self, config: PairingConfig) -> dict[str, Any] | None:
         """How well soft labels match human ones that were hidden from them, and the temperature that mends it."""
@@ -354,7 +354,7 @@ def _best(
         seen = [
             (pair.prompt_id, pair.responses) for pairs in labelled for pair in pairs if _fold(pair.prompt_id) != fold
         ]
-        found = _by_prompt(combined(candidates, labelled, given, seen, unlabelled_weight=0.0), evidence)
+        found = _by_prompt(combined(candidates, labelled, given, seen, learn_from="weights"), evidence)
         for p, item in enumerate(candidates):
             if _fold(item.prompt.id) == fold:
                 out[p] = found[p]

@@ -17,10 +17,13 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
+
+LearnFrom = Literal["all", "labels", "weights"]
 
 LEVELS = 3
 MIN_VOTES_PER_LEVEL = 50
@@ -74,7 +77,7 @@ def combine(
     classes: Sequence[tuple[str, str]],
     labels_N: np.ndarray | None = None,
     given: Mapping[str, float] | None = None,
-    unlabelled_weight: float = 1.0,
+    learn_from: LearnFrom = "all",
 ) -> Combination:
     """Estimates reliabilities and combines votes, prior order and labels.
 
@@ -86,8 +89,9 @@ def combine(
         classes: [C] (rule, name of the class): classes of one rule inform each other.
         labels_N: float; 1, -1, 0 of a person, NaN unknown.
         given: accuracies that are not estimated, by judge, in (0, 1).
-        unlabelled_weight: what a pair without a label counts in the estimates; 0: reliabilities are counted on labels
-            alone, which dependent judges cannot mislead.
+        learn_from: ``all`` pairs; ``labels``: reliabilities are counted on labelled pairs alone, where judges that
+            depend on each other cannot mislead; ``weights``: and each voter's say is then weighed by a logistic
+            regression on the labels, so that copies share theirs.
 
     With fewer than three voters that say something, no label and nothing given, agreement tells nothing; then an
     accuracy of 0.7 is assumed of each, and a warning says so.
@@ -103,7 +107,7 @@ def combine(
         np.where(np.isnan(labels_N), 2, labels_N),
     ]).astype(np.int32)  # fmt: skip
     patterns, inverse, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
-    model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given, unlabelled_weight)
+    model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given, learn_from)
     is_estimated = model.num_voters >= 3 or bool(given) or not np.isnan(labels_N).all()
     if is_estimated:
         model.fit()
@@ -146,14 +150,16 @@ class _Model:
         num_levels: Sequence[int],
         classes: Sequence[tuple[str, str]],
         given: Mapping[str, float],
-        unlabelled_weight: float,
+        learn_from: LearnFrom,
     ) -> None:
         J = len(judges)
         self.judges = judges
         # The prior order alone, or nothing at all, tells nothing of reliabilities.
         is_told = (patterns[:, :J] <= LEVELS).any(axis=1) | (patterns[:, J + 2] != 2)
         self.counts_U = counts_U * is_told
-        self.weight_U = self.counts_U * np.where(patterns[:, J + 2] != 2, 1.0, unlabelled_weight)
+        self.weight_U = self.counts_U if learn_from == "all" else self.counts_U * (patterns[:, J + 2] != 2)
+        self.is_weighed = learn_from == "weights"
+        self.say = np.ones(J + 1)
         self.levels_UJ = patterns[:, :J]
         self.prior_U, self.class_U, self.label_U = patterns[:, J], patterns[:, J + 1], patterns[:, J + 2]
         self.has_vote_UJ = self.levels_UJ <= LEVELS
@@ -188,23 +194,44 @@ class _Model:
 
     def posterior(self) -> np.ndarray:
         """[U, 3]"""
-        log_U3 = np.zeros((len(self.counts_U), 3))
         with np.errstate(divide="ignore"):
-            log_U3 += np.log([(1 - self.share_neither) / 2] * 2 + [self.share_neither])
-            for j, (first, neither) in enumerate(self.vote_probabilities):
-                rows, index = self.has_vote_UJ[:, j], self.levels_UJ[self.has_vote_UJ[:, j], j] + self.num_levels[j]
-                log_U3[rows] += np.log(np.stack([first[index], first[::-1][index], neither[index]], axis=1))
-            ordered = self.prior_U != 0
-            if ordered.any():
-                accuracy = self.class_accuracy_C[self.class_U[ordered]]
-                agrees = np.where(self.prior_U[ordered] > 0, accuracy, 1 - accuracy)
-                log_U3[ordered] += np.log(np.stack([agrees, 1 - agrees, np.full_like(agrees, 0.5)], axis=1))
+            log_U3 = np.log([(1 - self.share_neither) / 2] * 2 + [self.share_neither]) + np.einsum(
+                "juz,j->uz", self._log_likelihoods(), self.say
+            )
         log_U3 -= log_U3.max(axis=1, keepdims=True)
         p_U3 = np.exp(log_U3)
         p_U3 /= p_U3.sum(axis=1, keepdims=True)
         for label, state in ((1, 0), (-1, 1), (0, 2)):
             p_U3[self.label_U == label] = np.eye(3)[state]
         return p_U3
+
+    def _log_likelihoods(self) -> np.ndarray:
+        """[J + 1, U, 3]: of every judge's vote and of the prior order, in each state."""
+        log_JU3 = np.zeros((len(self.judges) + 1, len(self.counts_U), 3))
+        for j, (first, neither) in enumerate(self.vote_probabilities):
+            rows, index = self.has_vote_UJ[:, j], self.levels_UJ[self.has_vote_UJ[:, j], j] + self.num_levels[j]
+            log_JU3[j, rows] = np.log(np.stack([first[index], first[::-1][index], neither[index]], axis=1))
+        ordered = self.prior_U != 0
+        if ordered.any():
+            accuracy = self.class_accuracy_C[self.class_U[ordered]]
+            agrees = np.where(self.prior_U[ordered] > 0, accuracy, 1 - accuracy)
+            log_JU3[-1, ordered] = np.log(np.stack([agrees, 1 - agrees, np.full_like(agrees, 0.5)], axis=1))
+        return log_JU3
+
+    def _weigh(self) -> None:
+        """Logistic regression of the labels on the voters' log-odds, its weights drawn towards 1 (Newton)."""
+        rows = np.abs(self.label_U) == 1
+        log_JU3 = self._log_likelihoods()
+        x = (log_JU3[:, rows, 0] - log_JU3[:, rows, 1]).T
+        y, n = self.label_U[rows] > 0, self.counts_U[rows]
+        for _ in range(50):
+            p = 1 / (1 + np.exp(-np.clip(x @ self.say, -30, 30)))
+            gradient = x.T @ (n * (p - y)) + STRENGTH * (self.say - 1)
+            hessian = (x.T * (n * p * (1 - p))) @ x + STRENGTH * np.eye(len(self.say))
+            step = np.linalg.solve(hessian, gradient)
+            self.say = self.say - step
+            if np.abs(step).max() < TOLERANCE:
+                break
 
     def fit(self) -> None:
         for _ in range(MAX_ITERATIONS):
@@ -215,6 +242,8 @@ class _Model:
                 change, self.share_neither = max(change, abs(share - self.share_neither)), share
             if change < TOLERANCE:
                 break
+        if self.is_weighed:
+            self._weigh()
 
     def _fit_judges(self, p_U3: np.ndarray) -> float:
         change = 0.0
