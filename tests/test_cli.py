@@ -213,7 +213,9 @@ def test_bad_input_ends_with_2(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mon
 def test_two_sources_of_verdicts(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(GOOD)
     arguments = ["--responses", tmp_path / "r.jsonl", "--verdicts", "v", "--verifier", "exact", "--output", "o"]
-    assert_error(cli("pairs", arguments), 2, "verdicts: give either a file of verdicts or a verifier, not both")
+    assert_error(
+        cli("pairs", arguments), 2, "verdicts: give either a file of verdicts or judges (a verifier is one), not both"
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from tso_fast.records import (
     read_candidates,
     read_pairs,
     read_verdicts,
+    text_hash,
     verdict_row,
 )
 from tso_fast.store import write_jsonl
-from tso_fast.types import Candidates, Message, PreferencePair, Prompt, Response, Verdict
+from tso_fast.types import Candidates, Comparison, Message, PreferencePair, Prompt, Response, Verdict
 
 
 def error_of(path: Path, content: bytes | str) -> str:
@@ -286,6 +287,32 @@ def test_verdicts_round_trip(tmp_path: Path) -> None:
     assert read_verdicts(tmp_path / "v.jsonl", candidates, BadRows()) == made
 
 
+def test_comparisons_round_trip(tmp_path: Path) -> None:
+    r = random.Random("comparisons")
+    candidates = [c for i in range(100) if len((c := random_candidates(r, i)).responses) > 1]
+    made = [
+        Comparison(
+            prompt_id=c.prompt.id,
+            responses=r.choice([(0, 1), (1, 0)]),
+            judge=judge,
+            annotator=annotator,
+            probability=r.choice([None, 0.0, 0.25]),
+            orders=r.choice([None, (None, 0.5), (0.25, 0.75)]),
+            reason=r.choice(TEXTS),
+        )
+        for c in candidates
+        for judge, annotator in (("llm", None), ("human", "ann"), ("human", "bo"))
+    ]
+    made = [
+        dataclasses.replace(c, hashes=tuple(text_hash(item.responses[i].text) for i in c.responses))
+        if r.random() < 0.5 else c
+        for item, of in zip(candidates, zip(*[iter(made)] * 3, strict=True), strict=True) for c in of
+    ]  # fmt: skip
+    assert len(made) > 60
+    write_jsonl(tmp_path / "v.jsonl", map(verdict_row, made))
+    assert read_verdicts(tmp_path / "v.jsonl", candidates, BadRows()) == made
+
+
 def test_pairs_round_trip(tmp_path: Path) -> None:
     """What a pairs row has no column for is left out here: human_response, version, seed, weight_hash, ..."""
     r = random.Random("pairs")
@@ -308,6 +335,7 @@ def test_pairs_round_trip(tmp_path: Path) -> None:
             prior=r.choice(["none", "newer+larger"]),
             decision=r.choice(["keep", "swap"]),
             reason=r.choice(["", "confirmed"]),
+            probability=r.choice([None, 0.5, 0.9]),
         )
         for i in range(200)
     ]
@@ -342,6 +370,44 @@ def test_a_bad_verdict_is_named(tmp_path: Path, change: dict[str, Any], message:
         read_verdicts(file, [ONE], BadRows())
     assert str(caught.value).startswith(f"{file}:2: ")
     assert message in str(caught.value)
+
+
+TWO = Candidates(prompt=Prompt(id="q", prompt="a"), responses=tuple(Response(model=m, text=m) for m in "ab"))
+COMPARISON = {"prompt_id": "q", "responses": [0, 1], "judge": "j", "probability": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"responses": [0, 2]}, "field 'responses' is [0, 2]; expected two different indices of the 2 responses of"),
+        ({"responses": [1, 1]}, "field 'responses' is [1, 1]"),
+        ({"responses": [0]}, "field 'responses' is [0]"),
+        ({"responses": [0, True]}, "field 'responses' is [0, true]"),
+        ({"responses": "01"}, "field 'responses' is a string"),
+        ({"judge": None}, "field 'judge' is null"),
+        ({"probability": 1.5}, "field 'probability' is 1.5; expected a probability in [0, 1]"),
+        ({"probability": "A"}, "field 'probability' is a string"),
+        ({"orders": [0.5]}, "field 'orders' has 1 items"),
+        ({"orders": [0.5, 2]}, "field 'orders' is 2.0; expected a probability"),
+        ({"hashes": ["00000000", "11111111"]}, "it was said of other texts"),
+        ({"judge": "j"}, "judge 'j' has a verdict on responses [0, 1] of 'q' already at"),
+        ({"judge": "j", "responses": [1, 0]}, "judge 'j' has a verdict on responses [1, 0] of 'q' already at"),
+    ],
+    ids=str,
+)
+def test_a_bad_comparison_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    file = write_rows(tmp_path / "v.jsonl", [COMPARISON, {**COMPARISON, "judge": "other", **change}])
+    with pytest.raises(InputError) as caught:
+        read_verdicts(file, [TWO], BadRows())
+    assert str(caught.value).startswith(f"{file}:2: ")
+    assert message in str(caught.value)
+
+
+def test_an_annotator_labels_a_pair_once(tmp_path: Path) -> None:
+    said = {**COMPARISON, "judge": "human"}
+    rows = [{**said, "annotator": "ann"}, {**said, "annotator": "bo"}, {**said, "annotator": "ann"}]
+    with pytest.raises(InputError, match="annotator 'ann' has a verdict on responses"):
+        read_verdicts(write_rows(tmp_path / "v.jsonl", rows), [TWO], BadRows())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    from tso_fast.errors import EngineError, InputError, OutputError, TrainingError, did_you_mean
+    from tso_fast.errors import EngineError, InputError, OutputError, Paused, TrainingError, did_you_mean
 
     try:
         if arguments[0] not in COMMANDS:
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EngineError, InputError, OutputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 3
+    except Paused as pause:
+        print(f"paused: {pause}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -308,6 +308,9 @@ class TrainConfig(OptimizationConfig, PairingConfig, EvidenceConfig, AnsweringCo
     """Share of the current policy in the running mean of `reference: ema`, updated at each iteration; default 0.6."""
     eval_prompts: str | None = None
     """JSONL of held-out prompts; the policy answers them greedily before training and after each iteration."""
+    annotate: bool = False
+    """Pause after the judges of each iteration, for people to label pairs with `tso-fast annotate`; the same command
+    goes on with their labels."""
     compare: bool = False
     """Also run plain DPO and chosen-only NLL (`sft`) with the same settings and print all three."""
 

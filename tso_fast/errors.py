@@ -18,6 +18,10 @@ class TrainingError(RuntimeError):
     """Training was stopped because going on would waste the run."""
 
 
+class Paused(Exception):  # noqa: N818
+    """A run waits for people, as it was asked to; the same command goes on."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'beta'?`` or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

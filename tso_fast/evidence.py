@@ -154,7 +154,7 @@ class Beliefs:
             for name, found in self.combination.judges.items():
                 out.setdefault(name, {}).update(accuracy=found.accuracy, ties_share=found.tie_rate,
                                                 pairs=found.num_votes, is_given=found.is_given)  # fmt: skip
-            out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items()}
+            out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items() if of["pairs"]}
         return out
 
     def _choose(self) -> LearnFrom:

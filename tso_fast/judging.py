@@ -53,6 +53,10 @@ def _verifiers(config: VerifierConfig) -> list[tuple[str, str | None]]:
     return [(verifier, pattern) for verifier, pattern in every if verifier is not None]
 
 
+def needs_models(config: JudgesConfig) -> bool:
+    return any(judge.kind in ("llm", "implicit") for judge in config.judges or [])
+
+
 def judge(
     candidates: Sequence[Candidates], config: JudgesConfig, bad: BadRows, models: Models | None = None
 ) -> tuple[list[Verdict | Comparison], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -84,11 +85,12 @@ def score(config: ScoreConfig) -> None:
     candidates = read_candidates(config.responses, bad)
     file = _new_file(config.output)
     matrix = ModelMatrix(config.cells, config.policy) if config.cells else None
-    with (
-        ResponseStore(config.response_store or f"{config.output}.responses") as store,
-        stage("judge", len(candidates)) as advance,
-    ):
-        models = judging.Models(matrix=matrix, settings=config, store=store, advance=advance)
+    with contextlib.ExitStack() as stack:
+        models = None
+        if judging.needs_models(config):
+            store = stack.enter_context(ResponseStore(config.response_store or f"{config.output}.responses"))
+            advance = stack.enter_context(stage("judge", judging.num_steps(candidates, config)))
+            models = judging.Models(matrix=matrix, settings=config, store=store, advance=advance)
         verdicts, costs = judging.judge(candidates, config, bad, models)
     write_jsonl(file, map(verdict_row, verdicts))
     if any(isinstance(v, Verdict) for v in verdicts):
@@ -131,12 +133,11 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
 def pairs(config: PairsConfig) -> None:
     """Corrects the prior order by the evidence, selects pairs, and prints what was kept, swapped and dropped."""
     from tso_fast import evidence, judging, stages
-    from tso_fast.judges.human import read_labels  # later
 
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.responses, bad)
     if config.verdicts is not None and (config.verifier is not None or config.judges):
-        raise InputError("verdicts: give either a file of verdicts or judges, not both")
+        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
     file = _new_file(config.output)
     verdicts: list[Verdict | Comparison]
     if config.verdicts is None:
@@ -144,6 +145,8 @@ def pairs(config: PairsConfig) -> None:
     else:
         verdicts = read_verdicts(config.verdicts, candidates, bad)
     if config.labels is not None:
+        from tso_fast.judges.human import read_labels
+
         verdicts += read_labels(config.labels, candidates, bad)
     oracle = None if config.oracle is None else evidence.make_oracle(config.oracle, candidates)
     made, info = stages.make_pairs(candidates, verdicts, config, config, config.seed, oracle)
@@ -151,7 +154,7 @@ def pairs(config: PairsConfig) -> None:
     stdout.print(decisions_table(info))
     if info["errors"] is not None:
         stdout.print(errors_table(info["errors"], config.oracle or ""))
-    if info["judges"]:
+    if config.evidence == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
         stdout.print(judges_table(info["judges"]))
     reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
     stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from tso_fast import correction, pairing
 from tso_fast.answering import Asked, answer
@@ -17,6 +20,15 @@ from tso_fast.matrix import ModelMatrix
 from tso_fast.records import BadRows
 from tso_fast.response_store import ResponseStore
 from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
+
+
+def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candidates]]:
+    """Mini-batches of nearly equal size, in file order."""
+    if len(prompts) < num_iterations:
+        raise InputError(f"num_iterations: got {num_iterations}, but there are only {len(prompts)} prompts; expected "
+                         "at least one prompt an iteration")  # fmt: skip
+    bounds = np.linspace(0, len(prompts), num_iterations + 1).round().astype(int)
+    return [list(prompts[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def make_pairs(

@@ -12,7 +12,6 @@ the disk, losslessly; that makes a resumed run bitwise the same as an uninterrup
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import platform
 import shutil
 import time
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -32,7 +30,8 @@ from tso_fast import judging, stages, store
 from tso_fast.answering import answer, ask, max_tokens
 from tso_fast.batching import encode_pairs
 from tso_fast.config import EvalConfig, TrainConfig, check, to_dict
-from tso_fast.errors import InputError, TrainingError
+from tso_fast.errors import Paused, TrainingError
+from tso_fast.judges.human import LABELS_FILE, read_labels
 from tso_fast.matrix import ModelMatrix, check_fits
 from tso_fast.monitors import drift_warnings
 from tso_fast.optimization import make_accelerator, optimise
@@ -60,7 +59,7 @@ def train(config: TrainConfig) -> Run:
     bad = BadRows(config.on_bad_row)
     trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
     matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
-    mini_batches = split(_read(config.prompts, matrix, config, bad), config.num_iterations)
+    mini_batches = stages.split(_read(config.prompts, matrix, config, bad), config.num_iterations)
     held_out = _read(config.eval_prompts, matrix, config, bad) if config.eval_prompts else []
     with _open_run(config, matrix, accelerator) as run:
         if accelerator.is_main_process and bad.rows:
@@ -72,6 +71,7 @@ def train(config: TrainConfig) -> Run:
         for t, mini_batch in enumerate(mini_batches, start=1):
             _generate(t, run, accelerator, matrix, mini_batch, config)
             _score(t, run, accelerator, matrix, config)
+            _pause(t, run, config)
             _pair(t, run, accelerator, config)
             _train(t, run, accelerator, matrix, config)
             matrix.add_version(run / f"iter-{t}/policy", trained[t - 1], config.max_versions)
@@ -106,15 +106,6 @@ def train_and_compare(config: TrainConfig) -> list[str]:
         train(other)
         folders.append(other.output_dir)
     return folders
-
-
-def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candidates]]:
-    """Mini-batches of nearly equal size, in file order."""
-    if len(prompts) < num_iterations:
-        raise InputError(f"num_iterations: got {num_iterations}, but there are only {len(prompts)} prompts; expected "
-                         "at least one prompt an iteration")  # fmt: skip
-    bounds = np.linspace(0, len(prompts), num_iterations + 1).round().astype(int)
-    return [list(prompts[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def _read(path: str, matrix: ModelMatrix, config: TrainConfig, bad: BadRows) -> list[Candidates]:
@@ -205,12 +196,21 @@ def _score(t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, conf
     _once(run, accelerator, f"iter-{t}/score", produce)
 
 
+def _pause(t: int, run: Run, config: TrainConfig) -> None:
+    labels = run / f"iter-{t}/{LABELS_FILE}"
+    if config.annotate and run.info(f"iter-{t}/pairs") is None and not labels.exists():
+        raise Paused(f"iteration {t} waits for people: label pairs with `tso-fast annotate {run.folder}`, then run the "
+                     f"same command again. It goes on as soon as {labels} exists")  # fmt: skip
+
+
 def _pair(t: int, run: Run, accelerator: Accelerator, config: TrainConfig) -> None:
     """Evidence corrects the prior order of the matrix: keep, swap or drop; the selected pairs get their scale."""
 
     def produce() -> Produced:
         candidates = read_candidates(run / f"iter-{t}/responses.jsonl", BadRows())
         verdicts = read_verdicts(run / f"iter-{t}/verdicts.jsonl", candidates, BadRows(), may_be_empty=True)
+        labels = run / f"iter-{t}/{LABELS_FILE}"
+        verdicts += read_labels(labels, candidates, BadRows()) if labels.exists() else []
         pairs, info = stages.make_pairs(candidates, verdicts, config, config, config.seed)
         if not pairs:
             raise TrainingError(f"iteration {t}: none of {len(candidates)} prompts gave a pair: {info['reasons']}. See "
