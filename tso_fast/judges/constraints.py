@@ -125,9 +125,7 @@ def count_capital_words(text: str) -> int:
 
 
 _CLOSERS, _OPENERS = "\"'”’»)]*_`", "\"'“‘«([*_`#"
-_END = re.compile(
-    r"(?<![.!?…])[.!?…]++[{0}]*+(?=\s|$)|[。！？｡।॥؟۔።]+[{0}」』）]*".format(re.escape(_CLOSERS))
-)
+_END = re.compile(r"(?<![.!?…])[.!?…]++[{0}]*+(?=\s|$)|[。！？｡।॥؟۔።]+[{0}」』）]*".format(re.escape(_CLOSERS)))
 _LIST_MARK = re.compile(r"(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})")
 _DOTTED = re.compile(r"[^\W\d_](?:\.[^\W\d_]{1,2})+")
 _ALWAYS_ABBREVIATED = _words(
