@@ -81,6 +81,12 @@ def gsm8k_train() -> Path:
     return _data("gsm8k_matrix/train_human.jsonl.gz")
 
 
+@pytest.fixture(scope="session")
+def ifeval() -> Path:
+    """IFEval's 541 prompts with their 834 constraints; no responses."""
+    return _data("ifeval/ifeval_input_data.jsonl.gz")
+
+
 class Ended(NamedTuple):
     status: int
     out: str

@@ -162,7 +162,7 @@ def test_an_unknown_key_of_a_cell_names_it_and_the_nearest(tmp_path: Path) -> No
         (["--score_weights", "3"], "score_weights: got 3, expected dict[str, float] or null"),
         (["--score_weights", '{"a": "b"}'], "score_weights: got {'a': 'b'}, expected dict[str, float] or null"),
         (["--soft_label_kappa", "x"], "soft_label_kappa: got x, expected float or null"),
-        (["--verifier", "nummeric"], "verifier: got 'nummeric', expected one of exact, numeric, regex, or package"),
+        (["--verifier", "nummeric"], "verifier: got 'nummeric', expected one of exact, numeric, regex, ifeval"),
         (["--max_pairs", "0"], "max_pairs: got 0, expected an integer >= 1"),
         (["--min_margin", ".nan"], "min_margin: got nan, expected a finite number >= 0"),
         (["--seed", "-1"], "seed: got -1, expected an integer in [0, 2**32)"),

@@ -14,8 +14,8 @@ from helpers import read_rows
 from tso_fast.config import VerifierConfig
 from tso_fast.errors import InputError
 from tso_fast.judges.verifier import final_number, make_verifier, verify
+from tso_fast.judging import judgeable
 from tso_fast.records import BadRows, read_candidates
-from tso_fast.stages import judgeable
 from tso_fast.types import Candidates, Message, Prompt, Response
 
 

@@ -82,6 +82,7 @@ def test_transformers_imports_with_the_root_on_the_path() -> None:
 LEVELS = [
     {"errors", "seeds"},
     {"types", "config", "progress"},
+    {"judges.constraints"},  # texts in, booleans out; records checks the constraints of a row by its table
     {"losses", "records", "store", "response_store", "options"},
     {"reliability"},
     {"correction"},

@@ -134,7 +134,8 @@ class VerifierConfig:
     """What program checks a response."""
 
     verifier: str | None = None
-    """Program that checks a response: `exact`, `numeric`, `regex`, or `package.module:function`; none: no verifier."""
+    """Program that checks a response: `exact`, `numeric`, `regex`, or `package.module:function`; none: no verifier.
+    `ifeval` is the share of the prompt's constraints that hold, `ifeval_loose` the same in IFEval's loose reading."""
     verifier_pattern: str | None = None
     """Regular expression of `regex`: its last match in the response, or that match's first group, is the answer."""
 
@@ -291,7 +292,7 @@ class TrainConfig(OptimizationConfig, PairingConfig, EvidenceConfig, AnsweringCo
     output_dir: str
     """Run folder; a run that was interrupted there goes on."""
     prompts: str
-    """JSONL of prompts: {id?, prompt, human_response?, answer?, responses?}."""
+    """JSONL of prompts: {id?, prompt, human_response?, answer?, constraints?, responses?}."""
     cells: list[CellConfig]
     """The model matrix."""
     policy: str | None = None
@@ -488,7 +489,7 @@ def _check_generation(config: GenerationConfig) -> None:
 
 
 def _check_verifier(config: VerifierConfig, place: str = "") -> None:
-    known = ("exact", "numeric", "regex")
+    known = ("exact", "numeric", "regex", "ifeval", "ifeval_loose")
     if config.verifier is not None and ":" not in config.verifier:
         _require(config.verifier in known, f"{place}verifier", config.verifier,
                  f"one of {', '.join(known)}, or package.module:function")  # fmt: skip

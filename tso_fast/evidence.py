@@ -297,7 +297,7 @@ def make_oracle(name: str, candidates: Sequence[Candidates], pattern: str | None
         scores = [[r.scores.get(name) for r in c.responses] for c in candidates]
     else:
         check = make_verifier(name, pattern)
-        scores = [[check(c.prompt, r) for r in c.responses] for c in candidates]
+        scores = [[check(c.prompt, r).score for r in c.responses] for c in candidates]
     if all(score is None for of_prompt in scores for score in of_prompt):
         raise InputError(f"oracle: no response has {name!r}; expected is_correct, a name in the data's scores, or a "
                          "verifier")  # fmt: skip

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tso_fast.errors import InputError
-from tso_fast.types import HUMAN, Candidates, Comparison, Message, PreferencePair, Prompt, Response, Verdict
+from tso_fast.errors import InputError, did_you_mean
+from tso_fast.judges.constraints import TYPES
+from tso_fast.types import HUMAN, Candidates, Comparison, Constraint, Message, PreferencePair, Prompt, Response, Verdict
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -175,6 +176,52 @@ def _prompt_value(row: Row, where: str) -> str | tuple[Message, ...]:
     return messages
 
 
+def _constraints(row: Row, where: str) -> tuple[Constraint, ...]:
+    """From ``constraints: [{"id", "kwargs"}, ...]``, or from IFEval's ``instruction_id_list`` and ``kwargs``."""
+    given = _get(row, "constraints", where, list, "a list of constraints")
+    ids = _get(row, "instruction_id_list", where, list, "a list of names of constraints")
+    if ids is None:
+        return tuple(_constraint_of(item, f"constraints[{i}]", where) for i, item in enumerate(given or []))
+    if given is not None:
+        raise InputError(f"{where}: field 'constraints' is given beside 'instruction_id_list'; expected one of them")
+    kwargs = _get(row, "kwargs", where, list, "a list of objects", required=bool(ids)) or []
+    if len(kwargs) != len(ids):
+        raise InputError(f"{where}: field 'kwargs' has {len(kwargs)} items; expected {len(ids)}, one for each of "
+                         "'instruction_id_list'")  # fmt: skip
+    return tuple(
+        _constraint(ids[i], f"instruction_id_list[{i}]", kwargs[i], f"kwargs[{i}]", where) for i in range(len(ids))
+    )
+
+
+def _constraint_of(item: Any, name: str, where: str) -> Constraint:
+    if not isinstance(item, dict):
+        raise InputError(f"{where}: field {name!r} is {_kind(item)}; expected an object with 'id' and 'kwargs'")
+    return _constraint(item.get("id"), f"{name}.id", item.get("kwargs"), f"{name}.kwargs", where)
+
+
+def _constraint(given: Any, name: str, kwargs: Any, kwargs_name: str, where: str) -> Constraint:
+    known = TYPES.get(given) if isinstance(given, str) else None
+    if known is None:
+        near = did_you_mean(given, TYPES) if isinstance(given, str) else ""
+        raise InputError(f"{where}: field {name!r} is {_kind(given)}; expected one of IFEval's {len(TYPES)} "
+                         f"instruction types, such as 'punctuation:no_comma'{near}")  # fmt: skip
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise InputError(f"{where}: field {kwargs_name!r} is {_kind(kwargs)}; expected an object")
+    kwargs = _no_none(kwargs or {})  # one published form has the arguments of all types in every row, most of them null
+    for key, value in kwargs.items():
+        place = f"{where}: field '{kwargs_name}.{key}'"
+        if (kind := known.kwargs.get(key)) is None:
+            takes = ", ".join(known.kwargs) or "none"
+            near = did_you_mean(key, known.kwargs)
+            raise InputError(f"{place}: {given!r} has no such argument; expected {takes}{near}")
+        if not kind.fits(value):
+            raise InputError(f"{place} is {_kind(value)}; expected {kind.expected}")
+    for key, kind in known.kwargs.items():
+        if key not in kwargs:
+            raise InputError(f"{where}: field '{kwargs_name}.{key}' is missing; {given!r} expects {kind.expected}")
+    return Constraint(id=given, kwargs=kwargs)
+
+
 def parse_candidates(row: Row, where: str, default_id: str) -> Candidates:
     """A row of a prompts file or of a responses file; the human response is a candidate like any other."""
     row_id = row.get("id")
@@ -192,6 +239,7 @@ def parse_candidates(row: Row, where: str, default_id: str) -> Candidates:
         prompt=_prompt_value(row, where),
         human_response=_text(row, "human_response", where, required=row.get("human_response") is not None),
         answer=answer,
+        constraints=_constraints(row, where),
         where=where,
     )
     given = _get(row, "responses", where, list, "a list of responses") or []
@@ -285,6 +333,7 @@ def prompt_row(prompt: Prompt) -> Row:
         "prompt": value if isinstance(value, str) else [{"role": m.role, "content": m.content} for m in value],
         "human_response": prompt.human_response,
         "answer": prompt.answer,
+        "constraints": [{"id": c.id, "kwargs": dict(c.kwargs)} for c in prompt.constraints] or None,
     })  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,18 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """What a program can check of a response: ``Constraint(id="detectable_format:title")``.
+
+    ``Constraint(id="length_constraints:number_words", kwargs={"relation": "at least", "num_words": 300})``
+    """
+
+    id: str
+    """A key of ``judges.constraints.TYPES``."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One task: ``Prompt(id="q1", prompt="What is 2 plus 3?", answer="5")``."""
 
@@ -39,6 +51,7 @@ class Prompt:
     prompt: str | tuple[Message, ...]
     human_response: str | None = None
     answer: str | None = None
+    constraints: tuple[Constraint, ...] = ()
     where: str = ""
     """``file:line`` it was read from; empty when it was made in memory."""
 
