@@ -213,9 +213,22 @@ class PairingConfig:
     """A pair that no judge scored: believe the matrix's prior order, or drop it."""
     max_pairs: int = 1
     """Most pairs of a prompt."""
-    pair_strategy: Literal["random", "best_worst"] = "random"
-    """Which of the decided pairs are used: a random chosen response against a random rejected one, or the best
-    against the worst. A response text is used in one pair at most while others are left."""
+    pair_strategy: Literal[
+        "random", "best_worst", "best_random", "baseline", "tournament", "first_round", "diverse", "all"
+    ] = "random"
+    """Which of the decided pairs are used: drawn at `random`; `best_worst`; `best_random`: the best against random
+    ones; `baseline`: every response against the middle one (OSP); `tournament` and `first_round` (RSO); `diverse`: the
+    best against the response of the most different n-grams; `all`, the widest gap first. `random` and `best_worst`
+    use a text in one pair at most while others are left."""
+    diversity_band: float | None = None
+    """`diverse`: most difference of consensus scores within which the most different response is looked for; default:
+    any."""
+    diversity_ngram: int = 3
+    """`diverse`: length of the n-grams."""
+    chosen_from: list[str] | None = None
+    """Models whose responses may be chosen: names, `human`, `newest` or `largest`; default: all."""
+    rejected_from: list[str] | None = None
+    """Models whose responses may be rejected; default: all."""
     scale_by: Literal["unit", "gap", "hardness", "confidence"] = "unit"
     """Scale of a pair: 1, the gap of its consensus scores, `hardness`: 2 x the share of the prompt's responses that
     score below the chosen one, or `confidence`: 2 x soft label - 1."""
@@ -399,14 +412,14 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
 POSITIVE = frozenset({
     "generation_batch_size", "max_completion_length", "num_iterations", "max_pairs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "logging_steps", "max_skipped_steps", "num_gpus",
-    "max_concurrency", "shard_size",
+    "max_concurrency", "shard_size", "diversity_ngram",
 })  # fmt: skip
 AT_LEAST_ZERO = frozenset({
     "num_generations", "policy_num_generations", "temperature", "top_k", "min_margin", "margin_weight", "warmup_steps",
     "weight_decay", "max_grad_norm", "max_versions", "save_steps", "soft_label_kappa", "learning_rate", "adam_epsilon",
     "max_retries", "max_shard_retries", "num_engines",
 })  # fmt: skip
-ABOVE_ZERO = frozenset({"beta", "size_b", "engine_start_timeout_s", "engine_timeout_s"})
+ABOVE_ZERO = frozenset({"beta", "diversity_band", "size_b", "engine_start_timeout_s", "engine_timeout_s"})
 
 
 def check(config: Any) -> None:
@@ -546,6 +559,10 @@ def _check_judge(judge: JudgeConfig, place: str) -> None:
 
 
 def _check_pairing(config: PairingConfig) -> None:
+    if config.pair_strategy != "diverse":
+        for key in ("diversity_band", "diversity_ngram"):
+            if getattr(config, key) != getattr(PairingConfig, key):
+                raise InputError(f"{key}: it has no effect with pair_strategy {config.pair_strategy!r}; leave it out")
     _require(0 <= config.min_confidence <= 1, "min_confidence", config.min_confidence, "a probability in [0, 1]")
     if config.soft_label_kappa is not None and config.soft_label_by in ("win_rate", "probability"):
         raise InputError(

@@ -2,40 +2,130 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from tso_fast.config import PairingConfig
 from tso_fast.correction import Corrected
 from tso_fast.reliability import tempered
+from tso_fast.scoring import pairwise_distances, select_decided, select_pairs
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, PreferencePair
 
 
-def select(item: Candidates, decided: Sequence[Corrected], config: PairingConfig, seed: int) -> list[Corrected]:
-    """At most ``max_pairs`` pairs of one prompt, no two of the same two texts; the draw depends on prompt and seed."""
-    rng = np.random.default_rng(seed_of(seed, "pairs", item.prompt.id))
-    order = [decided[i] for i in rng.permutation(len(decided))]
-    if config.pair_strategy == "best_worst":
-        order.sort(key=lambda pair: -pair.gap)  # stable: ties stay shuffled
-    distinct: dict[frozenset[str], Corrected] = {}  # in either order: a judge may score one text in two ways
-    for pair in order:
-        distinct.setdefault(frozenset(_texts(item, pair)), pair)
-    remaining = list(distinct.values())
-    chosen: list[Corrected] = []
-    used: set[str] = set()
-    while remaining and len(chosen) < config.max_pairs:
-        best = min(remaining, key=lambda pair: sum(text in used for text in _texts(item, pair)))
-        remaining.remove(best)
-        chosen.append(best)
-        used.update(_texts(item, best))
-    return chosen
+def select(
+    candidates: Sequence[Candidates],
+    decided: Sequence[Sequence[Corrected]],
+    scores: Sequence[np.ndarray],
+    config: PairingConfig,
+    seed: int,
+) -> list[list[Corrected]]:
+    """At most ``max_pairs`` of the decided pairs of each prompt, no two of the same two texts.
+
+    The draw depends on prompt and seed, not on which other prompts there are. ``best_worst`` and ``random`` take any
+    decided pair; the other strategies rank responses by their scores, so pairs of unscored responses, and those that
+    were decided against the scores (by a person, or as preferences ran in circles), are not theirs to take.
+
+    Args:
+        scores: by prompt, [responses] consensus, NaN = none.
+    """
+    offsets = np.cumsum([0] + [len(item.responses) for item in candidates], dtype=np.int64)
+    allowed = [[pair for pair in pairs if _has_roles(item, pair, config)]
+               for item, pairs in zip(candidates, decided, strict=True)]  # fmt: skip
+    texts: dict[str, int] = {}
+    shared: dict[str, Any] = {
+        "max_pairs": config.max_pairs,
+        "text_ids": np.array([texts.setdefault(r.text.strip(), len(texts)) for c in candidates for r in c.responses],
+                             dtype=np.int64),
+        "seed": seed,
+        "keys": np.array([seed_of("pairs", item.prompt.id) for item in candidates], dtype=np.int64),
+    }  # fmt: skip
+    if config.pair_strategy in ("best_worst", "random"):
+        return _select_decided(allowed, offsets, config.pair_strategy, shared)
+    return _select_ranked(candidates, allowed, offsets, np.concatenate([*scores, []]), config, shared)
 
 
-def _texts(item: Candidates, pair: Corrected) -> tuple[str, str]:
-    return item.responses[pair.chosen].text.strip(), item.responses[pair.rejected].text.strip()
+def _has_roles(item: Candidates, pair: Corrected, config: PairingConfig) -> bool:
+    return _plays(item, pair.chosen, config.chosen_from) and _plays(item, pair.rejected, config.rejected_from)
+
+
+def _plays(item: Candidates, index: int, roles: Sequence[str] | None) -> bool:
+    if roles is None:
+        return True
+    response = item.responses[index]
+    if response.model in roles:
+        return True
+    return any(
+        role in roles and (own := getattr(response, name)) is not None
+        and own == max(value for r in item.responses if (value := getattr(r, name)) is not None)
+        for role, name in (("newest", "version_rank"), ("largest", "size_b"))
+    )  # fmt: skip
+
+
+def _select_decided(
+    decided: Sequence[Sequence[Corrected]], offsets: np.ndarray, strategy: Any, shared: dict[str, Any]
+) -> list[list[Corrected]]:
+    flat = [pair for pairs in decided for pair in pairs]
+    rows = [(first + pair.chosen, first + pair.rejected)
+            for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True) for pair in pairs]  # fmt: skip
+    bounds = np.cumsum([0] + [len(pairs) for pairs in decided], dtype=np.int64)
+    margins = np.array([pair.gap for pair in flat], dtype=np.float32)
+    taken = select_decided(np.array(rows, dtype=np.int64).reshape(-1, 2), margins, bounds, strategy=strategy,
+                           reuse_texts=True, **shared)  # fmt: skip
+    out: list[list[Corrected]] = [[] for _ in decided]
+    for prompt, index in zip(np.searchsorted(bounds, taken, side="right") - 1, taken, strict=True):
+        out[prompt].append(flat[index])
+    return out
+
+
+def _select_ranked(
+    candidates: Sequence[Candidates],
+    decided: Sequence[Sequence[Corrected]],
+    offsets: np.ndarray,
+    scores: np.ndarray,
+    config: PairingConfig,
+    shared: dict[str, Any],
+) -> list[list[Corrected]]:
+    scores = scores.astype(np.float32)
+    by_rows = {
+        (first + pair.chosen, first + pair.rejected): pair
+        for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True) for pair in pairs
+    }  # fmt: skip
+    forbidden = [
+        (i, j)
+        for first, last in itertools.pairwise(offsets.tolist())
+        for i, j in itertools.combinations(range(first, last), 2)
+        if (i, j) not in by_rows and (j, i) not in by_rows
+        or (scores[i] - scores[j]) * (1 if (i, j) in by_rows else -1) < 0
+    ]  # fmt: skip
+    if config.pair_strategy == "diverse":
+        tokens, bounds = _tokens(candidates)
+        shared = {**shared, "band": config.diversity_band,
+                  "distances": pairwise_distances(tokens, bounds, offsets, n=config.diversity_ngram)}  # fmt: skip
+    # The margin was asked for when the pairs were decided.
+    rows, _ = select_pairs(scores, offsets, strategy=config.pair_strategy, min_margin=0.0,
+                           forbidden=np.array(forbidden, dtype=np.int64).reshape(-1, 2), **shared)  # fmt: skip
+    out: list[list[Corrected]] = [[] for _ in candidates]
+    for prompt, pair in zip(np.searchsorted(offsets, rows[:, 0], side="right") - 1, rows.tolist(), strict=True):
+        out[prompt].append(by_rows[tuple(pair)])
+    return out
+
+
+def _tokens(candidates: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of all responses; numbered words for a prompt with a response whose tokens are not known."""
+    words: dict[str, int] = {}
+    out: list[Sequence[int]] = []
+    for item in candidates:
+        if all(r.token_ids is not None for r in item.responses):
+            out += [r.token_ids or () for r in item.responses]
+        else:
+            out += [[words.setdefault(word, len(words)) for word in r.text.split()] for r in item.responses]
+    tokens = np.array([token for ids in out for token in ids], dtype=np.int32)
+    return tokens, np.cumsum([0] + [len(ids) for ids in out], dtype=np.int64)
 
 
 def to_pair(

@@ -56,13 +56,12 @@ def make_pairs(
     ]  # fmt: skip
     calibration = believed.calibrate(config)
     temperature = 1.0 if calibration is None else calibration["temperature"]
-    pairs: list[PreferencePair] = []
-    for p, item in enumerate(candidates):
-        pairs += [
-            pairing.to_pair(item, pair, believed.scores[p], config, win_rates=believed.win_rates[p],
-                            temperature=temperature)
-            for pair in pairing.select(item, decided[p], config, seed)
-        ]  # fmt: skip
+    selected = pairing.select(candidates, decided, believed.scores, config, seed)
+    pairs = [
+        pairing.to_pair(item, pair, believed.scores[p], config, win_rates=believed.win_rates[p],
+                        temperature=temperature)
+        for p, item in enumerate(candidates) for pair in selected[p]
+    ]  # fmt: skip
     used = Counter(pair.decision for pair in pairs)
     info = {
         **counts.to_dict(),
