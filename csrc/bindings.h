@@ -34,5 +34,6 @@ inline std::vector<int64_t> checked_offsets(const Array<int64_t>& offsets, int64
 
 void bind_logprob(py::module_& m);
 void bind_scoring(py::module_& m);
+void bind_selection(py::module_& m);
 
 }  // namespace bindings

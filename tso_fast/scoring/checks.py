@@ -19,18 +19,20 @@ def array(name: str, value: Any, dtype: type[np.generic], shape: str) -> np.ndar
     return np.require(array, requirements=["C", "ALIGNED"])
 
 
-def check_offsets(offsets: np.ndarray, num_rows: int) -> None:
-    rule = f"offsets must start at 0, never decrease and end at R = {num_rows}, the rows of scores"
+def check_offsets(
+    offsets: np.ndarray, num_rows: int, *, name: str = "offsets", end: str = "R", what: str = "the rows of scores"
+) -> None:
+    rule = f"{name} must start at 0, never decrease and end at {end} = {num_rows}, {what}"
     if not len(offsets):
-        raise ValueError(f"{rule}; got no entries: no prompts is offsets [0]")
+        raise ValueError(f"{rule}; got no entries: nothing is {name} [0]")
     if offsets[0] != 0:
-        raise ValueError(f"{rule}; offsets[0] is {offsets[0]}")
-    if len(falls := np.flatnonzero(np.diff(offsets) < 0)):
-        p = falls[0]
-        raise ValueError(f"{rule}; offsets[{p}] = {offsets[p]} is followed by {offsets[p + 1]}")
+        raise ValueError(f"{rule}; {name}[0] is {offsets[0]}")
+    if (offsets[1:] < offsets[:-1]).any():
+        p = np.flatnonzero(offsets[1:] < offsets[:-1])[0]
+        raise ValueError(f"{rule}; {name}[{p}] = {offsets[p]} is followed by {offsets[p + 1]}")
     if offsets[-1] != num_rows:
-        hint = "; its last entry is the total, not the start of the last prompt" if offsets[-1] < num_rows else ""
-        raise ValueError(f"{rule}; offsets[-1] is {offsets[-1]}{hint}")
+        hint = "; its last entry is the total, not the start of the last one" if offsets[-1] < num_rows else ""
+        raise ValueError(f"{rule}; {name}[-1] is {offsets[-1]}{hint}")
 
 
 def extension() -> ModuleType:
