@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,9 +16,10 @@ from tso_fast.judges.verifier import make_verifier, verify
 from tso_fast.pairing import select, to_pair
 from tso_fast.records import BadRows, pair_row, read_candidates
 from tso_fast.stages import make_pairs
-from tso_fast.types import Candidates, PreferencePair, Prompt, Response
+from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
 
 NAN = math.nan
+STRATEGIES = get_args(get_type_hints(PairingConfig)["pair_strategy"])
 
 
 def item(*texts: str, id: str = "q") -> Candidates:  # noqa: A002
@@ -28,7 +29,9 @@ def item(*texts: str, id: str = "q") -> Candidates:  # noqa: A002
 
 def selected(candidates: Candidates, scores: Any, seed: int = 0, **settings: Any) -> list[Corrected]:
     config = PairingConfig(**settings)
-    return select(candidates, correct(candidates, scores, config, Counts()), config, seed)
+    decided = correct(candidates, scores, config, Counts())
+    (chosen,) = select([candidates], [decided], [np.array(scores, dtype=np.float32)], config, seed)
+    return chosen
 
 
 def strength(scores: list[float], chosen: int, rejected: int, **settings: Any) -> PreferencePair:
@@ -111,6 +114,86 @@ def test_chosen_never_scores_lower(gsm8k_dev: Path) -> None:
     assert max(np.unique([pair.prompt.id for pair in made], return_counts=True)[1]) == 3
 
 
+def test_best_against_random_ones() -> None:
+    seen = {(p.chosen, p.rejected) for seed in range(40)
+            for p in selected(item(*"abcd"), [0, 3, 1, 2], seed, pair_strategy="best_random")}  # fmt: skip
+    assert seen == {(1, 0), (1, 2), (1, 3)}
+
+
+def test_every_response_against_the_middle_one() -> None:
+    pairs = selected(item(*"abcde"), [0, 4, 2, 3, 1], pair_strategy="baseline", max_pairs=9)
+    assert {(p.chosen, p.rejected) for p in pairs} == {(1, 2), (3, 2), (2, 0), (2, 4)}
+
+
+@pytest.mark.parametrize(("strategy", "number"), [("tournament", 5), ("first_round", 3), ("all", 15)])
+def test_number_of_pairs(strategy: str, number: int) -> None:
+    pairs = selected(item(*"abcdef"), [0, 5, 2, 3, 1, 4], pair_strategy=strategy, max_pairs=99)
+    assert len(pairs) == number
+    if strategy == "first_round":
+        assert len({i for p in pairs for i in (p.chosen, p.rejected)}) == 6
+
+
+def test_the_most_different_response_within_the_band() -> None:
+    texts = ("one two three four five", "one two three four six", "a b c d e", "one two three nine ten")
+    scores = [3.0, 2.0, 0.0, 2.5]
+    near = selected(item(*texts), scores, pair_strategy="diverse", diversity_band=1.5)
+    far = selected(item(*texts), scores, pair_strategy="diverse")
+    assert [(p.chosen, p.rejected) for p in (*near, *far)] == [(0, 3), (0, 2)]
+    unigrams = selected(item("a b", "b a", "c d"), [2, 1, 0], pair_strategy="diverse", diversity_ngram=1)
+    assert [(p.chosen, p.rejected) for p in unigrams] == [(0, 2)]
+
+
+def test_tokens_where_they_are_known() -> None:
+    responses = tuple(Response(model="m", text=t, sample=i, token_ids=ids)
+                      for i, (t, ids) in enumerate([("x", (1, 2, 3)), ("y", (1, 2, 3)), ("z", (4, 5, 6))]))  # fmt: skip
+    pairs = selected(Candidates(prompt=Prompt(id="q", prompt="?"), responses=responses), [2, 1, 1.5],
+                     pair_strategy="diverse")  # fmt: skip
+    assert [(p.chosen, p.rejected) for p in pairs] == [(0, 2)]
+
+
+def roles() -> Candidates:
+    made = [("human", None, None), ("s.v1", 1, 1.0), ("m.v1", 1, 2.0), ("m.v2", 2, 2.0)]
+    return Candidates(
+        prompt=Prompt(id="q", prompt="?"),
+        responses=tuple(Response(model=m, text=m, version_rank=v, size_b=s) for m, v, s in made),
+    )
+
+
+@pytest.mark.parametrize("strategy", ["all", "tournament", "best_random", "best_worst"])
+@pytest.mark.parametrize(
+    ("chosen_from", "rejected_from", "allowed"),
+    [
+        (["human"], None, {(0, 1), (0, 2), (0, 3)}),
+        (["newest"], None, {(3, 1), (3, 2)}),
+        (["largest"], ["s.v1"], {(2, 1), (3, 1)}),
+        (["human", "m.v2"], ["m.v1"], {(0, 2), (3, 2)}),
+        (None, ["human"], set()),
+    ],
+)
+def test_roles(strategy: str, chosen_from: Any, rejected_from: Any, allowed: set[tuple[int, int]]) -> None:
+    seen = set()
+    for seed in range(40):
+        pairs = selected(roles(), [4, 1, 2, 3], seed, pair_strategy=strategy, chosen_from=chosen_from,
+                         rejected_from=rejected_from, max_pairs=9)  # fmt: skip
+        seen |= {(p.chosen, p.rejected) for p in pairs}
+    assert seen <= allowed
+    assert bool(seen) == bool(allowed)
+    if strategy == "all":
+        assert seen == allowed
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_person_overrules_scores_in_every_strategy(strategy: str) -> None:
+    """What was decided against the scores is never turned round again."""
+    candidates = item("a", "b", "c")
+    label = Comparison(prompt_id="q", responses=(0, 1), judge="human", annotator="ann", probability=0.0)
+    verdicts = [Verdict(prompt_id="q", response=i, judge="rater", score=s) for i, s in enumerate([2.0, 1.0, 0.0])]
+    for seed in range(10):
+        made, _ = make_pairs([candidates], [*verdicts, label], EvidenceConfig(),
+                             PairingConfig(pair_strategy=strategy, max_pairs=9), seed)  # type: ignore[arg-type]  # fmt: skip
+        assert {(p.chosen.text, p.rejected.text) for p in made} <= {("b", "a"), ("a", "c"), ("b", "c")}
+
+
 # ---- strength
 
 
@@ -165,8 +248,8 @@ def test_ranges() -> None:
         scores = [r.choice([NAN, 0.0, 0.3, 0.7, 1.0]) for _ in candidates.responses]
         config = PairingConfig(scale_by=r.choice(["unit", "gap", "hardness"]), soft_label_kappa=r.choice([None, 4.0]),
                                margin_weight=r.choice([0.0, 2.0]), max_pairs=r.randrange(1, 9),
-                               pair_strategy=r.choice(["random", "best_worst"]))  # fmt: skip
-        chosen = select(candidates, correct(candidates, scores, config, Counts()), config, r.randrange(9))
+                               pair_strategy=r.choice(STRATEGIES))  # fmt: skip
+        chosen = selected(candidates, scores, r.randrange(9), **vars(config))
         assert len(chosen) <= config.max_pairs
         made = [to_pair(candidates, pair, scores, config) for pair in chosen]
         assert len({frozenset((p.chosen.text, p.rejected.text)) for p in made}) == len(made)

@@ -99,7 +99,7 @@ def _select_ranked(
         (i, j)
         for first, last in itertools.pairwise(offsets.tolist())
         for i, j in itertools.combinations(range(first, last), 2)
-        if (i, j) not in by_rows and (j, i) not in by_rows
+        if ((i, j) not in by_rows and (j, i) not in by_rows)
         or (scores[i] - scores[j]) * (1 if (i, j) in by_rows else -1) < 0
     ]  # fmt: skip
     if config.pair_strategy == "diverse":
