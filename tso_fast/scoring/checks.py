@@ -25,12 +25,22 @@ def check_offsets(offsets: np.ndarray, num_rows: int) -> None:
         raise ValueError(f"{rule}; got no entries: no prompts is offsets [0]")
     if offsets[0] != 0:
         raise ValueError(f"{rule}; offsets[0] is {offsets[0]}")
-    if len(falls := np.flatnonzero(np.diff(offsets) < 0)):
+    if len(falls := np.flatnonzero(offsets[1:] < offsets[:-1])):
         p = falls[0]
         raise ValueError(f"{rule}; offsets[{p}] = {offsets[p]} is followed by {offsets[p + 1]}")
     if offsets[-1] != num_rows:
         hint = "; its last entry is the total, not the start of the last prompt" if offsets[-1] < num_rows else ""
         raise ValueError(f"{rule}; offsets[-1] is {offsets[-1]}{hint}")
+
+
+def infinite_scores(scores_RM: np.ndarray) -> ValueError:
+    """What is wrong with scores of which at least one is infinite."""
+    is_infinite = np.isinf(scores_RM)
+    row, column = np.unravel_index(is_infinite.argmax(), is_infinite.shape)
+    return ValueError(
+        f"scores[{row}, {column}] is {scores_RM[row, column]} ({is_infinite.sum()} infinite in all); expected finite "
+        f"numbers: use NaN for a missing score, or clip"
+    )
 
 
 def extension() -> ModuleType:
