@@ -109,7 +109,7 @@ inline void affine_z(const Scorers& scorers, const Rows& rows, int64_t column, D
         sum += difference;
         squares += difference * difference;
     }
-    const Doubles share = 1.0 / (kComplete ? Doubles{} + static_cast<double>(rows.n) : count);
+    const Doubles share = kComplete ? Doubles{} + 1.0 / static_cast<double>(rows.n) : 1.0 / count;
     const Doubles mean = sum * share;
     const Doubles variance = squares * share - mean * mean;
     // No difference but 0: all are equal.
@@ -216,27 +216,41 @@ inline void mean_of(const Scorers& scorers, const Rows& rows, const Affine& affi
                     int32_t* num_scores_n) {
     const int64_t n = rows.n, padded_n = (n + 7) / 8 * 8;
     double *weights = sums + padded_n, *counts = sums + 2 * padded_n;
+    double constant = 0.0;
+    if (kComplete) {
+        Lanes8 constants = {};
+        for (int64_t column = 0; column < scorers.count; column += kLanes)
+            constants.part[column / kLanes % kParts] += load<Doubles>(affine.constant + column);
+        constant = sum(constants);
+    }
     for (int64_t r = 0; r < n; ++r) {
         const float* row = rows.scores + r * rows.stride;
         Lanes8 total = {}, weight = {}, count = {};
-        for (int64_t first = 0; first < scorers.count; first += 8) {
+        const auto take = [&](int64_t column, int part, Floats score_) {
+            const Doubles score = widen(score_);
+            const Doubles value = (score - load<Doubles>(affine.shift + column)) * load<Doubles>(affine.scale + column);
+            if (kComplete) {
+                total.part[part] += value;
+            } else {
+                const Longs present = score == score;
+                total.part[part] += present ? value + load<Doubles>(affine.constant + column) : Doubles{};
+                count.part[part] += present ? Doubles{} + 1.0 : Doubles{};
+                if (!kUniform) weight.part[part] += present ? load<Doubles>(scorers.weights + column) : Doubles{};
+            }
+        };
+        int64_t first = 0;
+        for (; first + 8 <= scorers.count; first += 8) {
             for (int part = 0; part < kParts; ++part) {
                 const int64_t column = first + part * kLanes;
-                if (column >= scorers.count) break;
-                const Doubles score = widen(load_scores<kComplete>(scorers, row, column));
-                const Doubles value = (score - load<Doubles>(affine.shift + column)) * load<Doubles>(affine.scale + column) +
-                                      load<Doubles>(affine.constant + column);
-                if (kComplete) {
-                    total.part[part] += value;
-                } else {
-                    const Longs present = score == score;
-                    total.part[part] += present ? value : Doubles{};
-                    count.part[part] += present ? Doubles{} + 1.0 : Doubles{};
-                    if (!kUniform) weight.part[part] += present ? load<Doubles>(scorers.weights + column) : Doubles{};
-                }
+                take(column, part, kComplete ? load<Floats>(row + column) : load_scores<false>(scorers, row, column));
             }
         }
-        sums[r] = sum(total);
+        for (int part = 0; part < kParts; ++part) {
+            const int64_t column = first + part * kLanes;
+            if (column >= scorers.count) break;
+            take(column, part, load_scores<kComplete>(scorers, row, column));
+        }
+        sums[r] = sum(total) + constant;
         if (!kComplete) counts[r] = sum(count);
         if (!kComplete && !kUniform) weights[r] = sum(weight);
     }

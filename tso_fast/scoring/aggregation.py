@@ -54,8 +54,8 @@ def consensus(
             prefer this one, ties half; NaN if none shares a scorer with it. Unlike borda, it compares two
             responses only by the scorers they have in common.
             ``bradley_terry``: log-strengths, as ``tso_fast.scoring.bradley_terry`` fits them with its defaults
-            when every scorer of two responses adds a game of its weight to the pair, ties half. Weights are scaled to mean
-            1 over the scorers of positive weight. NaN for a response that shares a scorer with no other.
+            when every scorer of two responses adds a game of its weight to the pair, ties half. Weights are scaled to
+            mean 1 over the scorers of positive weight. NaN for a response that shares a scorer with no other.
         normalize: applied before to each scorer within each prompt; ``borda``, ``win_rate`` and ``bradley_terry`` take
             only ``none``.
             ``z``: less the mean, over the population std (0 if all are equal). ``rank``: average rank scaled to

@@ -80,7 +80,7 @@ def bradley_terry_reference(
     pairs_C2, wins_C2, offsets_P1 = _check(pairs, wins, offsets, num_threads)
     check_options(regularization, max_iterations, tolerance)
     num_rows = int(offsets_P1[-1])
-    is_row: np.ndarray = ((pairs_C2 >= 0) & (pairs_C2 < num_rows)).all(axis=1)
+    is_row = np.all((pairs_C2 >= 0) & (pairs_C2 < num_rows), axis=1)
     rows_C2: np.ndarray = np.where(is_row[:, None], pairs_C2, 0)
     prompts_C2 = np.searchsorted(offsets_P1, rows_C2, side="right") - 1
     is_good = is_row & (prompts_C2[:, 0] == prompts_C2[:, 1]) & (pairs_C2[:, 0] != pairs_C2[:, 1])
