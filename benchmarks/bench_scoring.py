@@ -5,10 +5,10 @@
 
 Results are compared with the numpy reference first; a row that differs makes the exit status 1. Times are medians of
 interleaved rounds; a ratio is that of a round, shown as median and quartiles. The floor is a copy of the scores to a
-buffer that is paged in already, by as many threads as ours (torch's `copy_`; `np.copyto`, one thread, is timed beside it). The
-vectorised peers get the scores as [P, 8, 9], which ragged prompts would not fit; the loop is one numpy call after the
-other for each prompt, timed over a part of the prompts. Extra memory is the peak resident size over the inputs, outputs
-included, in a fresh process.
+buffer that is paged in already, by as many threads as ours (torch's `copy_`; `np.copyto`, one thread, is timed
+beside it). The vectorised peers get the scores as [P, 8, 9], which ragged prompts would not fit; the loop is numpy
+calls prompt after prompt, timed over a part of the prompts. Extra memory is the peak resident size over the inputs,
+outputs included, in a fresh process.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ METHODS = [
     ("mean", "z"), ("mean", "minmax"), ("mean", "none"), ("mean", "rank"), ("median", "none"), ("win_rate", "none"),
     ("bradley_terry", "none"),
 ]  # fmt: skip
+SLOW = ["none bradley_terry", "agreement"]
 GOAL = ("mean", "z")
 GOALS = {"copy": 3.0, "vectorised": 5.0, "loop": 30.0, "extra_over_input": 0.5}
 CHECKED_PROMPTS, LOOP_PROMPTS = 300, 2000
@@ -89,7 +90,7 @@ def whole(problem: Problem, method: str, normalize: str, threads: int) -> Any:
     return values, best_worst_pairs(values.scores, problem.offsets)
 
 
-# ------------------------------------------------------------------------------------------------ peers, z and mean only
+# ---------------------------------------------------------------------------------------------- peers, z and mean only
 
 
 def numpy_vectorised(problem: Problem) -> np.ndarray:
@@ -213,7 +214,7 @@ def measure(problem: Problem, threads: int, rounds: int) -> dict[str, Any]:
     calls["agreement"] = lambda: scoring.agreement(problem.scores_RM, problem.offsets, num_threads=threads)
     calls |= {name: lambda run=function: with_pairs(run(problem)) for name, function in PEERS.items()}
     calls["numpy loop"] = lambda: numpy_loop(part)
-    numbers = dict.fromkeys(calls, rounds) | dict.fromkeys([*PEERS, "numpy loop"], min(3, rounds))
+    numbers = dict.fromkeys(calls, rounds) | dict.fromkeys([*SLOW, *PEERS, "numpy loop"], min(3, rounds))
     for name in calls:
         if name not in PEERS:
             calls[name]()

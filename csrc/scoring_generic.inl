@@ -44,8 +44,9 @@ inline Doubles root(Doubles v) {
 #endif
 
 // Lanes without a scorer become 0 in a complete prompt and NaN in another; so do there the lanes of weight 0.
-template <bool kComplete>
+template <bool kComplete, bool kFull = false>
 inline Floats load_scores(const Scorers& scorers, const float* row, int64_t column) {
+    if (kComplete && kFull) return load<Floats>(row + column);
     const Ints bits = load<Ints>(row + column);
     if (kComplete) return (Floats)(bits & ~load<Ints>(scorers.beyond + column));
     return (Floats)(bits | load<Ints>(scorers.absent + column));
@@ -87,20 +88,20 @@ Found classify(const float* scores, int64_t count) {
     return any(infinite) ? Found::infinite : Found::missing;
 }
 
-template <bool kComplete>
+template <bool kComplete, bool kFull>
 inline void affine_z(const Scorers& scorers, const Rows& rows, int64_t column, Doubles weight, const Affine& out) {
     // Sums of differences from a score of the column, for which the textbook formula is safe: mean^2 <= (n - 1) variance.
-    Floats origin_ = load_scores<kComplete>(scorers, rows.scores, column);
+    Floats origin_ = load_scores<kComplete, kFull>(scorers, rows.scores, column);
     if (!kComplete) {
         for (int64_t r = 1; r < rows.n; ++r) {
-            const Floats other = load_scores<kComplete>(scorers, rows.scores + r * rows.stride, column);
+            const Floats other = load_scores<kComplete, kFull>(scorers, rows.scores + r * rows.stride, column);
             origin_ = origin_ == origin_ ? origin_ : other;
         }
     }
     const Doubles origin = widen(origin_);
     Doubles sum = {}, squares = {}, count = {};
     for (int64_t r = 0; r < rows.n; ++r) {
-        Doubles difference = widen(load_scores<kComplete>(scorers, rows.scores + r * rows.stride, column)) - origin;
+        Doubles difference = widen(load_scores<kComplete, kFull>(scorers, rows.scores + r * rows.stride, column)) - origin;
         if (!kComplete) {
             const Longs present = difference == difference;
             difference = present ? difference : Doubles{};
@@ -154,7 +155,10 @@ inline void affine_of(const Scorers& scorers, const Rows& rows, Normalize normal
     for (int64_t column = 0; column < scorers.count; column += kLanes) {
         const Doubles weight = load<Doubles>(scorers.weights + column);
         if (normalize == Normalize::z) {
-            affine_z<kComplete>(scorers, rows, column, weight, out);
+            if (column + kLanes <= scorers.count)
+                affine_z<kComplete, true>(scorers, rows, column, weight, out);
+            else
+                affine_z<kComplete, false>(scorers, rows, column, weight, out);
         } else if (normalize == Normalize::minmax) {
             affine_minmax<kComplete>(scorers, rows, column, weight, out);
         } else if (normalize == Normalize::rank) {
@@ -242,7 +246,7 @@ inline void mean_of(const Scorers& scorers, const Rows& rows, const Affine& affi
         for (; first + 8 <= scorers.count; first += 8) {
             for (int part = 0; part < kParts; ++part) {
                 const int64_t column = first + part * kLanes;
-                take(column, part, kComplete ? load<Floats>(row + column) : load_scores<false>(scorers, row, column));
+                take(column, part, load_scores<kComplete, true>(scorers, row, column));
             }
         }
         for (int part = 0; part < kParts; ++part) {
