@@ -1,9 +1,12 @@
 #include "scoring.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <iterator>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -14,168 +17,418 @@ namespace tso {
 namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Scores (pairs of scores for win_rate) below which another thread costs more to start than it saves.
-constexpr int64_t kMinWorkPerThread = 1 << 15;
+// Scores (pairs of scores where responses are compared) below which another thread costs more to start than it saves.
+constexpr int64_t kMinWorkPerThread = 1 << 16;
+// Beyond, sorting every column is faster than comparing all pairs.
+constexpr int64_t kMaxRowsCompared = 128;
+// Beyond, std::sort is faster than the sorting network.
+constexpr int64_t kMaxNetwork = 32;
 
-struct Task {
-    const float* scores_RM;
-    const int64_t* offsets;
-    const double* weights_M;
-    int64_t num_prompts;
-    int64_t num_scorers;
-    Method method;
-    Normalize normalize;
-    float* consensus_R;
-    int32_t* num_scores_R;
+// What the kernels want to know of the scorers.
+class PaddedScorers {
+   public:
+    PaddedScorers(const double* weights_M, int64_t M) {
+        const int64_t padded = (M + kColumnPad - 1) / kColumnPad * kColumnPad;
+        weights.assign(padded, 0.0);
+        absent.assign(padded, -1);
+        beyond.assign(padded, -1);
+        std::copy(weights_M, weights_M + M, weights.begin());
+        const double largest = M ? *std::max_element(weights_M, weights_M + M) : 0.0;
+        bool is_uniform = true;
+        for (int64_t m = 0; m < M; ++m) {
+            beyond[m] = 0;
+            absent[m] = weights[m] > 0.0 ? 0 : -1;
+            is_uniform = is_uniform && (weights[m] == 0.0 || weights[m] == largest);
+        }
+        double total = 0.0;
+        int32_t num_weighted = 0;
+        for (double& weight : weights) {
+            if (weight == 0.0) continue;
+            if (is_uniform) weight = 1.0;
+            total += weight;
+            ++num_weighted;
+        }
+        view = {M, padded, weights.data(), absent.data(), beyond.data(), is_uniform, total, num_weighted};
+    }
+    PaddedScorers(const PaddedScorers&) = delete;
+
+    Scorers view;
+
+   private:
+    std::vector<double> weights;
+    std::vector<int32_t> absent, beyond;
 };
 
 struct Scratch {
-    std::vector<double> table;  // [n, M] normalised scores of one prompt
-    std::vector<double> values;
-    std::vector<int64_t> rows;
-    std::vector<std::pair<double, int64_t>> sorted;
-    std::vector<double> num_compared;
-    std::vector<double> wins;
+    explicit Scratch(int64_t padded) : columns(3 * padded), values_M(padded) {
+        affine = {columns.data(), columns.data() + padded, columns.data() + 2 * padded};
+    }
+    template <typename T>
+    static T* at_least(std::vector<T>& buffer, int64_t size) {
+        if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+        return buffer.data();
+    }
+
+    std::vector<double> columns, values_M, sums, block, wins, games;
+    std::vector<float> copy, table;
+    std::vector<std::pair<float, int64_t>> sorted;
+    std::vector<Comparison> comparisons;
+    BradleyTerry bradley_terry;
+    Affine affine;
 };
 
-// Average rank among the values, scaled to [0, 1].
-void rank_values(std::vector<double>& values, std::vector<std::pair<double, int64_t>>& sorted) {
-    const int64_t n = values.size();
-    sorted.clear();
-    for (int64_t i = 0; i < n; ++i) sorted.emplace_back(values[i], i);
-    std::sort(sorted.begin(), sorted.end());
-    for (int64_t first = 0, last; first < n; first = last) {
-        for (last = first + 1; last < n && sorted[last].first == sorted[first].first;) ++last;
-        const double rank = 0.5 * (first + last - 1) / (n - 1);
-        for (int64_t i = first; i < last; ++i) values[sorted[i].second] = rank;
-    }
-}
+// Prompts as the kernels take them.
+class Reader {
+   public:
+    Reader(const Scores& scores, const Scorers& scorers, const ScoringOps& ops) : scores(scores), scorers(scorers), ops(ops) {}
 
-// One scorer's scores of one prompt, without the missing ones.
-void normalize_values(Normalize normalize, std::vector<double>& values,
-                      std::vector<std::pair<double, int64_t>>& sorted) {
-    if (normalize == Normalize::none || values.empty()) return;
-    const auto [min, max] = std::minmax_element(values.begin(), values.end());
-    const double low = *min, high = *max;
-    if (low == high) {
-        std::fill(values.begin(), values.end(), normalize == Normalize::z ? 0.0 : 0.5);
-    } else if (normalize == Normalize::rank) {
-        rank_values(values, sorted);
-    } else if (normalize == Normalize::minmax) {
-        for (double& value : values) value = (value - low) / (high - low);
-    } else {
-        double sum = 0.0, squares = 0.0;
-        for (double value : values) sum += value;
-        const double mean = sum / values.size();
-        for (double value : values) squares += (value - mean) * (value - mean);
-        const double std = std::sqrt(squares / values.size());
-        for (double& value : values) value = (value - mean) / std;
-    }
-}
-
-void fill_table(const Task& task, int64_t begin, int64_t n, Scratch& scratch) {
-    const int64_t M = task.num_scorers;
-    // Borda counts divided by (n - 1) are these ranks.
-    const Normalize normalize = task.method == Method::borda ? Normalize::rank : task.normalize;
-    scratch.table.assign(n * M, kNaN);
-    for (int64_t m = 0; m < M; ++m) {
-        if (task.weights_M[m] == 0.0) continue;
-        scratch.values.clear();
-        scratch.rows.clear();
-        for (int64_t row = 0; row < n; ++row) {
-            const float score = task.scores_RM[(begin + row) * M + m];
-            if (std::isnan(score)) continue;
-            scratch.values.push_back(score);
-            scratch.rows.push_back(row);
+    // False if a score is infinite. Rows are valid until the next call.
+    bool read(int64_t prompt, Scratch& scratch, Rows* rows) const {
+        const int64_t M = scorers.count, begin = scores.offsets[prompt], n = scores.offsets[prompt + 1] - begin;
+        const float* first = scores.scores_RM + begin * M;
+        const Found found = ops.classify(first, n * M);
+        if (found == Found::infinite) return false;
+        *rows = {first, M, n, found == Found::complete};
+        const int64_t num_rows = scores.offsets[scores.num_prompts];
+        if (n && (begin + n - 1) * M + scorers.padded > num_rows * M) {
+            // Kernels read whole vectors, here beyond the end of the array.
+            float* copy = Scratch::at_least(scratch.copy, (n - 1) * M + scorers.padded);
+            std::copy(first, first + n * M, copy);
+            rows->scores = copy;
         }
-        normalize_values(normalize, scratch.values, scratch.sorted);
-        for (size_t i = 0; i < scratch.rows.size(); ++i) scratch.table[scratch.rows[i] * M + m] = scratch.values[i];
+        return true;
+    }
+
+   private:
+    const Scores& scores;
+    const Scorers& scorers;
+    const ScoringOps& ops;
+};
+
+void rank_by_sorting(const Scorers& scorers, const Rows& rows, Scratch& scratch, float* table) {
+    std::fill(table, table + rows.n * scorers.padded, static_cast<float>(kNaN));
+    auto& sorted = scratch.sorted;
+    for (int64_t m = 0; m < scorers.count; ++m) {
+        if (scorers.absent[m] && !rows.is_complete) continue;
+        sorted.clear();
+        for (int64_t r = 0; r < rows.n; ++r) {
+            const float score = rows.scores[r * rows.stride + m];
+            if (!std::isnan(score)) sorted.emplace_back(score, r);
+        }
+        std::sort(sorted.begin(), sorted.end());
+        const int64_t n = sorted.size();
+        for (int64_t first = 0, last; first < n; first = last) {
+            for (last = first + 1; last < n && sorted[last].first == sorted[first].first;) ++last;
+            const float rank = static_cast<float>(0.5 * (first + last - 1));
+            for (int64_t i = first; i < last; ++i) table[sorted[i].second * scorers.padded + m] = rank;
+        }
     }
 }
 
-double weighted_mean(const double* row_M, const double* weights_M, int64_t M) {
-    double sum = 0.0, weight = 0.0;
-    for (int64_t m = 0; m < M; ++m) {
-        if (std::isnan(row_M[m])) continue;
-        sum += weights_M[m] * row_M[m];
-        weight += weights_M[m];
-    }
-    return weight > 0.0 ? sum / weight : kNaN;
+// Ranks counted from 0, ties share their mean.
+Rows ranks(const Scorers& scorers, const Rows& rows, const ScoringOps& ops, Scratch& scratch) {
+    float* table = Scratch::at_least(scratch.table, rows.n * scorers.padded);
+    if (rows.n <= kMaxRowsCompared)
+        ops.rank_table(scorers, rows, table);
+    else
+        rank_by_sorting(scorers, rows, scratch, table);
+    return {table, scorers.padded, rows.n, rows.is_complete};
 }
 
-double median(const double* row_M, int64_t M, std::vector<double>& values) {
-    values.clear();
-    std::copy_if(row_M, row_M + M, std::back_inserter(values), [](double value) { return !std::isnan(value); });
-    if (values.empty()) return kNaN;
-    std::sort(values.begin(), values.end());
-    return 0.5 * (values[(values.size() - 1) / 2] + values[values.size() / 2]);
-}
-
-void win_rates(const Task& task, int64_t n, Scratch& scratch, float* consensus_n) {
-    const int64_t M = task.num_scorers;
-    scratch.wins.assign(n, 0.0);
-    scratch.num_compared.assign(n, 0.0);
-    for (int64_t i = 0; i < n; ++i) {
-        const double* a_M = &scratch.table[i * M];
-        for (int64_t j = i + 1; j < n; ++j) {
-            const double* b_M = &scratch.table[j * M];
-            double share = 0.0, weight = 0.0;
+void medians(const Scorers& scorers, const Rows& rows, const ScoringOps& ops, Scratch& scratch, float* median_n,
+             int32_t* num_scores_n) {
+    const int64_t M = scorers.count;
+    double* values_M = scratch.values_M.data();
+    double* block = Scratch::at_least(scratch.block, 8 * M);  // [M, 8]: eight rows are sorted at once
+    for (int64_t first = 0; first < rows.n; first += 8) {
+        const int64_t last = std::min(first + 8, rows.n);
+        const bool is_network = M <= kMaxNetwork;
+        for (int64_t r = first; r < last; ++r) {
+            ops.values(scorers, rows, scratch.affine, r, values_M);
+            int32_t count = 0;
             for (int64_t m = 0; m < M; ++m) {
-                // A comparison with NaN is false, so a scorer that lacks either score adds nothing.
-                const double greater = a_M[m] > b_M[m], equal = a_M[m] == b_M[m], less = a_M[m] < b_M[m];
-                share += task.weights_M[m] * (greater + 0.5 * equal);
-                weight += task.weights_M[m] * (greater + equal + less);
+                const bool is_missing = std::isnan(values_M[m]);
+                count += !is_missing;
+                if (is_missing) values_M[m] = kInfinity;
             }
-            if (weight == 0.0) continue;
-            scratch.wins[i] += share / weight;
-            scratch.wins[j] += 1.0 - share / weight;
-            scratch.num_compared[i] += 1.0;
-            scratch.num_compared[j] += 1.0;
+            num_scores_n[r] = count;
+            if (!is_network) std::sort(values_M, values_M + M);
+            for (int64_t m = 0; m < M; ++m) block[m * 8 + r - first] = values_M[m];
+        }
+        if (is_network) ops.sort_columns(block, M);
+        for (int64_t r = first; r < last; ++r) {
+            const int32_t count = num_scores_n[r];
+            const double* column = block + r - first;
+            median_n[r] = static_cast<float>(count ? 0.5 * (column[(count - 1) / 2 * 8] + column[count / 2 * 8]) : kNaN);
         }
     }
-    for (int64_t i = 0; i < n; ++i)
-        consensus_n[i] = scratch.num_compared[i] > 0.0 ? scratch.wins[i] / scratch.num_compared[i] : kNaN;
 }
 
-void score_prompt(const Task& task, int64_t prompt, Scratch& scratch) {
-    const int64_t begin = task.offsets[prompt], n = task.offsets[prompt + 1] - begin, M = task.num_scorers;
-    fill_table(task, begin, n, scratch);
-    for (int64_t row = 0; row < n; ++row) {
-        const double* row_M = scratch.table.data() + row * M;
-        task.num_scores_R[begin + row] = std::count_if(row_M, row_M + M, [](double v) { return !std::isnan(v); });
-        if (task.method == Method::median)
-            task.consensus_R[begin + row] = median(row_M, M, scratch.values);
-        else if (task.method != Method::win_rate)
-            task.consensus_R[begin + row] = weighted_mean(row_M, task.weights_M, M);
+void count_scores(const Scorers& scorers, const Rows& rows, int32_t* num_scores_n) {
+    for (int64_t r = 0; r < rows.n; ++r) {
+        int32_t count = 0;
+        for (int64_t m = 0; m < scorers.count; ++m)
+            count += !scorers.absent[m] && !std::isnan(rows.scores[r * rows.stride + m]);
+        num_scores_n[r] = count;
     }
-    if (task.method == Method::win_rate) win_rates(task, n, scratch, task.consensus_R + begin);
 }
 
-int64_t choose_num_threads(const Task& task, int num_threads) {
-    int64_t work = 0;
-    for (int64_t p = 0; p < task.num_prompts; ++p) {
-        const int64_t n = task.offsets[p + 1] - task.offsets[p];
-        work += n * task.num_scorers * (task.method == Method::win_rate ? n : 1);
+// Calls use(i, j, wins of i, games) for every two responses of a prompt that share a scorer.
+template <typename Use>
+void for_each_pair(const Scorers& scorers, const Rows& rows, const ScoringOps& ops, Scratch& scratch, const Use& use) {
+    double* wins = Scratch::at_least(scratch.wins, rows.n);
+    double* games = Scratch::at_least(scratch.games, rows.n);
+    for (int64_t i = 0; i < rows.n; ++i) {
+        ops.compare(scorers, rows, i, wins, games);
+        for (int64_t j = i + 1; j < rows.n; ++j)
+            if (games[j - i - 1] > 0.0) use(i, j, wins[j - i - 1], games[j - i - 1]);
     }
+}
+
+void win_rates(const Scorers& scorers, const Rows& rows, const ScoringOps& ops, Scratch& scratch, float* rate_n) {
+    double* sums = Scratch::at_least(scratch.sums, 2 * rows.n);
+    double* num_compared = sums + rows.n;
+    std::fill(sums, sums + 2 * rows.n, 0.0);
+    for_each_pair(scorers, rows, ops, scratch, [&](int64_t i, int64_t j, double wins, double games) {
+        const double share = wins / games;
+        sums[i] += share;
+        sums[j] += 1.0 - share;
+        num_compared[i] += 1.0;
+        num_compared[j] += 1.0;
+    });
+    for (int64_t i = 0; i < rows.n; ++i)
+        rate_n[i] = static_cast<float>(num_compared[i] > 0.0 ? sums[i] / num_compared[i] : kNaN);
+}
+
+int64_t choose_num_threads(int num_threads, int64_t work) {
     const int64_t wanted = num_threads > 0 ? num_threads : std::thread::hardware_concurrency();
-    return std::max<int64_t>(1, std::min({wanted, task.num_prompts, work / kMinWorkPerThread}));
+    return std::max<int64_t>(1, std::min(wanted, work / kMinWorkPerThread));
+}
+
+int64_t num_pairs_of_scores(const Scores& scores) {
+    int64_t work = 0;
+    for (int64_t p = 0; p < scores.num_prompts; ++p) {
+        const int64_t n = scores.offsets[p + 1] - scores.offsets[p];
+        work += n * n;
+    }
+    return work * scores.num_scorers;
+}
+
+// Calls work(first, last) for ranges of prompts. A prompt is computed by one thread whichever it is, so who takes which range
+// cannot change a bit of the result.
+template <typename Work>
+void for_each_range(int64_t num_prompts, int64_t thread_count, const Work& work) {
+    const int64_t range = std::max<int64_t>(1, num_prompts / (16 * thread_count));
+    parallel_for((num_prompts + range - 1) / range, thread_count,
+                 [&](int64_t index) { work(index * range, std::min((index + 1) * range, num_prompts)); });
 }
 
 }  // namespace
 
-void consensus(const float* scores_RM, const int64_t* offsets, const double* weights_M, int64_t num_prompts,
-               int64_t num_scorers, Method method, Normalize normalize, int num_threads, float* consensus_R,
+bool consensus(const Scores& scores, const double* weights_M, Method method, Normalize normalize,
+               const BradleyTerryOptions& options, const ScoringOps& ops, int num_threads, float* consensus_R,
                int32_t* num_scores_R) {
-    const Task task{scores_RM, offsets,   weights_M,   num_prompts, num_scorers,
-                    method,    normalize, consensus_R, num_scores_R};
-    const int64_t thread_count = choose_num_threads(task, num_threads);
-    // A prompt is computed by one thread whichever it is, so who takes which range cannot change a bit of the result.
-    const int64_t range = std::max<int64_t>(1, num_prompts / (8 * thread_count));
-    parallel_for((num_prompts + range - 1) / range, thread_count, [&](int64_t index) {
-        Scratch scratch;
-        for (int64_t p = index * range; p < std::min((index + 1) * range, num_prompts); ++p) score_prompt(task, p, scratch);
+    const PaddedScorers padded(weights_M, scores.num_scorers);
+    const Scorers& scorers = padded.view;
+    const Reader reader(scores, scorers, ops);
+    const bool has_pairs = method == Method::win_rate || method == Method::bradley_terry;
+    const int64_t num_scores = scores.offsets[scores.num_prompts] * scores.num_scorers;
+    const int64_t thread_count = choose_num_threads(num_threads, has_pairs ? num_pairs_of_scores(scores) : num_scores);
+    std::atomic<bool> is_finite{true};
+
+    const auto mean = [&](const Rows& rows, Normalize how, Scratch& scratch, float* out, int32_t* num_out) {
+        const Rows values = how == Normalize::rank ? ranks(scorers, rows, ops, scratch) : rows;
+        ops.affine(scorers, values, how, scratch.affine);
+        if (method == Method::median) return medians(scorers, values, ops, scratch, out, num_out);
+        ops.mean(scorers, values, scratch.affine, Scratch::at_least(scratch.sums, 3 * (rows.n + 7)), out, num_out);
+    };
+    const auto bradley_terry = [&](const Rows& rows, Scratch& scratch, float* out) {
+        // Only the ratios of weights count, and a comparison by all scorers is as many games as scorers.
+        const double unit = scorers.num_weighted / scorers.total_weight;
+        scratch.comparisons.clear();
+        for_each_pair(scorers, rows, ops, scratch, [&](int64_t i, int64_t j, double wins, double games) {
+            scratch.comparisons.push_back({i, j, unit * wins, unit * (games - wins)});
+        });
+        scratch.bradley_terry.fit(scratch.comparisons, rows.n, options, out);
+    };
+
+    for_each_range(scores.num_prompts, thread_count, [&](int64_t first, int64_t last) {
+        Scratch scratch(scorers.padded);
+        for (int64_t p = first; p < last; ++p) {
+            const int64_t begin = scores.offsets[p];
+            float* out = consensus_R + begin;
+            int32_t* num_out = num_scores_R + begin;
+            Rows rows;
+            if (!reader.read(p, scratch, &rows)) {
+                is_finite = false;
+                return;
+            }
+            if (rows.n == 0) continue;
+            if (!scorers.num_weighted) {
+                std::fill(out, out + rows.n, static_cast<float>(kNaN));
+                std::fill(num_out, num_out + rows.n, 0);
+            } else if (!has_pairs) {
+                mean(rows, method == Method::borda ? Normalize::rank : normalize, scratch, out, num_out);
+            } else if (method == Method::win_rate && rows.is_complete && rows.n > 1) {
+                // Nothing is missing, so that every pair is compared by all scorers: the shares add up to borda's.
+                mean(rows, Normalize::rank, scratch, out, num_out);
+            } else {
+                count_scores(scorers, rows, num_out);
+                if (method == Method::win_rate)
+                    win_rates(scorers, rows, ops, scratch, out);
+                else
+                    bradley_terry(rows, scratch, out);
+            }
+        }
     });
+    return is_finite;
+}
+
+namespace {
+
+// What Pearson's correlation needs, for every scorer.
+struct Sums {
+    explicit Sums(int64_t M) : buffer(6 * M), count(buffer.data()), x(count + M), y(x + M), xx(y + M), yy(xx + M), xy(yy + M) {}
+
+    std::vector<double> buffer;
+    double *count, *x, *y, *xx, *yy, *xy;
+};
+
+// Kendall's W = 12 S / (m^2 (n^3 - n) - m sum T) over the scorers that scored all responses. With ranks less their mean, doubled
+// to make them whole numbers, it is sum_i (sum_m rank)^2 / (m sum_i sum_m rank^2), ties and all.
+double concordance(const Scorers& scorers, const Rows& ranks, const double* num_present_M) {
+    double num_scorers = 0.0, between = 0.0, all = 0.0;
+    for (int64_t m = 0; m < scorers.count; ++m) num_scorers += num_present_M[m] == ranks.n;
+    for (int64_t i = 0; i < ranks.n; ++i) {
+        double total = 0.0;
+        for (int64_t m = 0; m < scorers.count; ++m) {
+            if (num_present_M[m] != ranks.n) continue;
+            const double rank = 2.0 * ranks.scores[i * ranks.stride + m] - (ranks.n - 1);
+            total += rank;
+            all += rank * rank;
+        }
+        between += total * total;
+    }
+    return num_scorers >= 2.0 && all > 0.0 ? between / (num_scorers * all) : kNaN;
+}
+
+void add_leave_one_out(const Scorers& scorers, const Rows& ranks, const double* num_present_M, double* rank_M, double* is_present_M,
+                       Sums& sums) {
+    const int64_t M = scorers.count;
+    for (int64_t i = 0; i < ranks.n; ++i) {
+        const float* row_M = ranks.scores + i * ranks.stride;
+        double total = 0.0, count = 0.0;
+        for (int64_t m = 0; m < M; ++m) {
+            const bool is_present = num_present_M[m] >= 2.0 && row_M[m] == row_M[m];
+            is_present_M[m] = is_present;
+            rank_M[m] = is_present ? row_M[m] / (num_present_M[m] - 1.0) - 0.5 : 0.0;
+            total += rank_M[m];
+            count += is_present_M[m];
+        }
+        if (count < 2.0) continue;
+        for (int64_t m = 0; m < M; ++m) {
+            const double x = rank_M[m], y = is_present_M[m] * (total - x) / (count - 1.0);
+            sums.count[m] += is_present_M[m];
+            sums.x[m] += x;
+            sums.y[m] += y;
+            sums.xx[m] += x * x;
+            sums.yy[m] += y * y;
+            sums.xy[m] += x * y;
+        }
+    }
+}
+
+double correlation(double n, double x, double y, double xx, double yy, double xy) {
+    // Ranks are of order 1; a constant has a variance of rounding errors.
+    constexpr double kNoVariance = 1e-20;
+    const double variance_x = xx / n - x / n * (x / n), variance_y = yy / n - y / n * (y / n);
+    if (!(variance_x > kNoVariance && variance_y > kNoVariance)) return kNaN;
+    const double r = (xy / n - x / n * (y / n)) / std::sqrt(variance_x * variance_y);
+    return std::min(1.0, std::max(-1.0, r));
+}
+
+}  // namespace
+
+bool agreement(const Scores& scores, const ScoringOps& ops, int num_threads, float* concordance_P, float* leave_one_out_M) {
+    const int64_t M = scores.num_scorers, P = scores.num_prompts;
+    const std::vector<double> ones(M, 1.0);
+    const PaddedScorers padded(ones.data(), M);
+    const Scorers& scorers = padded.view;
+    const Reader reader(scores, scorers, ops);
+    std::atomic<bool> is_finite{true};
+
+    // Sums are taken by blocks of prompts, whatever the number of threads.
+    constexpr int64_t kBlock = 1024;
+    const int64_t num_blocks = (P + kBlock - 1) / kBlock;
+    std::vector<std::vector<double>> blocks(num_blocks);
+    const int64_t thread_count = choose_num_threads(num_threads, num_pairs_of_scores(scores));
+    parallel_for(num_blocks, thread_count, [&](int64_t block) {
+        Scratch scratch(scorers.padded);
+        Sums sums(M);
+        std::vector<double> num_present_M(M), rank_M(M), is_present_M(M);
+        for (int64_t p = block * kBlock; p < std::min((block + 1) * kBlock, P); ++p) {
+            Rows rows;
+            if (!reader.read(p, scratch, &rows)) {
+                is_finite = false;
+                return;
+            }
+            concordance_P[p] = static_cast<float>(kNaN);
+            if (rows.n < 2 || M == 0) continue;
+            const Rows table = ranks(scorers, rows, ops, scratch);
+            std::fill(num_present_M.begin(), num_present_M.end(), 0.0);
+            for (int64_t i = 0; i < rows.n; ++i)
+                for (int64_t m = 0; m < M; ++m)
+                    num_present_M[m] += table.scores[i * table.stride + m] == table.scores[i * table.stride + m];
+            concordance_P[p] = static_cast<float>(concordance(scorers, table, num_present_M.data()));
+            add_leave_one_out(scorers, table, num_present_M.data(), rank_M.data(), is_present_M.data(), sums);
+        }
+        blocks[block] = std::move(sums.buffer);
+    });
+    if (!is_finite) return false;
+    std::vector<double> total(6 * M);
+    for (const std::vector<double>& block : blocks)
+        for (int64_t i = 0; i < 6 * M; ++i) total[i] += block[i];
+    for (int64_t m = 0; m < M; ++m)
+        leave_one_out_M[m] = static_cast<float>(correlation(total[m], total[M + m], total[2 * M + m], total[3 * M + m],
+                                                            total[4 * M + m], total[5 * M + m]));
+    return true;
+}
+
+int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comparisons, const int64_t* offsets,
+                      int64_t num_prompts, const BradleyTerryOptions& options, int num_threads, float* strengths_R) {
+    // Comparisons by prompt, in their order: a counting sort.
+    std::vector<int64_t> prompts(num_comparisons), starts(num_prompts + 2, 0), order(num_comparisons);
+    const int64_t num_rows = offsets[num_prompts];
+    int64_t p = 0;
+    for (int64_t c = 0; c < num_comparisons; ++c) {
+        const int64_t low = std::min(pairs[2 * c], pairs[2 * c + 1]), high = std::max(pairs[2 * c], pairs[2 * c + 1]);
+        if (low < 0 || high >= num_rows || low == high) return c;
+        if (low < offsets[p] || low >= offsets[p + 1]) p = std::upper_bound(offsets, offsets + num_prompts + 1, low) - offsets - 1;
+        if (high >= offsets[p + 1]) return c;
+        prompts[c] = p;
+        ++starts[p + 2];
+    }
+    for (int64_t i = 2; i < num_prompts + 2; ++i) starts[i] += starts[i - 1];
+    for (int64_t c = 0; c < num_comparisons; ++c) order[starts[prompts[c] + 1]++] = c;
+
+    constexpr int64_t kLikelyIterations = 16;
+    const int64_t thread_count = choose_num_threads(num_threads, num_comparisons * kLikelyIterations);
+    for_each_range(num_prompts, thread_count, [&](int64_t first, int64_t last) {
+        BradleyTerry model;
+        std::vector<Comparison> comparisons;
+        for (int64_t prompt = first; prompt < last; ++prompt) {
+            const int64_t begin = offsets[prompt];
+            comparisons.clear();
+            for (int64_t i = starts[prompt]; i < starts[prompt + 1]; ++i) {
+                const int64_t c = order[i];
+                comparisons.push_back({pairs[2 * c] - begin, pairs[2 * c + 1] - begin, wins[2 * c], wins[2 * c + 1]});
+            }
+            model.fit(comparisons, offsets[prompt + 1] - begin, options, strengths_R + begin);
+        }
+    });
+    return -1;
 }
 
 }  // namespace tso

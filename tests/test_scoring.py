@@ -8,7 +8,18 @@ import time
 import numpy as np
 import pytest
 
-from tso_fast.scoring import METHODS, NORMALIZATIONS, Consensus, consensus, consensus_reference
+from tso_fast.scoring import (
+    METHODS,
+    NORMALIZATIONS,
+    Agreement,
+    Consensus,
+    agreement,
+    agreement_reference,
+    bradley_terry,
+    bradley_terry_reference,
+    consensus,
+    consensus_reference,
+)
 
 NAN = np.nan
 COMBINATIONS = [
@@ -56,6 +67,11 @@ def same_bits(a: Consensus, b: Consensus) -> bool:
         {"missing": 0.0},
         {"missing": 0.9},
         {"levels": 10**6},
+        {"num_scorers": 8},
+        {"num_scorers": 9},
+        {"num_scorers": 16, "num_prompts": 9},
+        {"num_scorers": 35, "num_prompts": 5},
+        {"max_rows": 300, "num_prompts": 2},
     ],
     ids=str,
 )
@@ -74,6 +90,20 @@ def test_agrees_with_reference(method, normalize, shape):
         np.testing.assert_array_equal(got.num_scores, expected.num_scores)
         # Both accumulate in double, in a different order: at most the last bit of the float32 may differ.
         np.testing.assert_allclose(got.scores, expected.scores, rtol=1.2e-7, atol=1e-12 * max(1, np.nanmax(scores)))
+
+
+@EACH
+@pytest.mark.parametrize("num_scorers", [1, 7, 9, 33])
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+def test_the_same_bits_from_every_instruction_set(method, normalize, num_scorers, missing):
+    extension = pytest.importorskip("tso_fast._C")
+    scores, offsets = ragged(7, num_scorers=num_scorers, missing=missing, levels=10**6)
+    for weights in (np.ones(num_scorers), np.arange(num_scorers) + 0.1, (np.arange(num_scorers) % 3 == 0) * 1.0):
+        options = (method, normalize, 1.0, 50, 1e-6, 1)
+        results = [extension.consensus(scores, offsets, weights, *options, isa) for isa in extension.scoring_isas()]
+        for values, num_scores in results[1:]:
+            assert values.tobytes() == results[0][0].tobytes()
+            np.testing.assert_array_equal(num_scores, results[0][1])
 
 
 @BOTH
@@ -165,6 +195,7 @@ def test_single_response_alone():
         ("median", "rank", [0.5, 0.5]),
         ("borda", "none", [0.5, 0.5]),
         ("win_rate", "none", [NAN, NAN]),
+        ("bradley_terry", "none", [NAN, NAN]),
     ):
         result = consensus(scores, offsets, method=method, normalize=normalize)
         np.testing.assert_array_equal(result.scores, np.array(expected, np.float32))
@@ -210,7 +241,8 @@ def test_moves_with_its_rows(method, normalize):
 
 
 @pytest.mark.parametrize(
-    ("method", "normalize"), [c for c in COMBINATIONS if c[1] != "none" or c[0] in ("borda", "win_rate")]
+    ("method", "normalize"),
+    [c for c in COMBINATIONS if c[1] != "none" or c[0] in ("borda", "win_rate", "bradley_terry")],
 )
 def test_blind_to_the_units_of_a_scorer(method, normalize):
     scores, offsets = ragged(3)
@@ -258,6 +290,7 @@ def test_inputs_are_not_changed():
 
 def test_releases_the_gil():
     scores = np.random.default_rng(0).random((6_000, 8), dtype=np.float32)
+    scores[0, 0] = NAN  # else it takes the short way of borda
     ticks, stop = [], threading.Event()
 
     def tick():
@@ -291,10 +324,14 @@ def with_score(value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "bord"}, r"unknown method 'bord'; known: mean, median, borda, win_rate; did you mean 'borda'"),
+        (
+            {"method": "bord"},
+            r"unknown method 'bord'; known: mean, median, borda, win_rate, bradley_terry; did you mean 'borda'",
+        ),
         ({"normalize": "softmax"}, "unknown normalize 'softmax'; known: none, z, rank, minmax"),
         ({"method": "borda", "normalize": "z"}, "'borda'.*normalize='z'.*pass normalize='none'"),
         ({"method": "win_rate", "normalize": "rank"}, "'win_rate'.*normalize='rank'.*pass normalize='none'"),
+        ({"method": "bradley_terry", "normalize": "z"}, "'bradley_terry'.*normalize='z'.*pass normalize='none'"),
         ({"method": "median", "weights": [1, 1]}, "'median' takes no weights"),
         ({"scores": np.ones(3, np.float32)}, r"scores must be \[R, M\] float32, got shape \[3\]"),
         ({"scores": np.ones((3, 2))}, r"got float64; convert it with .astype\(np.float32\)"),
@@ -334,11 +371,14 @@ def test_errors(function, change, message):
         ({"offsets": np.array([0, 9, 3])}, ValueError),
         ({"method": "max"}, ValueError),
         ({"normalize": "max"}, ValueError),
+        ({"isa": "mmx"}, ValueError),
+        ({"regularization": 0.0}, ValueError),
     ],
 )
 def test_extension_called_directly_checks_its_buffers(change, error):
     extension = pytest.importorskip("tso_fast._C")
-    good = {**GOOD, "weights": np.ones(2), "num_threads": 1}
+    options = {"regularization": 1.0, "max_iterations": 9, "tolerance": 0.0, "num_threads": 1}
+    good = {**GOOD, "weights": np.ones(2), **options}
     extension.consensus(**good)
     with pytest.raises(error):
         extension.consensus(**{**good, **change})
@@ -349,3 +389,186 @@ def test_extension_missing(monkeypatch):
     with pytest.raises(ImportError, match=r"tso_fast._C cannot be loaded.*pip install \..*compiler"):
         consensus(**GOOD)
     consensus_reference(**GOOD)
+
+
+# ------------------------------------------------------------------------------------------------------ Bradley-Terry
+
+
+def verdicts(seed, num_prompts=30, max_rows=7, share=0.6):
+    """Prompts without rows, rows never compared, pairs said twice and in both orders."""
+    rng = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, max_rows + 1, num_prompts))]).astype(np.int64)
+    pairs = [p for a, b in itertools.pairwise(offsets) for p in itertools.permutations(range(a, b), 2)]
+    pairs = np.array(pairs, np.int64)[rng.random(len(pairs)) < share]
+    return rng.permutation(pairs), rng.integers(0, 4, (len(pairs), 2)) / 2, offsets
+
+
+@pytest.mark.parametrize("regularization", [1.0, 0.1])
+@pytest.mark.parametrize("shape", [{}, {"share": 0.1}, {"share": 1.0}, {"max_rows": 1}, {"max_rows": 25}], ids=str)
+def test_bradley_terry_agrees_with_reference(shape, regularization):
+    for seed in range(3):
+        pairs, wins, offsets = verdicts(seed, **shape) if shape != {"max_rows": 1} else (
+            np.empty((0, 2), np.int64), np.empty((0, 2)), np.array([0, 1, 1, 2]))  # fmt: skip
+        got = bradley_terry(pairs, wins, offsets, regularization=regularization)
+        expected = bradley_terry_reference(pairs, wins, offsets, regularization=regularization)
+        assert got.dtype == expected.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+        threads = [bradley_terry(pairs, wins, offsets, regularization=regularization, num_threads=k) for k in (1, 5)]
+        assert threads[0].tobytes() == threads[1].tobytes() == got.tobytes()
+
+
+@pytest.mark.parametrize("function", [bradley_terry, bradley_terry_reference])
+def test_bradley_terry_of_two(function):
+    # By symmetry the average opponent is at 0, so that x = s_0 = -s_1 solves
+    # 4 = 3 + 1 = wins = 4 sigmoid(2 x) + sigmoid(x), less the half win over the opponent: 3.5 = 4 s(2x) + s(x).
+    strength = function(np.array([[1, 0]]), np.array([[1.0, 3.0]]), np.array([0, 3]), tolerance=1e-12)
+    x = float(strength[0])
+    assert strength[1] == pytest.approx(-x)
+    assert 4 / (1 + np.exp(-2 * x)) + 1 / (1 + np.exp(-x)) == pytest.approx(3.5, rel=1e-6)
+    assert np.isnan(strength[2])
+
+
+def test_bradley_terry_solves_its_equations():
+    # The gradient of the likelihood is 0: every response wins as often as it is expected to.
+    pairs, wins, offsets = verdicts(3, num_prompts=1, max_rows=400, share=0.02)
+    n = offsets[-1]
+    strength = bradley_terry(pairs, wins, offsets, tolerance=1e-10, max_iterations=100_000).astype(np.float64)
+    i, j = pairs.T
+    surplus = np.zeros(n)
+    expected = wins.sum(axis=1) / (1 + np.exp(strength[j] - strength[i]))
+    np.add.at(surplus, i, wins[:, 0] - expected)
+    np.add.at(surplus, j, expected - wins[:, 0])
+    seen = ~np.isnan(strength)
+    # What is left is what the average opponent takes: 1/2 - sigmoid(strength - opponent), which falls from 1/2 to -1/2.
+    order = np.argsort(strength[seen])
+    left = surplus[seen][order]
+    assert (np.abs(left) < 0.5).all()
+    assert (np.diff(left) > -1e-4).all()
+    assert abs(left.sum()) < 1e-3
+
+
+def test_bradley_terry_is_finite_however_one_sided():
+    # 0 beats all; 3 and 4 never met the others.
+    pairs, wins = np.array([[0, 1], [0, 2], [3, 4]]), np.array([[5.0, 0], [5, 0], [0, 2]])
+    strength = bradley_terry(pairs, wins, np.array([0, 5]), max_iterations=10_000)
+    assert np.isfinite(strength).all()
+    assert strength[0] > strength[1] == strength[2]
+    assert strength[4] > strength[3]
+    assert abs(strength.mean()) < 1e-6
+    weaker = bradley_terry(pairs, wins, np.array([0, 5]), regularization=10)
+    assert np.ptp(weaker) < np.ptp(strength)
+
+
+def test_bradley_terry_of_scores_is_that_of_their_verdicts():
+    scores, offsets = ragged(8)
+    weights = np.array([1.0, 2, 0, 0.5, 3])
+    pairs, wins = [], []
+    for a, b in itertools.pairwise(offsets):
+        for i, j in itertools.combinations(range(a, b), 2):
+            first = (scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j])
+            second = (scores[j] > scores[i]) + 0.5 * (scores[i] == scores[j])
+            pairs.append((i, j))
+            wins.append((first @ weights * 4 / 6.5, second @ weights * 4 / 6.5))
+    expected = bradley_terry(np.array(pairs), np.array(wins), offsets)
+    got = consensus(scores, offsets, method="bradley_terry", normalize="none", weights=weights * 7).scores
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+VERDICTS = {"pairs": np.array([[0, 1], [2, 3]]), "wins": np.ones((2, 2)), "offsets": np.array([0, 2, 2, 5])}
+
+
+@pytest.mark.parametrize("function", [bradley_terry, bradley_terry_reference])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pairs": np.array([[0, 1], [1, 2]])}, r"pairs\[1\] is \(1, 2\).*row 1 is of prompt 0, row 2 of prompt 2"),
+        ({"pairs": np.array([[1, 1], [2, 3]])}, r"pairs\[0\] is \(1, 1\).*not compared with itself"),
+        ({"pairs": np.array([[0, 1], [4, 5]])}, r"pairs\[1\] is \(4, 5\).*rows are 0 to 4"),
+        ({"pairs": np.array([[0, 1], [-1, 3]])}, r"pairs\[1\] is \(-1, 3\)"),
+        ({"pairs": np.array([[0, 1, 2]])}, r"pairs must be \[C, 2\] int64, got shape \[1, 3\]"),
+        ({"pairs": np.ones((2, 2))}, "got float64"),
+        ({"wins": np.ones(2)}, r"wins must be \[C, 2\].*C = 2.*got shape \[2\]"),
+        ({"wins": np.ones((2, 2), int)}, "got shape.*int64"),
+        ({"wins": np.array([[1, 1], [1, NAN]])}, r"wins\[1, 1\] is nan"),
+        ({"wins": np.array([[1, 1], [-1.0, 1]])}, r"wins\[1, 0\] is -1"),
+        ({"offsets": np.array([0, 3, 2, 5])}, r"offsets\[1\] = 3 is followed by 2"),
+        ({"offsets": np.array([], np.int64)}, "no entries"),
+        ({"regularization": 0.0}, "regularization must be finite and > 0, got 0.0"),
+        ({"max_iterations": 0}, "max_iterations must be >= 1"),
+        ({"tolerance": NAN}, "tolerance must be >= 0"),
+        ({"num_threads": -1}, "num_threads must be >= 0"),
+    ],
+)
+def test_bradley_terry_errors(function, change, message):
+    function(**VERDICTS)
+    with pytest.raises(ValueError, match=message):
+        function(**{**VERDICTS, **change})
+
+
+# ---------------------------------------------------------------------------------------------------------- agreement
+
+
+AGREEMENTS = pytest.mark.parametrize("function", [agreement, agreement_reference])
+
+
+@pytest.mark.parametrize("shape", [{}, {"num_scorers": 1}, {"missing": 0.0}, {"missing": 0.9}, {"num_scorers": 9},
+                                   {"levels": 1}, {"max_rows": 150, "num_prompts": 6}], ids=str)  # fmt: skip
+def test_agreement_agrees_with_reference(shape):
+    for seed in range(4):
+        scores, offsets = ragged(seed, **shape)
+        got, expected = agreement(scores, offsets), agreement_reference(scores, offsets)
+        assert got.concordance.dtype == got.leave_one_out.dtype == np.float32
+        np.testing.assert_allclose(got.concordance, expected.concordance, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(got.leave_one_out, expected.leave_one_out, rtol=1e-6, atol=1e-7)
+
+
+@AGREEMENTS
+def test_kendalls_w_by_hand(function):
+    tables = [
+        [[1, 10], [2, 20], [3, 30]],  # alike
+        [[1, 30], [2, 20], [3, 10]],  # opposed
+        [[1, 1], [1, 2], [2, 3]],  # ranks 1.5 1.5 3 and 1 2 3: 12 * 6.5 / (4 * 24 - 2 * 6)
+        [[1, 1], [1, 1]],  # all tied
+        [[1, NAN], [2, 1]],  # one whole scorer
+        [[1, 2]],  # one response
+    ]
+    scores = np.concatenate(tables).astype(np.float32)
+    offsets = np.concatenate([[0], np.cumsum([len(table) for table in tables])])
+    expected = [1, 0, 12 * 6.5 / 84, NAN, NAN, NAN]
+    np.testing.assert_allclose(function(scores, offsets).concordance, np.array(expected, np.float32), rtol=1e-6)
+
+
+@AGREEMENTS
+def test_leave_one_out_by_hand(function):
+    # Two scorers: each one's others are the other. The third never agrees, the fourth ties all, the fifth is silent.
+    rows = [[1, 1, 3, 5, NAN], [2, 2, 2, 5, NAN], [3, 3, 1, 5, NAN]]
+    result = function(np.array(rows, np.float32)[:, :3], np.array([0, 3])).leave_one_out
+    np.testing.assert_array_equal(result, np.array([NAN, NAN, -1], np.float32))
+    result = function(np.array(rows, np.float32)[:, [0, 1, 3, 4]], np.array([0, 3])).leave_one_out
+    np.testing.assert_allclose(result, np.array([1, 1, NAN, NAN], np.float32), rtol=1e-6)
+
+
+def test_agreement_is_bitwise_equal_for_any_number_of_threads_and_instruction_set():
+    scores, offsets = ragged(0, num_prompts=6_000, num_scorers=7)
+    single = agreement(scores, offsets, num_threads=1)
+    for num_threads in (0, 2, 5):
+        other = agreement(scores, offsets, num_threads=num_threads)
+        assert other.concordance.tobytes() == single.concordance.tobytes()
+        assert other.leave_one_out.tobytes() == single.leave_one_out.tobytes()
+    extension = pytest.importorskip("tso_fast._C")
+    for isa in extension.scoring_isas():
+        assert extension.agreement(scores, offsets, 1, isa)[1].tobytes() == single.leave_one_out.tobytes()
+
+
+@AGREEMENTS
+def test_agreement_of_little(function):
+    for num_rows, offsets in ((0, [0]), (0, [0, 0]), (2, [0, 1, 2])):
+        result = function(np.ones((num_rows, 3), np.float32), np.array(offsets))
+        assert isinstance(result, Agreement)
+        assert result.concordance.shape == (len(offsets) - 1,)
+        assert np.isnan(result.concordance).all()
+        assert np.isnan(result.leave_one_out).all()
+        assert result.leave_one_out.shape == (3,)
+    assert function(np.ones((2, 0), np.float32), np.array([0, 2])).leave_one_out.shape == (0,)
+    with pytest.raises(ValueError, match=r"scores\[2, 1\] is inf"):
+        function(with_score(np.inf), np.array([0, 3]))

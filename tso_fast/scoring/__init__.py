@@ -1,6 +1,7 @@
 """Batch scoring over ragged prompts x responses x scorers, and what follows from scores: in C++."""
 
 from tso_fast.scoring.aggregation import METHODS, NORMALIZATIONS, Consensus, consensus, consensus_reference
+from tso_fast.scoring.concordance import Agreement, agreement, agreement_reference
 from tso_fast.scoring.diversity import (
     distinct_n,
     distinct_n_reference,
@@ -17,13 +18,19 @@ from tso_fast.scoring.selection import (
     select_pairs,
     select_pairs_reference,
 )
+from tso_fast.scoring.strengths import bradley_terry, bradley_terry_reference
 
 __all__ = [
     "DECIDED_STRATEGIES",
     "METHODS",
     "NORMALIZATIONS",
     "STRATEGIES",
+    "Agreement",
     "Consensus",
+    "agreement",
+    "agreement_reference",
+    "bradley_terry",
+    "bradley_terry_reference",
     "consensus",
     "consensus_reference",
     "distinct_n",

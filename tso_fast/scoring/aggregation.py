@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tso_fast.errors import did_you_mean
-from tso_fast.scoring.checks import array, check_offsets, extension
+from tso_fast.scoring.checks import array, check_offsets, extension, infinite_scores
+from tso_fast.scoring.strengths import MAX_ITERATIONS, REGULARIZATION, TOLERANCE, fit
 
-Method = Literal["mean", "median", "borda", "win_rate"]
+Method = Literal["mean", "median", "borda", "win_rate", "bradley_terry"]
 Normalize = Literal["none", "z", "rank", "minmax"]
 METHODS: tuple[str, ...] = get_args(Method)
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalize)
@@ -52,7 +53,11 @@ def consensus(
             ``win_rate``: mean over the prompt's other responses of the weighted share of the scorers of both that
             prefer this one, ties half; NaN if none shares a scorer with it. Unlike borda, it compares two
             responses only by the scorers they have in common.
-        normalize: applied before to each scorer within each prompt; ``borda`` and ``win_rate`` take only ``none``.
+            ``bradley_terry``: log-strengths, as ``tso_fast.scoring.bradley_terry`` fits them with its defaults
+            when every scorer of two responses adds a game of its weight to the pair, ties half. Weights are scaled to
+            mean 1 over the scorers of positive weight. NaN for a response that shares a scorer with no other.
+        normalize: applied before to each scorer within each prompt; ``borda``, ``win_rate`` and ``bradley_terry`` take
+            only ``none``.
             ``z``: less the mean, over the population std (0 if all are equal). ``rank``: average rank scaled to
             [0, 1] (0.5 if alone). ``minmax``: scaled to [0, 1] (0.5 if all are equal).
         weights: [M] finite, >= 0, renormalised over the scorers present; a scorer of weight 0 counts as absent.
@@ -64,7 +69,12 @@ def consensus(
         ImportError: the C++ extension is not built.
     """
     scores_RM, offsets_P1, weights_M = _check(scores, offsets, method, normalize, weights, num_threads)
-    values, num_scores = extension().consensus(scores_RM, offsets_P1, weights_M, method, normalize, num_threads)
+    result = extension().consensus(
+        scores_RM, offsets_P1, weights_M, method, normalize, REGULARIZATION, MAX_ITERATIONS, TOLERANCE, num_threads
+    )
+    if result is None:
+        raise infinite_scores(scores_RM)
+    values, num_scores = result
     return Consensus(scores=values, num_scores=num_scores)
 
 
@@ -79,10 +89,12 @@ def consensus_reference(
 ) -> Consensus:
     """``consensus`` in numpy, one prompt at a time: defines what is correct. ``num_threads`` changes nothing."""
     scores_RM, offsets_P1, weights_M = _check(scores, offsets, method, normalize, weights, num_threads)
+    if np.isinf(scores_RM).any():
+        raise infinite_scores(scores_RM)
     table_RM = np.where(weights_M > 0, scores_RM, np.nan).astype(np.float64)
     if method == "borda":
         method, normalize = "mean", "rank"
-    combine = {"mean": _mean, "median": _median, "win_rate": _win_rate}[method]
+    combine = {"mean": _mean, "median": _median, "win_rate": _win_rate, "bradley_terry": _bradley_terry}[method]
     values_R = np.full(len(table_RM), np.nan)
     for first, last in pairwise(offsets_P1):
         prompt_nM = table_RM[first:last]
@@ -129,6 +141,13 @@ def _win_rate(scores_nM: np.ndarray, weights_M: np.ndarray) -> np.ndarray:
     return rates_n
 
 
+def _bradley_terry(scores_nM: np.ndarray, weights_M: np.ndarray) -> np.ndarray:
+    weights_M = weights_M * (weights_M > 0).sum() / weights_M.sum() if weights_M.any() else weights_M
+    is_other = ~np.eye(len(scores_nM), dtype=bool)[..., None]
+    opponents = scores_nM[:, None]
+    return fit(((opponents > scores_nM) + 0.5 * ((opponents == scores_nM) & is_other)) @ weights_M)
+
+
 def _check(
     scores: npt.ArrayLike,
     offsets: npt.ArrayLike,
@@ -142,7 +161,7 @@ def _check(
         if name not in known:
             hint = did_you_mean(str(name), known)
             raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}{hint}")
-    if method in ("borda", "win_rate") and normalize != "none":
+    if method in ("borda", "win_rate", "bradley_terry") and normalize != "none":
         raise ValueError(
             f"method {method!r} looks only at the order of scores, which normalize={normalize!r} does not change; "
             f"pass normalize='none'"
@@ -153,12 +172,6 @@ def _check(
     scores_RM = array("scores", scores, np.float32, "[R, M]")
     offsets_P1 = array("offsets", offsets, np.int64, "[P+1]")
     check_offsets(offsets_P1, len(scores_RM))
-    if (infinite := np.isinf(scores_RM)).any():
-        row, column = np.argwhere(infinite)[0]
-        raise ValueError(
-            f"scores[{row}, {column}] is {scores_RM[row, column]} ({infinite.sum()} infinite in all); expected finite "
-            f"numbers: use NaN for a missing score, or clip"
-        )
     if weights is not None and method == "median":
         raise ValueError("method 'median' takes no weights, they would have no effect; pass weights=None or use 'mean'")
     return scores_RM, offsets_P1, _check_weights(weights, scores_RM.shape[1])

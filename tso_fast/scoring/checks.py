@@ -35,6 +35,16 @@ def check_offsets(
         raise ValueError(f"{rule}; {name}[-1] is {offsets[-1]}{hint}")
 
 
+def infinite_scores(scores_RM: np.ndarray) -> ValueError:
+    """What is wrong with scores of which at least one is infinite."""
+    is_infinite = np.isinf(scores_RM)
+    row, column = np.unravel_index(is_infinite.argmax(), is_infinite.shape)
+    return ValueError(
+        f"scores[{row}, {column}] is {scores_RM[row, column]} ({is_infinite.sum()} infinite in all); expected finite "
+        f"numbers: use NaN for a missing score, or clip"
+    )
+
+
 def extension() -> ModuleType:
     try:
         return importlib.import_module("tso_fast._C")

@@ -223,9 +223,7 @@ def select_decided(
         ValueError: as ``select_pairs``.
         ImportError: the C++ extension is not built.
     """
-    task = _check_decided(
-        pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads
-    )
+    task = _check_decided(pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads)
     return extension().select_decided(
         task.pairs_C2,
         task.margin_C,
@@ -254,9 +252,7 @@ def select_decided_reference(
     num_threads: int = 0,
 ) -> np.ndarray:
     """``select_decided`` in Python: defines what is correct. ``num_threads`` changes nothing."""
-    task = _check_decided(
-        pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads
-    )
+    task = _check_decided(pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads)
     names_C2 = task.pairs_C2 if task.text_ids_R is None else task.text_ids_R[task.pairs_C2]
     selected: list[int] = []
     for p, (first, last) in enumerate(pairwise(task.offsets_P1.tolist())):
@@ -601,9 +597,7 @@ def _check_finite(consensus_R: np.ndarray) -> None:
         )
 
 
-def _sized(
-    name: str, value: npt.ArrayLike | None, dtype: type[np.generic], shape: str, size: int
-) -> np.ndarray | None:
+def _sized(name: str, value: npt.ArrayLike | None, dtype: type[np.generic], shape: str, size: int) -> np.ndarray | None:
     if value is None:
         return None
     values = array(name, value, dtype, shape)
