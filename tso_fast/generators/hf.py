@@ -326,12 +326,14 @@ class BatchGenerator:
         return tokens
 
     def _note_top(self, rows: list[_Row], logits_SV: torch.Tensor) -> None:
-        """Of the rows at their first token."""
-        for i, row in enumerate(rows):
-            if row.request.sampling.top_logprobs and not row.token_ids:
-                logprobs = logits_SV[i].float().log_softmax(dim=-1)
-                top = logprobs.topk(min(row.request.sampling.top_logprobs, len(logprobs)))
-                row.top_logprobs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        """Of the rows at their first token that want it."""
+        if not (first := [i for i, row in enumerate(rows) if row.request.sampling.top_logprobs and not row.token_ids]):
+            return
+        most = max(rows[i].request.sampling.top_logprobs for i in first)
+        top = logits_SV[first].float().log_softmax(dim=-1).topk(min(most, logits_SV.shape[-1]))
+        for i, tokens, logprobs in zip(first, top.indices.tolist(), top.values.tolist(), strict=True):
+            told = tuple(zip(tokens, logprobs, strict=True))
+            rows[i].top_logprobs = told[: rows[i].request.sampling.top_logprobs]
 
     def _take(self, row: _Row, token: int, logprob: float) -> None:
         sampling = row.request.sampling

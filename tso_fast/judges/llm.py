@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -103,21 +103,16 @@ def judge(
     template = load_template(config)
     client = _Client(*_who(config, matrix), settings, store, advance)
     own = _own_answers(candidates, config, template, client, bad) if "own" in template.placeholders else {}
-    questions = _Questions(candidates, template, {number: text or "" for number, (text, _) in own.items()})
-    plan: list[_Planned] = []
-    for number, item in enumerate(candidates):
-        for shown in _judged(item, config, template):
-            if number in own and own[number][0] is None:
-                plan.append(_Planned(number, shown, (), (None, own[number][1])))
-            elif len(shown) == 2 and len({item.responses[i].text for i in shown}) == 1:
-                plan.append(_Planned(number, shown, (), (0.5, "the same text")))
-            else:
-                orders = [shown, shown[::-1]][: len(shown)]
-                plan.append(_Planned(number, shown, tuple(questions.add(number, order) for order in orders)))
+    questions = _Questions(candidates, template, {number: answer.text for number, answer in own.items()})
+    plan = [
+        _planned(number, shown, item, own, questions)
+        for number, item in enumerate(candidates)
+        for shown in _judged(item, config, template)
+    ]
     advance(num_requests(candidates, config) - len(own) - len(questions) * config.num_votes)
     readings, unread = _readings(questions, config, template, client)
-    name, results = _name(config), [_result(planned, candidates, readings, _name(config)) for planned in plan]
-    cost = _cost(name, results, client, unread)
+    results = [_result(planned, candidates, readings, _name(config)) for planned in plan]
+    cost = _cost(_name(config), results, client, unread)
     _warn(cost, results)
     return results, cost
 
@@ -212,13 +207,31 @@ class _Planned:
     """What is known without a question."""
 
 
+@dataclass(frozen=True)
+class _OwnAnswer:
+    text: str
+    why_none: str = ""
+    """Why there is none, where there is none."""
+
+
+def _planned(
+    number: int, shown: tuple[int, ...], item: Candidates, own: Mapping[int, _OwnAnswer], questions: _Questions
+) -> _Planned:
+    if number in own and own[number].why_none:
+        return _Planned(number, shown, (), (None, own[number].why_none))
+    if len(shown) == 2 and len({item.responses[i].text for i in shown}) == 1:
+        return _Planned(number, shown, (), (0.5, "the same text"))
+    orders = (shown, shown[::-1]) if len(shown) == 2 else (shown,)
+    return _Planned(number, shown, tuple(questions.add(number, order) for order in orders))
+
+
 class _Questions(Sequence[Candidates]):
     """Distinct prompts to the judge, written when they are read: all their texts at once would fill the memory.
 
     A prompt's id is the hash of its text: it is asked once, whatever responses and iterations it comes from.
     """
 
-    def __init__(self, candidates: Sequence[Candidates], template: Template, own: dict[int, str]) -> None:
+    def __init__(self, candidates: Sequence[Candidates], template: Template, own: Mapping[int, str]) -> None:
         self._candidates, self._template, self._own = candidates, template, own
         self._shown: list[tuple[int, tuple[int, ...]]] = []
         self.numbers: dict[str, int] = {}
@@ -282,10 +295,10 @@ class _Client:
         self.new_requests += len(self.store) - before
         self.requests += len(asked) * settings.num_generations
         self.refused += len(refused.rows) * settings.num_generations
-        why = {row["row"]["id"]: row["error"].partition(" was refused: ")[2] for row in refused.rows}
-        return map(self._counted, answered), why
+        why = {row["row"]["id"]: row["error"].partition(" was refused: ")[2] or row["error"] for row in refused.rows}
+        return map(self._count, answered), why
 
-    def _counted(self, item: Candidates) -> Candidates:
+    def _count(self, item: Candidates) -> Candidates:
         self.prompt_tokens += len(encode_prompt(self.matrix.tokenizer, item.prompt)) * len(item.responses)
         self.completion_tokens += sum(len(response.token_ids or ()) for response in item.responses)
         return item
@@ -293,29 +306,26 @@ class _Client:
 
 def _own_answers(
     candidates: Sequence[Candidates], config: JudgeConfig, template: Template, client: _Client, bad: BadRows
-) -> dict[int, tuple[str | None, str]]:
-    """The judge's greedy answer to each prompt of which something is judged, or None and why there is none."""
-    out: dict[int, tuple[str | None, str]] = {}
-    asked: list[Candidates] = []
+) -> dict[int, _OwnAnswer]:
+    """The judge's greedy answer to each prompt of which something is judged."""
+    out: dict[int, _OwnAnswer] = {}
+    asked: dict[int, Candidates] = {}
     for number, item in enumerate(candidates):
         if _judged(item, config, template):
             try:
                 encode_prompt(client.matrix.tokenizer, item.prompt)
-                asked.append(dataclasses.replace(item, responses=()))
-                out[number] = (None, "")
+                asked[number] = dataclasses.replace(item, responses=())
             except InputError as error:
                 bad.handle(error, prompt_row(item.prompt))
-                out[number] = (None, str(error))
-    client.advance(len(out) - len(asked))
+                out[number] = _OwnAnswer("", str(error))
+    client.advance(len(out))
     greedy = dataclasses.replace(client.settings, num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
-    answered, refused = client.ask(asked, greedy)
+    answered, refused = client.ask(list(asked.values()), greedy)
     texts = {item.prompt.id: item.responses[0].text for item in answered}
-    for number in out:
-        name = candidates[number].prompt.id
-        if name in texts:
-            out[number] = (texts[name], "")
-        elif name in refused:
-            out[number] = (None, f"no answer of its own: {refused[name]}")
+    for number, item in asked.items():
+        name = item.prompt.id
+        out[number] = _OwnAnswer("", f"no answer of its own: {refused[name]}") if name in refused else \
+            _OwnAnswer(texts[name])  # fmt: skip
     return out
 
 
