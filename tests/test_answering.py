@@ -20,8 +20,8 @@ from tso_fast.config import CellConfig, GenerateConfig, check
 from tso_fast.errors import EngineError, InputError
 from tso_fast.executors import local
 from tso_fast.matrix import ModelMatrix
-from tso_fast.records import BadRows
-from tso_fast.response_store import ResponseStore
+from tso_fast.records import BadRows, candidates_row
+from tso_fast.response_store import ResponseStore, settings_hash
 from tso_fast.types import HUMAN, Candidates, Prompt, Response
 
 
@@ -116,6 +116,22 @@ def test_nothing_is_generated_twice(
     assert sum(submitted) == 6
     monkeypatch.setattr(local, "open_engine", no_engine)
     assert answers(setup("s.v1", num_generations=3), prompts, tmp_path) == more
+
+
+def test_keys_are_those_of_before_there_were_likeliest_tokens(
+    setup: Any, prompts: list[Candidates], tmp_path: Path
+) -> None:
+    config, matrix = setup("s.v1")
+    asked = ask(matrix.cells[0], config)
+    before = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_tokens": 6, "stop": ()}
+    want = settings_hash(weights=asked.cell.weight_hash, engine="hf", dtype="float32", sampling=before)
+    telling = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, top_logprobs=3))
+    with ResponseStore(tmp_path) as store:
+        got = [answering._Plan([a], prompts, matrix, config, store).settings["s.v1"] for a in (asked, telling)]
+        [told] = answer([telling], prompts[:1], matrix, config, store, BadRows())
+    assert got[0] == want != got[1]
+    assert [len(r.top_logprobs or ()) for r in told.responses] == [3, 3]
+    assert all("top_logprobs" not in row for row in candidates_row(told)["responses"])
 
 
 def test_an_interrupted_run_goes_on_with_the_same_bytes(

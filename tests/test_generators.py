@@ -224,6 +224,19 @@ def test_logprob_is_that_of_the_tokens_under_the_sampling_distribution(
         assert got.logprob == pytest.approx(total, abs=1e-4)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(max_tokens=3, top_logprobs=7), Sampling(temperature=0.0, top_logprobs=1),
+                                      Sampling(temperature=0.5, top_k=2, top_logprobs=10**6)], ids=str)  # fmt: skip
+def test_top_logprobs_are_the_models_own_at_the_first_token(model: Any, way: str, sampling: Sampling) -> None:
+    asked = requests(9)
+    for request, got in zip(asked, complete(model, asked, sampling, batch_size=4), strict=True):
+        want = next_logits(model, request.token_ids)[0].log_softmax(-1)
+        top = want.topk(min(sampling.top_logprobs, len(want)))
+        assert got.top_logprobs is not None
+        assert [token for token, _ in got.top_logprobs] == top.indices.tolist()
+        assert [value for _, value in got.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-5)
+    assert all(got.top_logprobs is None for got in complete(model, asked))
+
+
 def test_greedy_is_greedy(model: Any, way: str) -> None:
     asked = requests(8)
     for request, got in zip(asked, complete(model, asked, Sampling(temperature=0.0, max_tokens=10)), strict=True):

@@ -301,6 +301,31 @@ def test_incomplete_logprobs_are_none(serve: Callable[..., FakeServer], engine: 
     assert [generate(opened, ask(1))[0].logprob for _ in range(5)] == [None] * 4 + [-1.5]
 
 
+@pytest.mark.parametrize(("sampling", "is_told"), [({}, True), ({"temperature": 0.0}, True), ({"top_p": 0.5}, False),
+                                                   ({"temperature": 0.5}, False), ({"top_logprobs": 0}, False)],
+                         ids=str)  # fmt: skip
+def test_top_logprobs_of_the_first_token(
+    sampling: dict[str, Any], is_told: bool, serve: Callable[..., FakeServer], engine: Open
+) -> None:
+    told = {"tokens": ["B", "x"], "token_logprobs": [-1.5, -0.5],
+            "top_logprobs": [{"B": -1.5, "A": -0.25, " A": -2.0}, {"x": -0.5}]}  # fmt: skip
+    server = serve(says(logprobs=told))
+    [answer] = generate(engine(server), ask(1, **{"top_logprobs": 2, **sampling}))
+    assert server.asked[0]["logprobs"] == sampling.get("top_logprobs", 2)
+    assert answer.top_logprobs == ((("A", -0.25), ("B", -1.5)) if is_told else None)
+
+
+def test_no_more_top_logprobs_than_openai_gives_and_none_where_there_are_none(
+    serve: Callable[..., FakeServer], engine: Open
+) -> None:
+    logprobs = [None, {}, {"top_logprobs": None}, {"top_logprobs": []}, {"top_logprobs": [None]},
+                {"top_logprobs": [{"A": None}]}]  # fmt: skip
+    server = serve(*[says(logprobs=told) for told in logprobs])
+    opened = engine(server)
+    assert [generate(opened, ask(1, top_logprobs=20))[0].top_logprobs for _ in logprobs] == [None] * len(logprobs)
+    assert {body["logprobs"] for body in server.asked} == {5}
+
+
 def test_context_bounds_prompt_and_response(serve: Callable[..., FakeServer], engine: Open) -> None:
     server = serve()
     fits, long = ask(2, max_tokens=5)
@@ -816,6 +841,15 @@ def test_a_response_depends_on_its_request_alone(vllm: Vllm, opened: OpenAIEngin
     assert sum(a.token_ids == b.token_ids for a, b in zip(others, want, strict=True)) < 3
     for request, answer in zip(asked, want, strict=True):
         check_logprob(vllm.models[request.cell], request, answer)
+
+
+def test_top_logprobs_are_those_of_transformers(vllm: Vllm, opened: OpenAIEngine) -> None:
+    asked = prompts(6, "a", temperature=0.0, max_tokens=2, top_logprobs=4)
+    for request, answer in zip(asked, generate(opened, asked), strict=True):
+        want = logits_of(vllm.models["a"], request.token_ids)[-1].log_softmax(-1).topk(4)
+        assert answer.top_logprobs is not None
+        assert [token for token, _ in answer.top_logprobs] == [TOKENIZER.decode(token) for token in want.indices]
+        assert [value for _, value in answer.top_logprobs] == pytest.approx(want.values.tolist(), abs=0.01)
 
 
 def test_seeds_of_63_bits(opened: OpenAIEngine) -> None:

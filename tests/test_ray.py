@@ -15,12 +15,12 @@ import pytest
 from helpers import make_adapter, read_rows
 
 from tso_fast.answering import answer, ask
-from tso_fast.config import CellConfig, GenerateConfig
+from tso_fast.config import AnsweringConfig, CellConfig, GenerateConfig, JudgeConfig
 from tso_fast.errors import EngineError, InputError
 from tso_fast.matrix import ModelMatrix
 from tso_fast.records import BadRows
 from tso_fast.response_store import ResponseStore
-from tso_fast.types import Candidates, Prompt
+from tso_fast.types import Candidates, Prompt, Response
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'tso-fast[ray]'")
 
@@ -161,3 +161,20 @@ def test_no_cluster_there(run: Any) -> None:
         ray.shutdown()
     with pytest.raises(InputError, match=r"ray_address: no Ray cluster can be joined at 127\.0\.0\.1:1"):
         run("ray", ray_address="127.0.0.1:1")
+
+
+def test_a_judge_on_the_cluster(tiny_matrix: Path, cluster: Any, two_nodes: list[Any], tmp_path: Path) -> None:
+    from tso_fast.judges.llm import judge
+
+    (tmp_path / "short.txt").write_text("---\nread: label\n---\n{prompt} {first} {second}")
+    matrix = ModelMatrix([CellConfig(path=str(tiny_matrix / "m.v2"))])
+    texts = [tuple(Response(model="m", text=f"{i + j}") for j in range(3)) for i in range(4)]
+    candidates = [Candidates(prompt=Prompt(id=f"q{i}", prompt="?"), responses=of) for i, of in enumerate(texts)]
+    config = JudgeConfig(kind="llm", cell="policy", template=str(tmp_path / "short.txt"))
+    found = []
+    for executor, address in (("local", None), ("ray", cluster.address)):
+        settings = AnsweringConfig(use_cpu=True, executor=executor, ray_address=address, shard_size=6)  # type: ignore[arg-type]
+        with ResponseStore(tmp_path / executor) as store:
+            found.append(judge(candidates, config, matrix, settings, store, BadRows()))
+    assert found[0] == found[1]
+    assert found[0][1].new_requests == 18  # pairs that two prompts share are asked about once

@@ -7,6 +7,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import zlib
+from array import array
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,8 @@ def key(number: int) -> bytes:
 
 
 def row(number: int) -> Row:
-    return (key(number), (*range(number % 7 + 1), 151_000), f"text {number} ü", "stop", -number / 8)
+    top = ((151_000, -0.1 * number), ("ü A", -1 / 3)) if number % 3 == 0 else None
+    return (key(number), (*range(number % 7 + 1), 151_000), f"text {number} ü", "stop", -number / 8, top)
 
 
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
@@ -50,7 +53,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
 
 
 def test_a_key_keeps_its_first_response(tmp_path: Path) -> None:
-    first, second = row(1), (key(1), (9,), "other", "length", None)
+    first, second = row(1), (key(1), (9,), "other", "length", None, None)
     with ResponseStore(tmp_path) as store:
         store.add([first, second][::-1][:1])
         store.add([first])
@@ -120,7 +123,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         with pytest.raises(
             OutputError, match=r"cannot write .*responses\.sqlite3: database or disk is full.*run the same"
         ):
-            store.add([(key(n), (1,) * 5000, "x" * 9000, "stop", 0.0) for n in range(100, 200)])
+            store.add([(key(n), (1,) * 5000, "x" * 9000, "stop", 0.0, None) for n in range(100, 200)])
         assert len(store) == 10
         assert key(100) not in store
     with ResponseStore(tmp_path) as store:
@@ -151,8 +154,40 @@ def test_a_store_of_a_later_release(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / STORE_FILE)
     db.execute("PRAGMA user_version = 9")
     db.close()
-    with pytest.raises(InputError, match="has format 9, this release reads 1"):
+    with pytest.raises(InputError, match="has format 9, this release reads 1 to 2"):
         ResponseStore(tmp_path)
+
+
+def test_a_store_of_format_1_goes_on(tmp_path: Path) -> None:
+    """As the first release made it: its responses stay under their keys, and new ones join them."""
+    db = sqlite3.connect(tmp_path / STORE_FILE)
+    db.execute("CREATE TABLE keys (id INTEGER PRIMARY KEY, key BLOB NOT NULL)")
+    db.execute("CREATE TABLE responses (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL, text TEXT NOT NULL, "
+               "finish_reason TEXT, logprob REAL, crc32 INTEGER)")  # fmt: skip
+    ids = array("i", [5, 6]).tobytes()
+    db.execute("INSERT INTO keys VALUES (1, ?)", (key(1),))
+    db.execute(
+        "INSERT INTO responses VALUES (1, ?, 'ü', 'stop', -0.5, ?)", (ids, zlib.crc32("ü".encode(), zlib.crc32(ids)))
+    )
+    db.execute("PRAGMA user_version = 1")
+    db.commit()
+    db.close()
+    old: Row = (key(1), (5, 6), "ü", "stop", -0.5, None)
+    for _ in range(2):
+        with ResponseStore(tmp_path) as store:
+            store.add([row(3)])
+            assert store.get([key(1), key(3)]) == [old, row(3)]
+
+
+def test_the_checksum_covers_the_likeliest_tokens(tmp_path: Path) -> None:
+    with ResponseStore(tmp_path) as store:
+        store.add([row(3)])
+    db = sqlite3.connect(tmp_path / STORE_FILE)
+    db.execute("UPDATE responses SET top_logprobs = '[[1,-0.5]]'")
+    db.commit()
+    db.close()
+    with pytest.raises(InputError, match="differs from its checksum"), ResponseStore(tmp_path) as store:
+        store.get([key(3)])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -190,6 +190,22 @@ def test_a_response_depends_on_its_request_alone(engine: Engine, models: Models)
     assert sum(a.token_ids == b.token_ids for a, b in zip(generate(engine, others), want, strict=True)) < 3
 
 
+def test_top_logprobs_are_the_models_own_at_the_first_token(engine: Engine, models: Models) -> None:
+    model = loaded(models["one"].path, models["one"].base)
+    for sampling in ({"temperature": 0.0}, {"temperature": 1.0}):
+        asked = requests(6, top_logprobs=5, name=f"top{sampling}", **sampling)
+        for request, got in zip(asked, generate(engine, asked), strict=True):
+            with torch.no_grad():
+                want = model(torch.tensor([request.token_ids])).logits[0, -1].log_softmax(-1).topk(5)
+            assert got.top_logprobs is not None
+            assert [token for token, _ in got.top_logprobs] == want.indices.tolist()
+            assert [value for _, value in got.top_logprobs] == pytest.approx(want.values.tolist(), abs=1e-3)
+    # After temperature and filters the model's own cannot be told.
+    assert generate(engine, requests(1, temperature=0.5, top_logprobs=5))[0].top_logprobs is None
+    # More than vLLM gives are as many as it gives.
+    assert len(generate(engine, requests(1, temperature=0.0, top_logprobs=99))[0].top_logprobs or ()) == 20
+
+
 def test_greedy_is_that_of_transformers(engine: Engine, models: Models) -> None:
     asked = requests(8, temperature=0.0)
     model = loaded(models["one"].path, models["one"].base)

@@ -158,7 +158,7 @@ def answer(
             if isinstance(a, Refusal):
                 refused.setdefault(number, a.reason)
             else:
-                rows.append((a.key, a.token_ids, a.text, a.finish_reason, a.logprob))
+                rows.append((a.key, a.token_ids, a.text, a.finish_reason, a.logprob, a.top_logprobs))
         store.add(rows)
 
     jobs = plan.jobs(advance)
@@ -203,7 +203,7 @@ class _Plan:
         """Prompts of the requests handed out, by key, for refusals."""
         self.settings = {
             a.cell.name: settings_hash(weights=a.cell.weight_hash, engine=a.kind, dtype=config.dtype,
-                                       sampling=dataclasses.asdict(a.sampling))
+                                       sampling=_identity(a.sampling))
             for a in asked
         }  # fmt: skip
 
@@ -276,8 +276,16 @@ class _Plan:
         return dataclasses.replace(item, responses=(*item.responses, *responses))
 
 
+def _identity(sampling: Sampling) -> dict[str, Any]:
+    """Without what is not asked for, so that responses from before it could be keep their keys."""
+    fields = dataclasses.asdict(sampling)
+    if not sampling.top_logprobs:
+        del fields["top_logprobs"]
+    return fields
+
+
 def _response(cell: Cell, sample: int, request: Request, row: Any) -> Response:
-    _, token_ids, text, finish_reason, logprob = row
+    _, token_ids, text, finish_reason, logprob, top_logprobs = row
     reason: FinishReason = finish_reason
     return Response(
         model=cell.name,
@@ -290,4 +298,5 @@ def _response(cell: Cell, sample: int, request: Request, row: Any) -> Response:
         seed=request.seed,
         weight_hash=cell.weight_hash,
         logprob=None if logprob is None else round(logprob, 5),
+        top_logprobs=top_logprobs,
     )

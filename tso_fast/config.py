@@ -150,20 +150,23 @@ class JudgeConfig:
     name: str | None = None
     """Name in files and tables; default: its kind."""
     cell: str | None = None
-    """Cell of the matrix that judges, `policy` for the current one."""
+    """Cell of the matrix that judges, `policy` for the current one. `llm` has either this or `model`."""
     model: CellConfig | None = None
-    """Or a model of its own, whose vocabulary may differ from the matrix's."""
+    """Or a model of its own, whose vocabulary may differ from the matrix's; with a `url` it is asked there."""
     template: str = "pairwise"
-    """Prompt of `llm`: a name of `tso_fast/judges/templates`, or a file. `{prompt}` with `{first}` and `{second}` makes
-    it a comparison, with `{response}` a rating, `{own}` is the judge's own answer, written first."""
+    """Prompt of `llm`: `pairwise`, `pairwise_reasoned`, `self_reference`, `pointwise`, or a file. `{prompt}` with
+    `{first}` and `{second}` makes it a comparison, with `{response}` a rating; `{own}` is the judge's own answer,
+    written first."""
     num_votes: int = 1
-    """Times that `llm` is asked the same; with a temperature above 0."""
+    """Times that `llm` is asked the same, in each order; with a temperature above 0."""
     temperature: float = 0.0
-    """Sampling temperature of `llm`."""
+    """Sampling temperature of `llm`. At 0 a template whose reply begins with a label is read from its log-probs; above,
+    the votes are counted."""
     max_completion_length: int = 256
-    """Most tokens that `llm` writes."""
+    """Most tokens that `llm` writes; of a reply that is a label, 32 at most."""
     pairs: Literal["all", "baseline"] = "all"
-    """Which pairs of a prompt `llm` compares: all, or every response against a middle one (OSP)."""
+    """Which pairs of a prompt `llm` compares: all, or every response against a middle one (OSP), the median in the
+    matrix's order."""
     reference: str | None = None
     """Cell whose log-probs `implicit` subtracts: its score is then the DPO reward over beta."""
     length_normalized: bool = False
@@ -412,7 +415,7 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
 POSITIVE = frozenset({
     "generation_batch_size", "max_completion_length", "num_iterations", "max_pairs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "logging_steps", "max_skipped_steps", "num_gpus",
-    "max_concurrency", "shard_size", "diversity_ngram",
+    "max_concurrency", "shard_size", "diversity_ngram", "num_votes",
 })  # fmt: skip
 AT_LEAST_ZERO = frozenset({
     "num_generations", "policy_num_generations", "temperature", "top_k", "min_margin", "margin_weight", "warmup_steps",
@@ -472,6 +475,8 @@ def _check_fields(config: Any, place: str = "") -> None:
             for i, cell in enumerate(value):
                 _check_fields(cell, f"cells[{i}].")
                 _check_greedy(cell, f"cells[{i}].")
+        elif f.name == "model" and isinstance(value, CellConfig):
+            _check_fields(value, f"{name}.")
 
 
 def _check_greedy(config: GenerationConfig | CellConfig, place: str = "") -> None:
@@ -539,7 +544,7 @@ def _check_judges(config: JudgesConfig) -> None:
         if name in names or name == "human":
             raise InputError(f"judges[{i}].name: {name!r} is taken; set a name of its own")
         names.append(name)
-        _check_judge(judge, f"judges[{i}]")
+        _check_judge(judge, f"judges[{i}].")
 
 
 def _check_judge(judge: JudgeConfig, place: str) -> None:
@@ -551,11 +556,26 @@ def _check_judge(judge: JudgeConfig, place: str) -> None:
     }[judge.kind]
     for f in dataclasses.fields(JudgeConfig):
         if f.name not in ("kind", "name", *own) and getattr(judge, f.name) != f.default:
-            raise InputError(f"{place}.{f.name}: it has no effect on a judge of kind {judge.kind!r}; leave it out")
+            raise InputError(f"{place}{f.name}: it has no effect on a judge of kind {judge.kind!r}; leave it out")
     if judge.kind == "verifier":
         if judge.verifier is None:
-            raise InputError(f"{place}.verifier: missing; a judge of kind 'verifier' needs a program")
-        _check_verifier(VerifierConfig(verifier=judge.verifier, verifier_pattern=judge.verifier_pattern), f"{place}.")
+            raise InputError(f"{place}verifier: missing; a judge of kind 'verifier' needs a program")
+        _check_verifier(VerifierConfig(verifier=judge.verifier, verifier_pattern=judge.verifier_pattern), place)
+    if judge.kind == "llm":
+        _check_llm(judge, place)
+
+
+def _check_llm(config: JudgeConfig, place: str) -> None:
+    if (config.cell is None) == (config.model is None):
+        given = "neither" if config.cell is None else "both"
+        raise InputError(f"{place}cell: got {given} of cell and model; a judge of kind 'llm' needs one of them")
+    if config.num_votes > 1 and config.temperature == 0:
+        raise InputError(f"{place}num_votes: {config.num_votes} has no effect with temperature 0, which gives the same "
+                         "reply each time; set a temperature above 0 or leave it out")  # fmt: skip
+    for key in ("num_generations", "temperature", "top_p", "top_k", "max_completion_length"):
+        if config.model is not None and getattr(config.model, key) is not None:
+            raise InputError(f"{place}model.{key}: it has no effect on a judge, which replies by its own settings such "
+                             "as temperature and max_completion_length; leave it out")  # fmt: skip
 
 
 def _check_pairing(config: PairingConfig) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tso_fast.config import AnsweringConfig, JudgeConfig, JudgesConfig, VerifierConfig
 from tso_fast.errors import InputError
+from tso_fast.judges import llm
 from tso_fast.judges.agreement import agree
 from tso_fast.judges.implicit import cell_logprobs
 from tso_fast.judges.verifier import make_verifier, verify, with_answers
@@ -37,12 +39,15 @@ def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: Bad
     """Those that the configured verifiers can judge, known before anything is generated; the others are bad rows.
 
     Raises:
-        InputError: a verifier that cannot be made.
+        InputError: a verifier that cannot be made, a template that cannot be used.
     """
     usable = list(candidates)
     for verifier, pattern in _verifiers(config):
         make_verifier(verifier, pattern)
         usable = with_answers(usable, verifier, bad)
+    for own in config.judges or [] if isinstance(config, JudgesConfig) else []:
+        if own.kind == "llm":
+            llm.load_template(own)
     return usable
 
 
@@ -55,6 +60,18 @@ def _verifiers(config: VerifierConfig) -> list[tuple[str, str | None]]:
 
 def needs_models(config: JudgesConfig) -> bool:
     return any(judge.kind in ("llm", "implicit") for judge in config.judges or [])
+
+
+def num_steps(candidates: Sequence[Candidates], config: JudgesConfig) -> int:
+    """What ``Models.advance`` is told in all: requests, and responses scored by log-probs."""
+    num_responses = sum(len(item.responses) for item in candidates)
+    steps = 0
+    for judge in config.judges or []:
+        if judge.kind == "llm":
+            steps += llm.num_requests(candidates, judge)
+        elif judge.kind == "implicit":
+            steps += num_responses * (1 if judge.reference is None else 2)
+    return steps
 
 
 def judge(
@@ -82,11 +99,10 @@ def judge(
         elif own.kind == "implicit":
             verdicts += _implicit(candidates, own, models)
         else:
-            from tso_fast.judges.llm import judge as judge_llm
-
-            found, cost = judge_llm(candidates, own, models.matrix, models.settings, models.store, bad, models.advance)
+            found, cost = llm.judge(candidates, own, models.matrix, models.settings, models.store, bad, models.advance)
             verdicts += found
-            costs[name] = cost
+            costs[name] = {**dataclasses.asdict(cost), "disagreement": cost.disagreement,
+                           "first_shown_share": cost.first_shown_share}  # fmt: skip
     return verdicts, costs
 
 

@@ -345,6 +345,7 @@ def _response_row(response: Response) -> Row:
     row = {name: getattr(response, name) for name in response.__dataclass_fields__}
     row["token_ids"] = None if response.token_ids is None else list(response.token_ids)
     row["scores"] = dict(response.scores) or None
+    del row["top_logprobs"]
     return _no_none(row)
 
 

@@ -17,14 +17,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tso_fast.errors import InputError, OutputError
+from tso_fast.types import TopLogprobs
 
 STORE_FILE = "responses.sqlite3"
-FORMAT = 1
+FORMAT = 2
 # SQLite's limit on variables in one statement was 999 for long.
 CHUNK = 900
 
-Row = tuple[bytes, tuple[int, ...], str, str, float | None]
-"""Key, token ids, text, finish reason, log-prob under the sampling distribution."""
+Row = tuple[bytes, tuple[int, ...], str, str, float | None, TopLogprobs | None]
+"""Key, token ids, text, finish reason, log-prob under the sampling distribution, likeliest first tokens."""
 
 
 def _hash(*parts: bytes) -> bytes:
@@ -48,9 +49,9 @@ def response_key(prompt: bytes, settings: bytes, seed: int) -> bytes:
     return _hash(prompt, settings, struct.pack("<Q", seed))
 
 
-def _checksum(token_ids: bytes, text: str) -> int:
+def _checksum(token_ids: bytes, text: str, top_logprobs: str | None) -> int:
     """SQLite notices a broken page, not a changed value."""
-    return zlib.crc32(text.encode(), zlib.crc32(token_ids))
+    return zlib.crc32((text + (top_logprobs or "")).encode(), zlib.crc32(token_ids))
 
 
 class ResponseStore:
@@ -87,13 +88,15 @@ class ResponseStore:
 
     def _create(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, FORMAT):
-            raise InputError(f"response_store: {self.path} has format {version}, this release reads {FORMAT}; choose "
-                             "another folder")  # fmt: skip
+        if not 0 <= version <= FORMAT:
+            raise InputError(f"response_store: {self.path} has format {version}, this release reads 1 to {FORMAT}; "
+                             "choose another folder")  # fmt: skip
         if version == 0:
             columns = "token_ids BLOB NOT NULL, text TEXT NOT NULL, finish_reason TEXT, logprob REAL, crc32 INTEGER"
             self._db.execute("CREATE TABLE keys (id INTEGER PRIMARY KEY, key BLOB NOT NULL)")
             self._db.execute(f"CREATE TABLE responses (id INTEGER PRIMARY KEY, {columns})")
+        if version < FORMAT:
+            self._db.execute("ALTER TABLE responses ADD COLUMN top_logprobs TEXT")  # JSON
             self._db.execute(f"PRAGMA user_version = {FORMAT}")
 
     def __enter__(self) -> ResponseStore:
@@ -127,13 +130,14 @@ class ResponseStore:
                     found[number] = row
         out = []
         for key, number in zip(keys, wanted, strict=True):
-            token_ids, text, finish_reason, logprob, checksum = found.get(number) or (b"", "", "", 0.0, None)
-            if checksum != _checksum(token_ids, text):
+            token_ids, text, finish_reason, logprob, checksum, top = found.get(number) or (b"", "", "", 0, None, None)
+            if checksum != _checksum(token_ids, text, top):
                 raise InputError(f"response_store: {self.path} is damaged: a response differs from its checksum; "
                                  "remove it, and its responses are generated again")  # fmt: skip
             ids = array("i")
             ids.frombytes(token_ids)
-            out.append((key, tuple(ids), text, finish_reason, logprob))
+            top_logprobs = None if top is None else tuple(map(tuple, json.loads(top)))
+            out.append((key, tuple(ids), text, finish_reason, logprob, top_logprobs))
         return out
 
     def add(self, rows: Iterable[Row]) -> None:
@@ -141,14 +145,15 @@ class ResponseStore:
         new = {row[0]: row[1:] for row in rows if row[0] not in self._rows}
         numbers = range(len(self._rows) + 1, len(self._rows) + 1 + len(new))
         values = []
-        for number, (token_ids, text, finish_reason, logprob) in zip(numbers, new.values(), strict=True):
+        for number, (token_ids, text, finish_reason, logprob, top_logprobs) in zip(numbers, new.values(), strict=True):
             ids = array("i", token_ids).tobytes()
-            values.append((number, ids, text, finish_reason, logprob, _checksum(ids, text)))
+            top = None if top_logprobs is None else json.dumps(top_logprobs, separators=(",", ":"))
+            values.append((number, ids, text, finish_reason, logprob, _checksum(ids, text, top), top))
         with self._errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 self._db.executemany("INSERT INTO keys VALUES (?, ?)", zip(numbers, new, strict=True))
-                self._db.executemany("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", values)
+                self._db.executemany("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", values)
                 self._db.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):

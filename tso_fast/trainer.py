@@ -183,8 +183,9 @@ def _score(t: int, run: Run, accelerator: Accelerator, matrix: ModelMatrix, conf
     def produce() -> Produced:
         candidates = read_candidates(run / f"iter-{t}/responses.jsonl", BadRows())
         bad = BadRows(config.on_bad_row)
-        with stage(f"iteration {t}: judge", len(candidates)), _store(config) as responses:
-            models = judging.Models(matrix=matrix, settings=config, store=responses)
+        title, steps = f"iteration {t}: judge", judging.num_steps(candidates, config) or len(candidates)
+        with stage(title, steps) as advance, _store(config) as responses:
+            models = judging.Models(matrix=matrix, settings=config, store=responses, advance=advance)
             verdicts, costs = judging.judge(candidates, config, bad, models)
         files = [run / f"iter-{t}/verdicts.jsonl"]
         write_jsonl(files[0], map(verdict_row, verdicts))

@@ -21,6 +21,9 @@ HUMAN = "human"
 
 Decision = Literal["keep", "swap", "drop"]
 FinishReason = Literal["stop", "length"]
+TopLogprobs = tuple[tuple[int | str, float], ...]
+"""Tokens and their log-probs under the model's own distribution (temperature 1, no filter), nats, the likeliest first.
+A token is its id, or its text where a server tells no ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,8 @@ class Response:
     weight_hash: str | None = None
     logprob: float | None = None
     """Log-prob of ``token_ids`` under the sampling distribution, nats. Not a policy log-prob."""
+    top_logprobs: TopLogprobs | None = None
+    """The likeliest first tokens, where they were asked for, as judges do; in no file."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Scores that came with the data, by scorer."""
     is_correct: bool | None = None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from tso_fast.types import Cell, FinishReason
+from tso_fast.types import Cell, FinishReason, TopLogprobs
 
 Kind = Literal["hf", "vllm", "openai"]
 
@@ -27,6 +27,13 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     """Texts that end a response. They are no part of its text; the tokens that complete one are part of its tokens."""
+    top_logprobs: int = 0
+    """How many of the likeliest first tokens to tell; an engine may tell fewer."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the model's own distribution is what is sampled from, or all that is asked of it when greedy."""
+        return self.temperature == 0 or (self.temperature == 1 and self.top_p == 1 and self.top_k == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,8 @@ class Completion:
     finish_reason: FinishReason
     logprob: float | None
     """Under the sampling distribution (under the model's own when greedy), nats; None: a server that does not say."""
+    top_logprobs: TopLogprobs | None = None
+    """Of the first position; None: not asked for, or the engine cannot tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from tso_fast.errors import InputError
 from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
 from tso_fast.policy import device_of, end_token_ids, load_model, load_tokenizer, release
-from tso_fast.types import Cell, FinishReason
+from tso_fast.types import Cell, FinishReason, TopLogprobs
 
 # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -110,6 +110,7 @@ class _Row:
     request: Request
     token_ids: list[int] = field(default_factory=list)
     logprob: float = 0.0
+    top_logprobs: TopLogprobs | None = None
     text: str = ""
     finish_reason: FinishReason | None = None
 
@@ -117,7 +118,8 @@ class _Row:
     def completion(self) -> Completion:
         assert self.finish_reason is not None
         return Completion(key=self.request.key, token_ids=tuple(self.token_ids), text=self.text,
-                          finish_reason=self.finish_reason, logprob=self.logprob)  # fmt: skip
+                          finish_reason=self.finish_reason, logprob=self.logprob,
+                          top_logprobs=self.top_logprobs)  # fmt: skip
 
 
 class _SlotLayer(DynamicLayer):
@@ -309,6 +311,7 @@ class BatchGenerator:
 
     def _advance(self, rows: list[_Row], logits_SV: torch.Tensor) -> torch.Tensor:
         """Every unfinished row gets its next token; returns the tokens."""
+        self._note_top(rows, logits_SV)
         seeds = np.array([row.request.seed for row in rows], dtype=np.uint64)
         steps = np.array([len(row.token_ids) for row in rows], dtype=np.uint64)
         uniform = torch.from_numpy(uniforms(seeds, steps)).to(logits_SV.device)
@@ -321,6 +324,16 @@ class BatchGenerator:
                 self._take(row, int(token), logprob)
         self.on_step()
         return tokens
+
+    def _note_top(self, rows: list[_Row], logits_SV: torch.Tensor) -> None:
+        """Of the rows at their first token that want it."""
+        if not (first := [i for i, row in enumerate(rows) if row.request.sampling.top_logprobs and not row.token_ids]):
+            return
+        most = max(rows[i].request.sampling.top_logprobs for i in first)
+        top = logits_SV[first].float().log_softmax(dim=-1).topk(min(most, logits_SV.shape[-1]))
+        for i, tokens, logprobs in zip(first, top.indices.tolist(), top.values.tolist(), strict=True):
+            told = tuple(zip(tokens, logprobs, strict=True))
+            rows[i].top_logprobs = told[: rows[i].request.sampling.top_logprobs]
 
     def _take(self, row: _Row, token: int, logprob: float) -> None:
         sampling = row.request.sampling

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 from tso_fast.errors import EngineError, InputError, did_you_mean
 from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
 from tso_fast.policy import end_token_ids, load_tokenizer
-from tso_fast.types import Cell
+from tso_fast.types import Cell, TopLogprobs
 
 try:
     import httpx2
@@ -46,6 +46,8 @@ KEEP_ALIVE_S = 3.0
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 REFUSED = frozenset({400, 413, 422})
 """Statuses that concern the one request. 404 is not among them: a model that is gone is gone for every request."""
+MAX_LOGPROBS = 5
+"""OpenAI's API takes no more; vLLM's server takes 20."""
 NEUTRAL: dict[str, Any] = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 """vLLM takes what a request leaves out from the model's generation_config.json."""
 EXTENSIONS = frozenset({*NEUTRAL, "top_k", "stop_token_ids", "skip_special_tokens", "return_token_ids"})
@@ -305,7 +307,7 @@ class OpenAIEngine:
             "top_p": 1.0 if is_greedy else sampling.top_p,
             "top_k": -1 if is_greedy or not sampling.top_k else sampling.top_k,
             "seed": request.seed,
-            "logprobs": 0,
+            "logprobs": min(sampling.top_logprobs, MAX_LOGPROBS),
             "stop_token_ids": list(endpoint.end_tokens),
             "skip_special_tokens": True,
             "return_token_ids": True,
@@ -343,9 +345,14 @@ class OpenAIEngine:
                                                    "and response exceed the server's context")  # fmt: skip
         self._num_answered += 1
         self._num_retokenised += is_retokenised
-        logprob = _logprob(choice.get("logprobs"), len(token_ids)) if _is_plain(request.sampling) else None
+        logprob, top_logprobs = None, None
+        if request.sampling.is_plain:
+            # vLLM's server tells log-probs of the model's own (``--logprobs-mode raw_logprobs``, the default) or of the
+            # sampling distribution (``processed_logprobs``), and not which; here both are the same.
+            logprob = _logprob(choice.get("logprobs"), len(token_ids))
+            top_logprobs = _top_logprobs(choice.get("logprobs"), request.sampling.top_logprobs)
         return Completion(key=request.key, token_ids=tuple(token_ids), text=text, finish_reason=finish_reason,
-                          logprob=logprob)  # fmt: skip
+                          logprob=logprob, top_logprobs=top_logprobs)  # fmt: skip
 
     def _retokenise(self, endpoint: _Endpoint, text: str, finish_reason: str, stop_reason: object) -> list[int]:
         """``stop_reason`` is vLLM's: the text or token that ended the response, None where the model's own did."""
@@ -452,20 +459,20 @@ def _models(response: httpx2.Response) -> list[str]:
         raise _BadAnswerError(f"not a list of models: {response.text}") from None
 
 
-def _is_plain(sampling: Sampling) -> bool:
-    """Whether the model's own distribution is the one sampled from.
-
-    vLLM's server tells log-probs of the model's own (``--logprobs-mode raw_logprobs``, the default) or of the sampling
-    distribution (``processed_logprobs``), and not which; here both are the same.
-    """
-    return sampling.temperature == 0 or (sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0)
-
-
 def _logprob(logprobs: object, num_tokens: int) -> float | None:
     values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(values, list) or len(values) != num_tokens or None in values:
         return None
     return math.fsum(values)
+
+
+def _top_logprobs(logprobs: object, most: int) -> TopLogprobs | None:
+    """Of the first position, by the tokens' texts."""
+    positions = logprobs.get("top_logprobs") if most and isinstance(logprobs, dict) else None
+    first = positions[0] if isinstance(positions, list) and positions else None
+    if not isinstance(first, dict) or not all(isinstance(value, int | float) for value in first.values()):
+        return None
+    return tuple(sorted(first.items(), key=lambda item: -item[1])[:most])
 
 
 def _retry_after_s(response: httpx2.Response) -> float:

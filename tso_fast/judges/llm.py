@@ -1,0 +1,428 @@
+"""The LLM judge: a cell of the matrix, or a model of its own, says which of two responses is better, or rates each.
+
+    candidates -> questions -> answering.answer -> replies -> Comparison[] | Verdict[], Cost
+
+Questions are prompts like any others: they run on any generator and executor, and what was asked once is in the
+response store. Every comparison is asked for in both orders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from tso_fast.answering import Advance, answer, ask
+from tso_fast.batching import encode_prompt
+from tso_fast.config import AnsweringConfig, CellConfig, JudgeConfig
+from tso_fast.errors import InputError, did_you_mean
+from tso_fast.judges import template as templates
+from tso_fast.judges.replies import Reading, read_label, read_logprobs, read_rating
+from tso_fast.judges.template import Template
+from tso_fast.matrix import ModelMatrix
+from tso_fast.records import BadRows, prompt_row
+from tso_fast.response_store import ResponseStore
+from tso_fast.types import Candidates, Cell, Comparison, Prompt, Response, Verdict
+
+logger = logging.getLogger(__name__)
+
+TOP_LOGPROBS = 20
+"""As many as vLLM tells unless it is told otherwise: room for A and B with and without white space."""
+LABEL_TOKENS = 32
+"""Most tokens of a reply that is a label, such as "The better response is B."; the rest would be paid for in vain."""
+MIN_DECIDED, MAX_DISAGREEMENT = 50, 0.3
+"""A warning is due where, of so many comparisons or more, a greater share contradicts itself between the orders. It is
+a half of a judge that tosses a coin, and all of one that always says A."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a judge was asked, what it took, and how far it is to be trusted."""
+
+    judge: str
+    results: int
+    """Comparisons or verdicts, abstentions included."""
+    abstentions: int
+    requests: int
+    """Generations, the judge's own answers included; identical ones count once."""
+    new_requests: int
+    """Of these, what was not in the store before."""
+    prompt_tokens: int
+    """Of all requests that were answered."""
+    completion_tokens: int
+    refused: int
+    """Requests that the engine did not take, such as prompts beyond the context."""
+    unread: int
+    """Replies from which nothing could be told."""
+    decided: int
+    """Comparisons in which each order prefers one of the two."""
+    disagreements: int
+    """Of these, those in which the orders prefer different ones; they are ties."""
+    first_shown: int
+    """Of the ``2 * decided`` orders, those that prefer the response shown first."""
+
+    @property
+    def disagreement(self) -> float | None:
+        """Share of decided comparisons."""
+        return self.disagreements / self.decided if self.decided else None
+
+    @property
+    def first_shown_share(self) -> float | None:
+        """0.5 without position bias."""
+        return self.first_shown / (2 * self.decided) if self.decided else None
+
+
+def judge(
+    candidates: Sequence[Candidates],
+    config: JudgeConfig,
+    matrix: ModelMatrix | None,
+    settings: AnsweringConfig,
+    store: ResponseStore,
+    bad: BadRows,
+    advance: Advance = lambda count: None,
+) -> tuple[list[Verdict | Comparison], Cost]:
+    """A comparison of every pair that ``config.pairs`` wants, or a verdict on every response, in their order.
+
+    Args:
+        matrix: where ``config.cell`` is; not needed with ``config.model``.
+        settings: of the run: engines, seed, length of an answer.
+        bad: what happens to a prompt that the judge cannot answer itself, where its template wants that.
+        advance: is told how many more of ``num_requests`` are done.
+
+    Raises:
+        InputError: a template, cell or model that cannot be used.
+        EngineError: engines died too often; what was answered is kept.
+    """
+    template = load_template(config)
+    client = _Client(*_who(config, matrix), settings, store, advance)
+    own = _own_answers(candidates, config, template, client, bad) if "own" in template.placeholders else {}
+    questions = _Questions(candidates, template, {number: answer.text for number, answer in own.items()})
+    plan = [
+        _planned(number, shown, item, own, questions)
+        for number, item in enumerate(candidates)
+        for shown in _judged(item, config, template)
+    ]
+    advance(num_requests(candidates, config) - len(own) - len(questions) * config.num_votes)
+    readings, unread = _readings(questions, config, template, client)
+    results = [_result(planned, candidates, readings, _name(config)) for planned in plan]
+    cost = _cost(_name(config), results, client, unread)
+    _warn(cost, results)
+    return results, cost
+
+
+def num_requests(candidates: Sequence[Candidates], config: JudgeConfig) -> int:
+    """How many generations ``judge`` will report to ``advance``, those that it can do without included."""
+    template = load_template(config)
+    num_judged = [len(_judged(item, config, template)) for item in candidates]
+    num_own = sum(map(bool, num_judged)) if "own" in template.placeholders else 0
+    return num_own + sum(num_judged) * (2 if template.is_comparison else 1) * config.num_votes
+
+
+def load_template(config: JudgeConfig) -> Template:
+    """Raises InputError: see ``template.load``; ``pairs`` that a rating does not have."""
+    template = templates.load(config.template)
+    if config.pairs != "all" and not template.is_comparison:
+        raise InputError(f"pairs: {config.pairs!r} has no effect with template {config.template!r}, which rates single "
+                         "responses; leave it out")  # fmt: skip
+    return template
+
+
+def baseline(responses: Sequence[Response]) -> int:
+    """The middle one in the matrix's order (human, version, size, place), of an even number the lower one.
+
+    Every response against it takes R - 1 comparisons instead of R (R - 1) / 2 (OSP, arXiv 2405.14103); a middle one
+    rather than the best or the worst, so that both sides of it are told apart.
+    """
+    unknown = -math.inf
+
+    def rank(i: int) -> tuple[bool, float, float]:
+        r = responses[i]
+        version = unknown if r.version_rank is None else r.version_rank
+        return r.is_human, version, unknown if r.size_b is None else r.size_b
+
+    return sorted(range(len(responses)), key=rank)[(len(responses) - 1) // 2]
+
+
+def of_both_orders(orders: tuple[Reading, Reading]) -> Reading:
+    """The probability that the first response is better, from those said with it shown first and shown second."""
+    (first, why_first), (second, why_second) = orders
+    if first is None or second is None:
+        return None, why_first if first is None else why_second
+    if (first - 0.5) * (second - 0.5) < 0:
+        return 0.5, "orders disagree"
+    return (first + second) / 2, ""
+
+
+# ----------------------------------------------------------------------------------------------------------- details
+
+
+def _who(config: JudgeConfig, matrix: ModelMatrix | None) -> tuple[Cell, CellConfig | None, ModelMatrix]:
+    """The judge's cell, how it was configured, and the matrix whose tokenizer it has."""
+    if config.model is not None:
+        try:
+            matrix = ModelMatrix([config.model])
+        except InputError as error:
+            raise InputError(f"judge {_name(config)}: model: {str(error).removeprefix('cells[0]: ')}") from error
+        return matrix.policy, config.model, matrix
+    if matrix is None:
+        raise InputError(f"judge {_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, or give "
+                         "the judge a model of its own")  # fmt: skip
+    if config.cell == "policy":
+        return matrix.policy, matrix.configs.get(matrix.policy.name), matrix
+    for cell in matrix.cells:
+        if cell.name == config.cell:
+            return cell, matrix.configs.get(cell.name), matrix
+    known = ["policy", *(cell.name for cell in matrix.cells)]
+    raise InputError(f"judge {_name(config)}: cell: no cell is called {config.cell!r}"
+                     f"{did_you_mean(config.cell or '', known)}; expected one of {', '.join(known)}")  # fmt: skip
+
+
+def _name(config: JudgeConfig) -> str:
+    return config.name or config.kind
+
+
+def _judged(item: Candidates, config: JudgeConfig, template: Template) -> list[tuple[int, ...]]:
+    """What is judged of a prompt: single responses or pairs of them, by number."""
+    count = len(item.responses)
+    if not template.is_comparison:
+        return [(i,) for i in range(count)]
+    if config.pairs == "all" or count < 2:
+        return list(itertools.combinations(range(count), 2))
+    middle = baseline(item.responses)
+    return [(min(i, middle), max(i, middle)) for i in range(count) if i != middle]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One result to be: responses of the candidates of that number, and the questions to read it from."""
+
+    number: int
+    responses: tuple[int, ...]
+    questions: tuple[int, ...]
+    known: Reading | None = None
+    """What is known without a question."""
+
+
+@dataclass(frozen=True)
+class _OwnAnswer:
+    text: str
+    why_none: str = ""
+    """Why there is none, where there is none."""
+
+
+def _planned(
+    number: int, shown: tuple[int, ...], item: Candidates, own: Mapping[int, _OwnAnswer], questions: _Questions
+) -> _Planned:
+    if number in own and own[number].why_none:
+        return _Planned(number, shown, (), (None, own[number].why_none))
+    if len(shown) == 2 and len({item.responses[i].text for i in shown}) == 1:
+        return _Planned(number, shown, (), (0.5, "the same text"))
+    orders = (shown, shown[::-1]) if len(shown) == 2 else (shown,)
+    return _Planned(number, shown, tuple(questions.add(number, order) for order in orders))
+
+
+class _Questions(Sequence[Candidates]):
+    """Distinct prompts to the judge, written when they are read: all their texts at once would fill the memory.
+
+    A prompt's id is the hash of its text: it is asked once, whatever responses and iterations it comes from.
+    """
+
+    def __init__(self, candidates: Sequence[Candidates], template: Template, own: Mapping[int, str]) -> None:
+        self._candidates, self._template, self._own = candidates, template, own
+        self._shown: list[tuple[int, tuple[int, ...]]] = []
+        self.numbers: dict[str, int] = {}
+        """By id."""
+
+    def add(self, number: int, shown: tuple[int, ...]) -> int:
+        """The number of the question about these responses, in this order."""
+        name = _text_id(self._text(number, shown))
+        if name not in self.numbers:
+            self.numbers[name] = len(self._shown)
+            self._shown.append((number, shown))
+        return self.numbers[name]
+
+    def _text(self, number: int, shown: tuple[int, ...]) -> str:
+        item = self._candidates[number]
+        names = ("first", "second") if self._template.is_comparison else ("response",)
+        texts = {name: item.responses[i].text for name, i in zip(names, shown, strict=True)}
+        return self._template.render(prompt=item.prompt.text, own=self._own.get(number, ""), **texts)
+
+    def __len__(self) -> int:
+        return len(self._shown)
+
+    @overload
+    def __getitem__(self, number: int) -> Candidates: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Candidates]: ...
+    def __getitem__(self, number: int | slice) -> Candidates | Sequence[Candidates]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        text = self._text(*self._shown[number])
+        return Candidates(prompt=Prompt(id=_text_id(text), prompt=text), responses=())
+
+
+def _text_id(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+class _Client:
+    """Asks the judge's cell, and counts."""
+
+    def __init__(
+        self, cell: Cell, own: CellConfig | None, matrix: ModelMatrix, settings: AnsweringConfig, store: ResponseStore,
+        advance: Advance,
+    ) -> None:  # fmt: skip
+        self.cell, self.own, self.matrix, self.store, self.advance = cell, own, matrix, store, advance
+        if own is not None and own.url is not None:  # a server for the judge alone
+            settings = dataclasses.replace(settings, generator="openai")
+        self.settings = settings
+        self.requests = self.new_requests = self.refused = self.prompt_tokens = self.completion_tokens = 0
+        self.decode = functools.lru_cache(maxsize=4096)(lambda token: str(self.matrix.tokenizer.decode([token])))
+
+    def ask(
+        self, asked: Sequence[Candidates], settings: AnsweringConfig, top_logprobs: int = 0
+    ) -> tuple[Iterable[Candidates], dict[str, str]]:
+        """Those that were answered, and by id why the others were not."""
+        bare = ask(self.cell, settings, self.own, settings.num_generations, is_own_sampling=False)
+        sampling = dataclasses.replace(bare.sampling, top_logprobs=top_logprobs)
+        refused, before = BadRows("skip"), len(self.store)
+        answered = answer([dataclasses.replace(bare, sampling=sampling)], asked, self.matrix, settings, self.store,
+                          refused, self.advance)  # fmt: skip
+        self.new_requests += len(self.store) - before
+        self.requests += len(asked) * settings.num_generations
+        self.refused += len(refused.rows) * settings.num_generations
+        why = {row["row"]["id"]: row["error"].partition(" was refused: ")[2] or row["error"] for row in refused.rows}
+        return map(self._count, answered), why
+
+    def _count(self, item: Candidates) -> Candidates:
+        self.prompt_tokens += len(encode_prompt(self.matrix.tokenizer, item.prompt)) * len(item.responses)
+        self.completion_tokens += sum(len(response.token_ids or ()) for response in item.responses)
+        return item
+
+
+def _own_answers(
+    candidates: Sequence[Candidates], config: JudgeConfig, template: Template, client: _Client, bad: BadRows
+) -> dict[int, _OwnAnswer]:
+    """The judge's greedy answer to each prompt of which something is judged."""
+    out: dict[int, _OwnAnswer] = {}
+    asked: dict[int, Candidates] = {}
+    for number, item in enumerate(candidates):
+        if _judged(item, config, template):
+            try:
+                encode_prompt(client.matrix.tokenizer, item.prompt)
+                asked[number] = dataclasses.replace(item, responses=())
+            except InputError as error:
+                bad.handle(error, prompt_row(item.prompt))
+                out[number] = _OwnAnswer("", str(error))
+    client.advance(len(out))
+    greedy = dataclasses.replace(client.settings, num_generations=1, temperature=0.0, top_p=1.0, top_k=0)
+    answered, refused = client.ask(list(asked.values()), greedy)
+    texts = {item.prompt.id: item.responses[0].text for item in answered}
+    for number, item in asked.items():
+        name = item.prompt.id
+        out[number] = _OwnAnswer("", f"no answer of its own: {refused[name]}") if name in refused else \
+            _OwnAnswer(texts[name])  # fmt: skip
+    return out
+
+
+def _readings(
+    questions: _Questions, config: JudgeConfig, template: Template, client: _Client
+) -> tuple[list[Reading], int]:
+    """What was said to each question, and how many replies said nothing."""
+    most = config.max_completion_length
+    settings = dataclasses.replace(
+        client.settings, num_generations=config.num_votes, temperature=config.temperature, top_p=1.0, top_k=0,
+        stop=None, max_completion_length=min(most, LABEL_TOKENS) if template.read == "label" else most,
+    )  # fmt: skip
+    # With a temperature the votes are samples of just that probability.
+    uses_logprobs = template.read == "label" and config.temperature == 0
+    answered, refused = client.ask(questions, settings, TOP_LOGPROBS if uses_logprobs else 0)
+    readings: list[Reading] = [(None, "not answered")] * len(questions)
+    unread = 0
+    for item in answered:
+        votes = [_read(response, template, client) for response in item.responses]
+        told = [value for value, _ in votes if value is not None]
+        unread += len(votes) - len(told)
+        readings[questions.numbers[item.prompt.id]] = (sum(told) / len(told), "") if told else votes[0]
+    for name, reason in refused.items():
+        readings[questions.numbers[name]] = (None, reason)
+    return readings, unread
+
+
+def _read(response: Response, template: Template, client: _Client) -> Reading:
+    if response.top_logprobs is not None:
+        probability = read_logprobs(response.top_logprobs, client.decode)
+        if probability is not None:
+            return probability, ""
+    if template.is_comparison:
+        value, reason = read_label(response.text)
+    else:
+        value, reason = read_rating(response.text, template.low, template.high)
+    if value is None and response.finish_reason == "length":
+        reason += f", which was cut after {len(response.token_ids or ())} tokens"
+    return value, reason
+
+
+def _result(
+    planned: _Planned, candidates: Sequence[Candidates], readings: Sequence[Reading], judge: str
+) -> Verdict | Comparison:
+    prompt_id = candidates[planned.number].prompt.id
+    said = [readings[question] for question in planned.questions]
+    if len(planned.responses) == 1:
+        score, reason = planned.known or said[0]
+        return Verdict(prompt_id=prompt_id, response=planned.responses[0], judge=judge, score=score, reason=reason)
+    orders: tuple[float | None, float | None] | None = None
+    if planned.known is not None:
+        probability, reason = planned.known
+    else:
+        # Shown second, the first response is called B.
+        second = None if said[1][0] is None else 1 - said[1][0]
+        orders = (said[0][0], second)
+        probability, reason = of_both_orders((said[0], (second, said[1][1])))
+    first, other = planned.responses
+    return Comparison(prompt_id=prompt_id, responses=(first, other), judge=judge, probability=probability,
+                      orders=orders, reason=reason)  # fmt: skip
+
+
+def _cost(name: str, results: Sequence[Verdict | Comparison], client: _Client, unread: int) -> Cost:
+    orders = [r.orders for r in results if isinstance(r, Comparison) and r.orders is not None]
+    decided = [(a, b) for a, b in orders if a is not None and b is not None and a != 0.5 and b != 0.5]
+    return Cost(
+        judge=name,
+        results=len(results),
+        abstentions=sum(_value(result) is None for result in results),
+        requests=client.requests,
+        new_requests=client.new_requests,
+        prompt_tokens=client.prompt_tokens,
+        completion_tokens=client.completion_tokens,
+        refused=client.refused,
+        unread=unread,
+        decided=len(decided),
+        disagreements=sum((a > 0.5) != (b > 0.5) for a, b in decided),
+        first_shown=sum((a > 0.5) + (b < 0.5) for a, b in decided),
+    )
+
+
+def _value(result: Verdict | Comparison) -> float | None:
+    return result.probability if isinstance(result, Comparison) else result.score
+
+
+def _warn(cost: Cost, results: Sequence[Verdict | Comparison]) -> None:
+    if cost.decided >= MIN_DECIDED and (cost.disagreement or 0) > MAX_DISAGREEMENT:
+        logger.warning(
+            "judge %s contradicts itself between the two orders in %d of %d decided comparisons (%.0f %%), which count "
+            "as ties; it prefers the response shown first in %.0f %% of its replies. Expected: a judge whose word does "
+            "not depend on the order; use a stronger model or another template", cost.judge, cost.disagreements,
+            cost.decided, 100 * (cost.disagreement or 0), 100 * (cost.first_shown_share or 0),
+        )  # fmt: skip
+    if 2 * cost.abstentions > cost.results:
+        (reason, count), *_ = Counter(r.reason for r in results if _value(r) is None).most_common(1)
+        logger.warning("judge %s abstains on %d of %d; %d times for: %s", cost.judge, cost.abstentions, cost.results,
+                       count, reason)  # fmt: skip

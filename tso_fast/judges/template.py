@@ -1,0 +1,123 @@
+"""Templates of the LLM judge: what it is asked, and how its replies are read.
+
+A template is a text with placeholders, which may begin with settings between two lines ``---``:
+
+    ---
+    read: label
+    ---
+    {prompt} ... {first} ... {second} ... Which one is better, A or B? Reply with the letter only.
+
+Placeholders: ``{prompt}``; ``{first}`` and ``{second}``, the responses shown as A and B, or ``{response}``, one to be
+rated; ``{own}``, the judge's own answer. ``{{prompt}}`` stands for the text "{prompt}"; other braces are plain text.
+
+Settings, of a comparison: ``read: label``, the reply begins with A or B, so that the log-probs of its first token tell
+how sure the judge is; ``read: text`` (default), only the whole reply tells. Of a rating: ``range: 1-10`` (default),
+what it may be.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from tso_fast.errors import InputError, did_you_mean
+
+FOLDER = Path(__file__).parent / "templates"
+PLACEHOLDERS = ("prompt", "first", "second", "response", "own")
+EXPECTED = "{prompt} with {first} and {second}, or with {response}; {own} besides where it is wanted"
+
+_HEADER = re.compile(r"---\n(.*?)^---(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+_PLACEHOLDER = re.compile(r"\{(\{[A-Za-z_]\w*\})\}|\{([A-Za-z_]\w*)\}")
+_RANGE = re.compile(r"(-?\d+(?:\.\d+)?)\s*-\s*(-?\d+(?:\.\d+)?)", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """``Template(text="{prompt} A: {first} B: {second}", read="label", placeholders=frozenset({"prompt", ...}))``"""
+
+    text: str
+    placeholders: frozenset[str]
+    read: Literal["label", "text"] = "text"
+    low: float = 1.0
+    high: float = 10.0
+
+    @property
+    def is_comparison(self) -> bool:
+        return "first" in self.placeholders
+
+    def render(self, **values: str) -> str:
+        """All placeholders are replaced at once: what stands in a response is not read again."""
+        return _PLACEHOLDER.sub(lambda found: found[1] or values[found[2]], self.text)
+
+
+def names() -> list[str]:
+    """Of the templates that come with the package."""
+    return sorted(file.stem for file in FOLDER.glob("*.txt"))
+
+
+def load(name: str) -> Template:
+    """A template of the package by its name, or one in a file.
+
+    Raises:
+        InputError: there is none; it lacks placeholders or has unknown ones; settings that are unknown or without
+            effect.
+    """
+    file = FOLDER / f"{name}.txt" if name in names() else Path(name)
+    if not file.is_file():
+        raise InputError(f"template: {name!r} is neither a file nor one of {', '.join(names())}"
+                         f"{did_you_mean(name, names())}")  # fmt: skip
+    try:
+        return parse(file.read_text(encoding="utf-8-sig"), f"template {file}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"template {file}: cannot be read: {error}; expected a text in UTF-8") from error
+
+
+def parse(content: str, where: str) -> Template:
+    """``where`` is for messages."""
+    header = _HEADER.match(content)
+    text = (content[header.end() :] if header else content).strip()
+    found = [match[2] for match in _PLACEHOLDER.finditer(text) if match[2]]
+    _check_placeholders(found, where)
+    is_comparison = "first" in found
+    settings = _settings(header[1] if header else "", "read" if is_comparison else "range", where)
+    read = settings.get("read", "text")
+    if read not in ("label", "text"):
+        raise InputError(f"{where}: read: got {read!r}, expected label or text")
+    low, high = _range(settings.get("range", "1-10"), where)
+    return Template(text=text, placeholders=frozenset(found), read=cast(Literal["label", "text"], read), low=low,
+                    high=high)  # fmt: skip
+
+
+def _check_placeholders(found: list[str], where: str) -> None:
+    shown = ", ".join(f"{{{name}}}" for name in dict.fromkeys(found)) or "none"
+    for name in found:
+        if name not in PLACEHOLDERS:
+            raise InputError(f"{where}: the placeholder {{{name}}} is unknown{did_you_mean(name, PLACEHOLDERS)}; "
+                             f"expected {EXPECTED}; {{{{{name}}}}} stands for the text itself")  # fmt: skip
+    kinds = {"first", "second", "response"} & set(found)
+    if "prompt" not in found or kinds not in ({"first", "second"}, {"response"}):
+        raise InputError(f"{where}: it has the placeholders {shown}; expected {EXPECTED}")
+
+
+def _settings(header: str, known: str, where: str) -> dict[str, str]:
+    settings = {}
+    for line in filter(None, map(str.strip, header.splitlines())):
+        name, colon, value = (part.strip() for part in line.partition(":"))
+        if not colon or name not in ("read", "range"):
+            raise InputError(f"{where}: the setting {line!r} is unknown{did_you_mean(name, ('read', 'range'))}; "
+                             "expected read: label, read: text, or range: 1-10")  # fmt: skip
+        if name != known:
+            kind = "comparison" if known == "read" else "rating"
+            raise InputError(f"{where}: {name} has no effect on a {kind}; leave it out")
+        settings[name] = value
+    return settings
+
+
+def _range(value: str, where: str) -> tuple[float, float]:
+    found = _RANGE.fullmatch(value)
+    low, high = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
+    if low >= high:
+        raise InputError(f"{where}: range: got {value!r}, expected the lowest and the highest rating, such as 1-10")
+    return low, high
