@@ -115,7 +115,7 @@ def select_pairs(
         negatives=negatives, text_ids=text_ids, forbidden=forbidden, reuse_texts=reuse_texts, baseline=baseline,
         distances=distances, band=band, seed=seed, keys=keys, num_threads=num_threads,
     )  # fmt: skip
-    pairs, margin, infinite_row = extension().select_pairs(
+    pairs, margin, is_finite = extension().select_pairs(
         task.consensus_R,
         task.offsets_P1,
         strategy=strategy,
@@ -133,7 +133,7 @@ def select_pairs(
         seed=task.seed,
         num_threads=num_threads,
     )
-    if infinite_row >= 0:
+    if not is_finite:
         _check_finite(task.consensus_R)
     return pairs, margin
 
@@ -223,9 +223,7 @@ def select_decided(
         ValueError: as ``select_pairs``.
         ImportError: the C++ extension is not built.
     """
-    task = _check_decided(
-        pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads
-    )
+    task = _check_decided(pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads)
     return extension().select_decided(
         task.pairs_C2,
         task.margin_C,
@@ -254,9 +252,7 @@ def select_decided_reference(
     num_threads: int = 0,
 ) -> np.ndarray:
     """``select_decided`` in Python: defines what is correct. ``num_threads`` changes nothing."""
-    task = _check_decided(
-        pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads
-    )
+    task = _check_decided(pairs, margin, offsets, strategy, max_pairs, text_ids, reuse_texts, seed, keys, num_threads)
     names_C2 = task.pairs_C2 if task.text_ids_R is None else task.text_ids_R[task.pairs_C2]
     selected: list[int] = []
     for p, (first, last) in enumerate(pairwise(task.offsets_P1.tolist())):
@@ -601,9 +597,7 @@ def _check_finite(consensus_R: np.ndarray) -> None:
         )
 
 
-def _sized(
-    name: str, value: npt.ArrayLike | None, dtype: type[np.generic], shape: str, size: int
-) -> np.ndarray | None:
+def _sized(name: str, value: npt.ArrayLike | None, dtype: type[np.generic], shape: str, size: int) -> np.ndarray | None:
     if value is None:
         return None
     values = array(name, value, dtype, shape)
@@ -649,8 +643,8 @@ def _check_baseline(baseline: npt.ArrayLike | None, offsets_P1: np.ndarray) -> n
     if len(bad := np.flatnonzero(is_bad)):
         p = bad[0]
         raise ValueError(
-            f"baseline[{p}] is {baseline_P[p]}; expected a row of prompt {p}, in [{offsets_P1[p]}, {offsets_P1[p + 1]}), "
-            f"or -1 for the median-ranked one"
+            f"baseline[{p}] is {baseline_P[p]}; expected a row of prompt {p}, in [{offsets_P1[p]}, "
+            f"{offsets_P1[p + 1]}), or -1 for the median-ranked one"
         )
     return baseline_P
 
@@ -664,8 +658,8 @@ def _check_distances(distances: npt.ArrayLike | None, offsets_P1: np.ndarray, st
     values = array("distances", distances, np.float32, "[D]")
     if len(values) != size:
         raise ValueError(
-            f"distances must be [D] with D = {size}, the [n, n] blocks of the prompts' n responses one after the other, "
-            f"got {len(values)} entries; pairwise_distances with the same offsets gives them"
+            f"distances must be [D] with D = {size}, the [n, n] blocks of the prompts' n responses one after the "
+            f"other, got {len(values)} entries; pairwise_distances with the same offsets gives them"
         )
     if len(bad := np.flatnonzero(np.isnan(values))):
         raise ValueError(f"distances[{bad[0]}] is NaN ({len(bad)} in all); expected numbers, larger is farther")
