@@ -99,7 +99,7 @@ py::tuple select_pairs(const Array<float>& consensus_R, const Array<int64_t>& of
     }
     keep_rows(pairs_N2, {static_cast<py::ssize_t>(selection.num_pairs), 2});
     keep_rows(margin_N, {static_cast<py::ssize_t>(selection.num_pairs)});
-    return py::make_tuple(pairs_N2, margin_N, selection.infinite_row);
+    return py::make_tuple(pairs_N2, margin_N, selection.is_finite);
 }
 
 Array<int64_t> select_decided(const Array<int64_t>& pairs_C2, const Array<float>& margin_C,
@@ -209,8 +209,8 @@ void bind_selection(py::module_& m) {
           py::arg("forbidden").noconvert(), py::arg("keys").noconvert(), py::arg("baseline").noconvert(),
           py::arg("distances").noconvert(), py::arg("band"), py::arg("reuse_texts"), py::arg("seed"),
           py::arg("num_threads"),
-          "consensus [R] float32, offsets [P+1] int64, ... -> (pairs [N, 2] int64, margin [N] float32, some row with an "
-          "infinite score or -1).");
+          "consensus [R] float32, offsets [P+1] int64, ... -> (pairs [N, 2] int64, margin [N] float32, whether no "
+          "score is infinite).");
     m.def("select_decided", &select_decided, py::arg("pairs").noconvert(), py::arg("margin").noconvert(),
           py::arg("offsets").noconvert(), py::kw_only(), py::arg("strategy"), py::arg("max_pairs"),
           py::arg("text_ids").noconvert(), py::arg("keys").noconvert(), py::arg("reuse_texts"), py::arg("seed"),

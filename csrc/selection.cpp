@@ -426,6 +426,12 @@ private:
     int64_t count_ = 0;
 };
 
+bool has_infinite(const float* scores, int64_t count) {
+    int found = 0;  // no early exit: the loop is vectorised
+    for (int64_t i = 0; i < count; ++i) found |= std::fabs(scores[i]) == std::numeric_limits<float>::infinity();
+    return found != 0;
+}
+
 bool looks_at_pairs(Strategy strategy) { return strategy == Strategy::random || strategy == Strategy::all; }
 
 }  // namespace
@@ -448,14 +454,14 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
             work += (offsets[p + 1] - offsets[p]) * (offsets[p + 1] - offsets[p]);
         }
     }
-    std::atomic<int64_t> infinite_row{-1};
+    std::atomic<bool> is_finite{true};
     const auto run = [&](int64_t first, int64_t last, int64_t at) {
         const int64_t begin = at;
-        for (int64_t row = offsets[first]; row < offsets[last]; ++row)
-            if (std::isinf(input.consensus_R[row])) {
-                infinite_row.store(row);
-                return int64_t{0};
-            }
+        const int64_t begin_row = offsets[first], end_row = offsets[last];
+        if (has_infinite(input.consensus_R + begin_row, end_row - begin_row)) {
+            is_finite.store(false);
+            return int64_t{0};
+        }
         Scratch scratch;
         for (int64_t p = first; p < last; ++p) {
             const float* distances = blocks.empty() ? nullptr : input.distances + blocks[p];
@@ -470,7 +476,7 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
     };
     const int64_t threads = choose_num_threads(work, input.num_prompts, options.num_threads);
     const int64_t num_pairs = run_chunks(input.num_prompts, threads, capacity, run, move);
-    return {num_pairs, infinite_row.load()};
+    return {num_pairs, is_finite.load()};
 }
 
 int64_t decided_capacity(const int64_t* offsets, int64_t num_prompts, const SelectionOptions& options) {

@@ -40,7 +40,7 @@ int64_t selection_capacity(const int64_t* offsets, int64_t num_prompts, const Se
 
 struct Selection {
     int64_t num_pairs;
-    int64_t infinite_row;  // some row whose score is infinite, -1: none. Where there is one, the pairs mean nothing.
+    bool is_finite;  // no score is infinite; else the pairs mean nothing
 };
 
 // pairs_N2 and margin_N: out; [selection_capacity], of which the first num_pairs rows are filled.
