@@ -93,7 +93,7 @@ LEVELS = [
     {"stages"},
     {"optimization"},
     {"trainer", "single"},
-    {"quickstart", "report"},
+    {"quickstart", "report", "annotate"},
     {"cli"},
 ]
 
