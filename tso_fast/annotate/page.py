@@ -222,12 +222,13 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
             auth_message="Your name, which stands with your labels, and the password.", footer_links=[],
             run_history=False, enable_monitoring=False, mcp_server=False, show_error=False,
             theme=gr.themes.Default(primary_hue="blue", neutral_hue="gray", font=SYSTEM_FONTS, font_mono=SYSTEM_MONO),
-            css=(HERE / "page.css").read_text(encoding="utf-8"),
-            head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
+            # Not as css=...: gradio puts its own class before each selector.
+            head="".join(f"<{tag}>{(HERE / name).read_text(encoding='utf-8')}</{tag}>"
+                         for tag, name in (("style", "page.css"), ("script", "page.js"))),
         )  # fmt: skip
-        name = f"[{host}]" if ":" in host else host
+        shown_host = f"[{host}]" if ":" in host else host
         console.print(f"labels go to {desk.labels.path}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"open http://{name}:{address[1]}/ - stop with Ctrl-C; every label is on disk", highlight=False,
+        console.print(f"open http://{shown_host}:{address[1]}/ - stop with Ctrl-C; every label is on disk", highlight=False,
                       markup=False, soft_wrap=True)  # fmt: skip
         server = uvicorn.Server(uvicorn.Config(_with_policy(app), log_level="critical", timeout_graceful_shutdown=1))
         server.run(sockets=[listening])
