@@ -257,6 +257,18 @@ def test_agreement_of_people_and_with_the_judges_majority() -> None:
     assert (found.pairs, found.raw) == (3, 2 / 3)
 
 
+def test_agreement_does_not_depend_on_which_response_comes_first() -> None:
+    """Nine pairs where both prefer the first, one where they differ: 0 if that were chance, as by the plain formula."""
+    values: dict[Any, float | None] = {(("p", 0, k), name): 1.0 for k in range(10) for name in ("ada", "bob")}
+    values[("p", 0, 9), "bob"] = -1.0
+    found = between_people(values)
+    mixed = between_people({key: v if key[0][2] % 2 else -v for key, v in values.items()})  # type: ignore[operator]
+    assert found == mixed
+    assert found is not None
+    assert found.alpha == pytest.approx(1 - 0.1 / 0.5 * (39 / 40))
+    assert found.pairs == 10
+
+
 # ---- the file of labels
 
 

@@ -59,8 +59,8 @@ def test_wheel_installs_the_packages_under_their_names(wheel: Path, tmp_path: Pa
     tops = {name.partition("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"tso_fast"}
     modules = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
-    assert modules | {"tso_fast/kernels/__init__.py", "tso_fast/py.typed", "tso_fast/quickstart/quickstart.yaml"} \
-        <= set(names)  # fmt: skip
+    assert modules | {"tso_fast/kernels/__init__.py", "tso_fast/py.typed", "tso_fast/quickstart/quickstart.yaml",
+                      "tso_fast/annotate/page.css", "tso_fast/annotate/page.js"} <= set(names)  # fmt: skip
     assert any(name.startswith("tso_fast/_C.") for name in names)
     code = "import tso_fast, tso_fast.kernels, tso_fast._C; print(tso_fast.__file__, tso_fast._C.__file__)"
     shown = python("-c", code, cwd=tmp_path.parent, PYTHONPATH=str(tmp_path))

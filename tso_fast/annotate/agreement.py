@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tso_fast.annotate.queue import sign
 from tso_fast.judges.human import Pair
@@ -45,19 +45,28 @@ def agreement(opinions: Iterable[Sequence[Hashable]]) -> Agreement | None:
                      alpha=1 - differing / expected if expected else None)  # fmt: skip
 
 
+def _preferences(opinions: Iterable[Sequence[float | None]]) -> Agreement | None:
+    """Of opinions on pairs of responses. Which response is the first means nothing, so each pair counts in both orders:
+    where the first is mostly the better, to say "the first" would otherwise count as agreement by chance."""
+    given = [list(of_pair) for of_pair in opinions]
+    swapped = [[None if value is None else -value for value in of_pair] for of_pair in given]
+    found = agreement([*given, *swapped])
+    return None if found is None else replace(found, pairs=found.pairs // 2)
+
+
 def between_people(values: Mapping[tuple[Pair, str], float | None]) -> Agreement | None:
     """Between annotators, a bad pair being an opinion like any other."""
     by_pair: dict[Pair, list[float | None]] = {}
     for (pair, _), value in values.items():
         by_pair.setdefault(pair, []).append(value)
-    return agreement(by_pair.values())
+    return _preferences(by_pair.values())
 
 
 def with_judges(
     values: Mapping[tuple[Pair, str], float | None], votes: Mapping[Pair, Mapping[str, float]]
 ) -> Agreement | None:
     """Between each label and the majority of the judges; a bad pair and one that no judge knows are left out."""
-    return agreement(
+    return _preferences(
         (value, float(sign(sum(map(sign, votes[pair].values())))))
         for (pair, _), value in values.items()
         if value is not None and votes.get(pair)

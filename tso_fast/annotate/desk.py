@@ -84,6 +84,7 @@ class Desk:
     ) -> None:
         self.labels, self.seed, self.overlap, self.clock = labels, seed, overlap, clock
         self.queue = ordered(evidence, seed)[:max_pairs]
+        self._queued = set(self.queue)
         self._candidates = {c.prompt.id: c for c in candidates}
         self._votes = {(e.prompt_id, *e.responses): e.votes for e in evidence}
         self._seats: dict[str, _Seat] = {}
@@ -97,11 +98,11 @@ class Desk:
                 self._seats.pop(annotator, None)
             else:
                 self._seats[annotator] = _Seat(pair, self.clock())
-            queued, people = set(self.queue), {name for _, name in newest}
+            people = {name for _, name in newest}
             values = {key: label.value for key, label in newest.items()}
             return View(
                 task=None if pair is None else self._task(pair, annotator),
-                labelled=len({pair for pair, _ in newest if pair in queued}),
+                labelled=len({pair for pair, _ in newest if pair in self._queued}),
                 total=len(self.queue),
                 own=sum(name == annotator for _, name in newest),
                 people=len(people),
@@ -158,11 +159,11 @@ class Desk:
             return seat.pair
         now = self.clock()
         looked_at = {s.pair for name, s in self._seats.items() if name != annotator and now - s.since < AWAY_S}
-        fresh = [pair for pair in self.queue if pair not in own and pair not in others]
+        fresh = (pair for pair in self.queue if pair not in own and pair not in others)
         again = next((pair for pair in self.queue if pair not in own and pair in others), None)
         common = len(own & others)
         if again is not None and common + 1 <= self.overlap * (len(own) + 1):
             return again
-        if fresh:
-            return next((pair for pair in fresh if pair not in looked_at), fresh[0])
+        if (first := next(fresh, None)) is not None:
+            return first if first not in looked_at else next((p for p in fresh if p not in looked_at), first)
         return again if common < math.ceil(self.overlap * len(self.queue)) else None

@@ -150,7 +150,7 @@ def build(desk: Desk, annotator: str | None) -> Any:
                 is_new = desk.label(name, key, choice)
             except OutputError as error:
                 return render(name, f"Not saved: {error}", is_error=True)
-            return render(name, f"Saved: {SAID[choice]}. U takes it back." if is_new else
+            return render(name, f"Saved: {SAID[choice]}. Undo takes it back." if is_new else
                           "That pair had been answered already; here is the next.")  # fmt: skip
 
         return act
@@ -220,16 +220,16 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
             app, build(desk, annotator), path="/", server_name=address[0], server_port=address[1], ssr_mode=False,
             auth=None if password is None else lambda name, given: _is_let_in(name, given, password), pwa=False,
             auth_message="Your name, which stands with your labels, and the password.", footer_links=[],
-            run_history=False, enable_monitoring=False, mcp_server=False, show_error=False,
+            run_history=False, enable_monitoring=False, max_file_size="1kb", mcp_server=False, show_error=False,
             theme=gr.themes.Default(primary_hue="blue", neutral_hue="gray", font=SYSTEM_FONTS, font_mono=SYSTEM_MONO),
             # Not as css=...: gradio puts its own class before each selector.
             head="".join(f"<{tag}>{(HERE / name).read_text(encoding='utf-8')}</{tag}>"
                          for tag, name in (("style", "page.css"), ("script", "page.js"))),
         )  # fmt: skip
         shown_host = f"[{host}]" if ":" in host else host
-        console.print(f"labels go to {desk.labels.path}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"open http://{shown_host}:{address[1]}/ - stop with Ctrl-C; every label is on disk", highlight=False,
-                      markup=False, soft_wrap=True)  # fmt: skip
+        for line in (f"labels go to {desk.labels.path}",
+                     f"open http://{shown_host}:{address[1]}/ - stop with Ctrl-C; every label is on disk"):  # fmt: skip
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         server = uvicorn.Server(uvicorn.Config(_with_policy(app), log_level="critical", timeout_graceful_shutdown=1))
         server.run(sockets=[listening])
 
