@@ -84,7 +84,7 @@ class Desk:
     ) -> None:
         self.labels, self.seed, self.overlap, self.clock = labels, seed, overlap, clock
         self.queue = ordered(evidence, seed)[:max_pairs]
-        self._queued = set(self.queue)
+        self._place = {pair: place for place, pair in enumerate(self.queue)}
         self._candidates = {c.prompt.id: c for c in candidates}
         self._votes = {(e.prompt_id, *e.responses): e.votes for e in evidence}
         self._seats: dict[str, _Seat] = {}
@@ -102,7 +102,7 @@ class Desk:
             values = {key: label.value for key, label in newest.items()}
             return View(
                 task=None if pair is None else self._task(pair, annotator),
-                labelled=len({pair for pair, _ in newest if pair in self._queued}),
+                labelled=len({pair for pair, _ in newest if pair in self._place}),
                 total=len(self.queue),
                 own=sum(name == annotator for _, name in newest),
                 people=len(people),
@@ -160,7 +160,7 @@ class Desk:
         now = self.clock()
         looked_at = {s.pair for name, s in self._seats.items() if name != annotator and now - s.since < AWAY_S}
         fresh = (pair for pair in self.queue if pair not in own and pair not in others)
-        again = next((pair for pair in self.queue if pair not in own and pair in others), None)
+        again = min((others - own) & self._place.keys(), key=self._place.__getitem__, default=None)
         common = len(own & others)
         if again is not None and common + 1 <= self.overlap * (len(own) + 1):
             return again

@@ -206,14 +206,14 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
     Raises:
         InputError: gradio is missing, or there is nothing to listen on.
     """
-    try:
-        import fastapi
-        import gradio as gr
-        import uvicorn
-    except ImportError as error:
-        raise InputError(f"annotate: the page needs gradio, which cannot be imported ({error}): pip install "
-                         "'tso-fast[annotate]'") from error  # fmt: skip
     with _listen(host, port) as listening:
+        try:
+            import fastapi
+            import gradio as gr
+            import uvicorn
+        except ImportError as error:
+            raise InputError(f"annotate: the page needs gradio, which cannot be imported ({error}): pip install "
+                             "'tso-fast[annotate]'") from error  # fmt: skip
         address = listening.getsockname()[:2]
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         gr.mount_gradio_app(
