@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -583,6 +584,7 @@ def test_the_command_takes_labels_in_and_gives_them_out(cli: Any, tmp_path: Path
 
 def test_what_the_command_refuses(cli: Any, tmp_path: Path) -> None:
     run, rows = run_folder(tmp_path / "run"), responses_file(tmp_path)
+    write_rows(run / "iter-1/verdicts.jsonl", [{"prompt_id": "z", "response": 0, "judge": "exact", "score": 1}])
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/run.json").write_text("{}")
@@ -591,6 +593,7 @@ def test_what_the_command_refuses(cli: Any, tmp_path: Path) -> None:
         ([tmp_path / "nowhere"], ("nowhere is neither a run folder nor a file of responses",)),
         ([tmp_path / "empty"], ("is neither a run folder",)),
         ([tmp_path / "begun"], ("no iteration with responses yet",)),
+        ([run, "--iteration", 1], ("iter-1/verdicts.jsonl:1", "'prompt_id' is 'z'")),
         ([run, "--iteration", 3], ("iteration: ", "expected one of 1, 2, 10")),
         ([rows, "--iteration", 3], ("iteration: it has no effect",)),
         ([rows, "--verdicts", tmp_path / "none.jsonl"], ("none.jsonl: no such file",)),
@@ -606,8 +609,13 @@ def test_what_the_command_refuses(cli: Any, tmp_path: Path) -> None:
         assert_error(cli("annotate", arguments), 2, *parts)
 
 
+def needs_gradio() -> None:
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("gradio is not installed: pip install 'tso-fast[annotate]'")
+
+
 def test_a_port_in_use(cli: Any, tmp_path: Path) -> None:
-    pytest.importorskip("gradio")
+    needs_gradio()
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -624,7 +632,7 @@ def test_a_port_in_use(cli: Any, tmp_path: Path) -> None:
 def test_it_warns_where_everybody_could_come_in(
     cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, password: str, is_warned: bool
 ) -> None:
-    pytest.importorskip("gradio")
+    needs_gradio()
     served: list[Any] = []
     monkeypatch.setattr("tso_fast.annotate.page.serve", lambda *arguments: served.append(arguments[1:]))
     monkeypatch.setenv("TSO_FAST_PASSWORD", password)
