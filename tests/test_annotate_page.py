@@ -266,6 +266,7 @@ def test_behind_a_password_what_the_data_say_is_text(browser: Any, tmp_path: Pat
         assert page.inner_text(".prompt").split("\n", 2) == ["System", "Be <b>brief</b>.", f"User\n{EVIL}"]
         assert page.inner_text("#who") == "<i>Eve</i>"
         assert page.evaluate("window.hacked") is None
+        assert not page.query_selector("#leave")  # the name is that of the login
         assert page.evaluate("document.querySelectorAll('#desk script, #desk img, #desk b b').length") == 0
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
         for button in ("left", "right", "tie", "bad", "undo"):

@@ -329,6 +329,7 @@ TURNED = {
     "score": ["--verifier", "regex", "--verifier_pattern", r"'#### (\d+): \"'"],
     "pairs": ["--soft_label_kappa", "0.5"],
     "eval": ["--max_completion_length", "9"],
+    "annotate": ["--overlap", "0.25"],
 }  # fmt: skip
 
 

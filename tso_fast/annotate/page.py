@@ -108,12 +108,13 @@ def _agreements(view: View) -> list[tuple[str, Agreement | None]]:
 # ---- what happens
 
 
-def build(desk: Desk, annotator: str | None) -> Any:
-    """The gradio application, not yet served."""
+def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
+    """The gradio application, not yet served. With a login, the name is the one given there."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
 
+    may_leave = annotator is None and not has_login
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
     def render(name: str, notice: str = "", is_error: bool = False) -> list[Any]:
@@ -181,13 +182,13 @@ def build(desk: Desk, annotator: str | None) -> Any:
                 take_back = gr.Button("Undo", elem_id="undo-button")
                 right = gr.Button("B is better", variant="primary", elem_id="right-button")
             under = gr.HTML(elem_id="under", padding=False)
-            if annotator is None:
+            if may_leave:
                 away = gr.Button("Another name", elem_id="leave", size="sm")
         outputs = [name, form, work, above, under, left, tie, bad, right, take_back]
         direct: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         page.load(open_page, stored, outputs, **direct)
         gr.on([typed.submit, go.click], start, typed, [*outputs, stored], **direct)
-        if annotator is None:
+        if may_leave:
             away.click(leave, None, [*outputs, stored], **direct)
         # The page says which pair it shows: what the server would show by now may be another.
         shown_key = "(name) => [name, document.querySelector('[data-turn]')?.dataset.key ?? '']"
@@ -217,7 +218,7 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
         address = listening.getsockname()[:2]
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         gr.mount_gradio_app(
-            app, build(desk, annotator), path="/", server_name=address[0], server_port=address[1], ssr_mode=False,
+            app, build(desk, annotator, password is not None), path="/", server_name=address[0], server_port=address[1], ssr_mode=False,
             auth=None if password is None else lambda name, given: _is_let_in(name, given, password), pwa=False,
             auth_message="Your name, which stands with your labels, and the password.", footer_links=[],
             run_history=False, enable_monitoring=False, max_file_size="1kb", mcp_server=False, show_error=False,
