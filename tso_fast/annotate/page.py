@@ -217,8 +217,9 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
                              "'tso-fast[annotate]'") from error  # fmt: skip
         address = listening.getsockname()[:2]
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        page = build(desk, annotator, has_login=password is not None)
         gr.mount_gradio_app(
-            app, build(desk, annotator, password is not None), path="/", server_name=address[0], server_port=address[1], ssr_mode=False,
+            app, page, path="/", server_name=address[0], server_port=address[1], ssr_mode=False,
             auth=None if password is None else lambda name, given: _is_let_in(name, given, password), pwa=False,
             auth_message="Your name, which stands with your labels, and the password.", footer_links=[],
             run_history=False, enable_monitoring=False, max_file_size="1kb", mcp_server=False, show_error=False,
