@@ -17,6 +17,7 @@ import tso_fast
 from tso_fast import config as config_module
 from tso_fast import single
 from tso_fast.config import (
+    AnnotateConfig,
     CellConfig,
     EvalConfig,
     GenerateConfig,
@@ -33,7 +34,8 @@ from tso_fast.options import parse
 PACKAGE = Path(tso_fast.__file__).parent
 CLASSES = [c for c in vars(config_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
 COMMANDS: dict[str, type] = {
-    "train": TrainConfig, "generate": GenerateConfig, "score": ScoreConfig, "pairs": PairsConfig, "eval": EvalConfig
+    "train": TrainConfig, "generate": GenerateConfig, "score": ScoreConfig, "pairs": PairsConfig, "eval": EvalConfig,
+    "annotate": AnnotateConfig,
 }  # fmt: skip
 FIELDS = sorted({(c, f.name) for c in CLASSES for f in dataclasses.fields(c)}, key=lambda x: (x[0].__name__, x[1]))
 CELLS = '[{"path": "a"}]'
@@ -43,6 +45,7 @@ NEEDED = {
     "score": ["--responses", "r", "--output", "o", "--verifier", "exact"],
     "pairs": ["--responses", "r", "--output", "o"],
     "eval": ["--prompts", "p", "--cells", CELLS, "--verifier", "exact"],
+    "annotate": ["--run", "r"],
 }
 
 
@@ -326,6 +329,7 @@ TURNED = {
     "score": ["--verifier", "regex", "--verifier_pattern", r"'#### (\d+): \"'"],
     "pairs": ["--soft_label_kappa", "0.5"],
     "eval": ["--max_completion_length", "9"],
+    "annotate": ["--overlap", "0.25"],
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
   score      responses in, verdicts out
   pairs      responses in, preference pairs out
   eval       accuracy of models on prompts
+  annotate   a local page on which people label pairs of responses
   report     write report.html of a run folder and print its table
   env        what is installed and usable here, and what to install for the rest
 
@@ -128,6 +129,18 @@ def _single(name: str, config_name: str, function: str = "") -> Callable[[list[s
     return run
 
 
+def _annotate(arguments: list[str]) -> None:
+    from tso_fast.config import AnnotateConfig
+    from tso_fast.options import parse
+
+    if arguments and not arguments[0].startswith("-") and not arguments[0].endswith((".yaml", ".yml")):
+        arguments = ["--run", *arguments]
+    config = parse("annotate", AnnotateConfig, arguments)
+    from tso_fast.annotate.command import annotate
+
+    annotate(config)
+
+
 def _report(arguments: list[str]) -> None:
     from tso_fast.errors import InputError
 
@@ -164,6 +177,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "score": _single("score", "ScoreConfig"),
     "pairs": _single("pairs", "PairsConfig"),
     "eval": _single("eval", "EvalConfig", "evaluate"),
+    "annotate": _annotate,
     "report": _report,
     "env": _env,
 }

@@ -393,6 +393,41 @@ class EvalConfig(VerifierConfig, AnsweringConfig):
     """JSON of the accuracies to write; default: only printed."""
 
 
+@dataclass(kw_only=True)
+class AnnotateConfig(RowsConfig):
+    """A page on which people say which of two responses is better, or labels from and for other tools."""
+
+    run: str
+    """Run folder, or JSONL of responses; `tso-fast annotate RUN`."""
+    iteration: int | None = None
+    """Iteration of the run folder; default: its newest."""
+    verdicts: str | None = None
+    """JSONL of verdicts, which put the pairs in order; default: those of the iteration, if it has any."""
+    labels: str | None = None
+    """JSONL that labels are appended to; default: iter-K/labels.jsonl of the run, or beside the responses."""
+    annotator: str | None = None
+    """Who labels; default: the page asks. With `import_from`: whose labels those are that name nobody."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is everywhere, and wants a password."""
+    port: int = 7860
+    """Port to listen on; 0 takes a free one."""
+    password: str | None = None
+    """Asked for before anything is shown, and the name with it; better given as the environment variable
+    TSO_FAST_PASSWORD, which the list of processes does not show."""
+    max_pairs: int | None = None
+    """Most pairs to label, the most informative ones; default: all."""
+    overlap: float = 0.1
+    """Share of everybody's labels that fall on pairs which others labelled too, to see how far people agree."""
+    seed: int = 0
+    """Seed of the order of equally informative pairs, and of which response is at the left."""
+    export_to: str | None = None
+    """File to write labels to, instead of the page."""
+    import_from: str | None = None
+    """File to add labels from, instead of the page."""
+    format: Literal["jsonl", "label_studio", "argilla"] = "jsonl"
+    """Format of `export_to` and `import_from`."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """For files: JSON has no infinity, so it is written out."""
     return {
@@ -415,7 +450,7 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
 POSITIVE = frozenset({
     "generation_batch_size", "max_completion_length", "num_iterations", "max_pairs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "logging_steps", "max_skipped_steps", "num_gpus",
-    "max_concurrency", "shard_size", "diversity_ngram", "num_votes",
+    "max_concurrency", "shard_size", "diversity_ngram", "num_votes", "iteration",
 })  # fmt: skip
 AT_LEAST_ZERO = frozenset({
     "num_generations", "policy_num_generations", "temperature", "top_k", "min_margin", "margin_weight", "warmup_steps",
@@ -446,6 +481,8 @@ def check(config: Any) -> None:
         _check_pairing(config)
     if isinstance(config, TrainConfig):
         _check_train(config)
+    if isinstance(config, AnnotateConfig):
+        _check_annotate(config)
 
 
 def _check_fields(config: Any, place: str = "") -> None:
@@ -607,3 +644,15 @@ def _check_train(config: TrainConfig) -> None:
         raise InputError("eval_prompts: evaluation needs a verifier; set verifier too")
     if config.eval_prompts is not None and config.eval_prompts == config.prompts:
         raise InputError(f"eval_prompts: {config.eval_prompts} is the training file; expected held-out prompts")
+
+
+def _check_annotate(config: AnnotateConfig) -> None:
+    _require(0 <= config.port < 2**16, "port", config.port, "an integer in [0, 65535]")
+    _require(0 <= config.overlap <= 1, "overlap", config.overlap, "a share in [0, 1]")
+    for key in ("annotator", "password"):
+        value = getattr(config, key)
+        _require(value is None or bool(value.strip()), key, value, "some text, or leave it out")
+    if config.export_to is not None and config.import_from is not None:
+        raise InputError("export_to: give either export_to or import_from, not both")
+    if config.format != "jsonl" and config.export_to is None and config.import_from is None:
+        raise InputError(f"format: {config.format!r} has no effect without export_to or import_from; leave it out")

@@ -9,9 +9,10 @@ import difflib
 import gzip
 import hashlib
 import json
+import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 from tso_fast.errors import InputError, did_you_mean
 from tso_fast.judges.constraints import TYPES
 from tso_fast.types import HUMAN, Candidates, Comparison, Constraint, Message, PreferencePair, Prompt, Response, Verdict
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -40,8 +43,11 @@ class BadRows:
         self.rows.append({"error": str(error), "row": row})
 
 
-def read_rows(path: str | Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
-    """Yields ``("file:line", row)`` of a JSONL file; blank lines are passed over."""
+def read_rows(path: str | Path, bad: BadRows, may_be_torn: bool = False) -> Iterator[tuple[str, Row]]:
+    """Yields ``("file:line", row)`` of a JSONL file; blank lines are passed over.
+
+    ``may_be_torn``: a last line that never got its end, as a writer leaves it that was killed, is passed over too.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected JSONL, plain or .gz")
@@ -52,6 +58,9 @@ def read_rows(path: str | Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
         try:
             row = _parse_line(line, where)
         except InputError as error:
+            if may_be_torn and not line.endswith(b"\n"):
+                logger.warning("%s: the last line is torn and passed over: %r", where, line[:60])
+                continue
             bad.handle(error, line.decode("utf-8", "replace").rstrip("\r\n"))
         else:
             yield where, row
@@ -369,34 +378,41 @@ def read_verdicts(
 ) -> list[Verdict | Comparison]:
     """Reads verdicts, on single responses and on two; each must name responses of ``candidates``.
 
-    A judge gives one verdict on a response, and one on two of them, in either order; so does an annotator, whose
-    earlier labels are replaced by later ones only where they are (``judges.human.read_labels``).
+    A judge gives one verdict on a response, and one on two of them, in either order; so does an annotator. A labels
+    file, where later labels replace earlier ones and may be withdrawn, is read by ``judges.human.read_labels``.
     """
-    texts = {c.prompt.id: [r.text for r in c.responses] for c in candidates}
+    texts = texts_of(candidates)
     seen: dict[tuple[Any, ...], str] = {}
 
     def parse(row: Row, where: str) -> Verdict | Comparison:
-        prompt_id = _text(row, "prompt_id", where, required=True)
-        assert prompt_id is not None
-        if prompt_id not in texts:
-            raise InputError(f"{where}: field 'prompt_id' is {prompt_id!r}; no such prompt among the responses")
-        verdict: Verdict | Comparison
-        if "responses" in row:
-            verdict = _comparison(row, where, prompt_id, texts[prompt_id])
-            key: tuple[Any, ...] = (prompt_id, frozenset(verdict.responses), verdict.judge, verdict.annotator)
-        else:
-            verdict = _verdict(row, where, prompt_id, texts[prompt_id])
-            key = (prompt_id, verdict.response, verdict.judge)
+        verdict = parse_verdict(row, where, texts)
+        key: tuple[Any, ...] = (verdict.prompt_id, verdict.response, verdict.judge) if isinstance(verdict, Verdict) \
+            else (verdict.prompt_id, frozenset(verdict.responses), verdict.judge, verdict.annotator)  # fmt: skip
         if (first := seen.setdefault(key, where)) != where:
             who = f"judge {verdict.judge!r}" if getattr(verdict, "annotator", None) is None else \
                 f"annotator {verdict.annotator!r}"  # type: ignore[union-attr]  # fmt: skip
             what = f"response {verdict.response}" if isinstance(verdict, Verdict) else \
                 f"responses {list(verdict.responses)}"  # fmt: skip
-            raise InputError(f"{where}: {who} has a verdict on {what} of {prompt_id!r} already at {first}; expected "
-                             "one")  # fmt: skip
+            raise InputError(f"{where}: {who} has a verdict on {what} of {verdict.prompt_id!r} already at {first}; "
+                             "expected one")  # fmt: skip
         return verdict
 
     return _read(path, parse, bad, "verdicts", may_be_empty)
+
+
+def texts_of(candidates: Iterable[Candidates]) -> dict[str, list[str]]:
+    """The texts of the responses, by id of the prompt."""
+    return {c.prompt.id: [r.text for r in c.responses] for c in candidates}
+
+
+def parse_verdict(row: Row, where: str, texts: Mapping[str, Sequence[str]]) -> Verdict | Comparison:
+    """A row of a verdicts file; ``texts`` are those of the responses, by id of the prompt."""
+    prompt_id = _text(row, "prompt_id", where, required=True)
+    assert prompt_id is not None
+    if prompt_id not in texts:
+        raise InputError(f"{where}: field 'prompt_id' is {prompt_id!r}; no such prompt among the responses")
+    parse = _comparison if "responses" in row else _verdict
+    return parse(row, where, prompt_id, texts[prompt_id])
 
 
 def _verdict(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> Verdict:

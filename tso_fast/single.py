@@ -133,6 +133,7 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
 def pairs(config: PairsConfig) -> None:
     """Corrects the prior order by the evidence, selects pairs, and prints what was kept, swapped and dropped."""
     from tso_fast import evidence, judging, stages
+    from tso_fast.judges.human import read_labels
 
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.responses, bad)
@@ -145,8 +146,6 @@ def pairs(config: PairsConfig) -> None:
     else:
         verdicts = read_verdicts(config.verdicts, candidates, bad)
     if config.labels is not None:
-        from tso_fast.judges.human import read_labels
-
         verdicts += read_labels(config.labels, candidates, bad)
     oracle = None if config.oracle is None else evidence.make_oracle(config.oracle, candidates)
     made, info = stages.make_pairs(candidates, verdicts, config, config, config.seed, oracle)

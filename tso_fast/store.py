@@ -49,7 +49,7 @@ def writing(path: Path) -> Iterator[None]:
                           "(space, permissions) and run the same command again") from error  # fmt: skip
 
 
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -69,7 +69,7 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(tmp, path)
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
         finally:
             tmp.unlink(missing_ok=True)
 
@@ -89,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                         os.fsync(handle.fileno())
             shutil.rmtree(path, ignore_errors=True)
             os.replace(tmp, path)
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
 

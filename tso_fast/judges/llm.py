@@ -172,8 +172,8 @@ def _who(config: JudgeConfig, matrix: ModelMatrix | None) -> tuple[Cell, CellCon
             raise InputError(f"judge {_name(config)}: model: {str(error).removeprefix('cells[0]: ')}") from error
         return matrix.policy, config.model, matrix
     if matrix is None:
-        raise InputError(f"judge {_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, or give "
-                         "the judge a model of its own")  # fmt: skip
+        raise InputError(f"judge {_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, or "
+                         "give the judge a model of its own")  # fmt: skip
     if config.cell == "policy":
         return matrix.policy, matrix.configs.get(matrix.policy.name), matrix
     for cell in matrix.cells:

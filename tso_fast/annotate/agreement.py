@@ -1,0 +1,73 @@
+"""How far people agree, with each other and with the judges."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tso_fast.annotate.queue import sign
+from tso_fast.judges.human import Pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Of several opinions on the same pairs."""
+
+    pairs: int
+    """With two opinions or more."""
+    raw: float
+    """Share of equal ones among all twos of opinions on a pair, every pair weighing the same."""
+    alpha: float | None
+    """Krippendorff's, nominal: 1 full agreement, 0 that of chance; None where all opinions are one and the same."""
+
+
+def agreement(opinions: Iterable[Sequence[Hashable]]) -> Agreement | None:
+    """From the opinions on each pair; None without a pair that has two.
+
+    Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), nominal data with missing values; with two
+    annotators and many pairs it is Scott's pi, close to Cohen's kappa.
+    """
+    common = [list(of_pair) for of_pair in opinions if len(of_pair) > 1]
+    if not common:
+        return None
+    total = sum(map(len, common))
+    counts = Counter(itertools.chain.from_iterable(common))
+    differing, shares = 0.0, []
+    for of_pair in common:
+        m = len(of_pair)
+        equal = sum(n * (n - 1) for n in Counter(of_pair).values())
+        shares.append(equal / (m * (m - 1)))
+        differing += (m * (m - 1) - equal) / (m - 1)
+    expected = (total * (total - 1) - sum(n * (n - 1) for n in counts.values())) / (total - 1)
+    return Agreement(pairs=len(common), raw=sum(shares) / len(shares),
+                     alpha=1 - differing / expected if expected else None)  # fmt: skip
+
+
+def _preferences(opinions: Iterable[Sequence[float | None]]) -> Agreement | None:
+    """Of opinions on pairs of responses. Which response is the first means nothing, so each pair counts in both orders:
+    where the first is mostly the better, to say "the first" would otherwise count as agreement by chance."""
+    given = [list(of_pair) for of_pair in opinions]
+    swapped = [[None if value is None else -value for value in of_pair] for of_pair in given]
+    found = agreement([*given, *swapped])
+    return None if found is None else replace(found, pairs=found.pairs // 2)
+
+
+def between_people(values: Mapping[tuple[Pair, str], float | None]) -> Agreement | None:
+    """Between annotators, a bad pair being an opinion like any other."""
+    by_pair: dict[Pair, list[float | None]] = {}
+    for (pair, _), value in values.items():
+        by_pair.setdefault(pair, []).append(value)
+    return _preferences(by_pair.values())
+
+
+def with_judges(
+    values: Mapping[tuple[Pair, str], float | None], votes: Mapping[Pair, Mapping[str, float]]
+) -> Agreement | None:
+    """Between each label and the majority of the judges; a bad pair and one that no judge knows are left out."""
+    return _preferences(
+        (value, float(sign(sum(map(sign, votes[pair].values())))))
+        for (pair, _), value in values.items()
+        if value is not None and votes.get(pair)
+    )

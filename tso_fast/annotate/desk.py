@@ -1,0 +1,169 @@
+"""The work of the people at one labels file: who sees which pair, what they said of it, and how far they are."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Literal, get_args
+
+from tso_fast.annotate.agreement import Agreement, between_people, with_judges
+from tso_fast.annotate.queue import draw, ordered, sides
+from tso_fast.judges.human import Label, LabelFile, Pair, make_label, standing
+from tso_fast.types import Candidates, PairEvidence
+
+Choice = Literal["left", "right", "tie", "bad"]
+CHOICES: tuple[str, ...] = get_args(Choice)
+
+AWAY_S = 900
+"""A pair that someone looks at is kept from the others for so long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A pair as one annotator sees it."""
+
+    pair: Pair
+    candidates: Candidates
+    shown: tuple[int, int]
+    """Response at the left, response at the right."""
+
+    @property
+    def key(self) -> str:
+        """Names the pair on the page; opaque, as the index of a response tells which model wrote it."""
+        return f"{draw('key', *self.pair, *self.shown):016x}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What an annotator's page shows."""
+
+    task: Task | None
+    """None: nothing is left for this annotator."""
+    labelled: int
+    """Pairs with a label of anybody."""
+    total: int
+    own: int
+    """Labels of this annotator."""
+    people: int
+    """Annotators with a label."""
+    among_people: Agreement | None
+    with_judges: Agreement | None
+
+
+@dataclass
+class _Seat:
+    """Where an annotator is."""
+
+    pair: Pair
+    since: float
+
+
+class Desk:
+    """One set of pairs, one labels file, any number of annotators; may be used from several threads.
+
+    Args:
+        overlap: share of an annotator's labels that fall on pairs which others labelled too, for the agreement: 0 none,
+            1 everybody labels everything.
+        max_pairs: only the first so many of the queue.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidates],
+        evidence: Sequence[PairEvidence],
+        labels: LabelFile,
+        *,
+        seed: int = 0,
+        overlap: float = 0.1,
+        max_pairs: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.labels, self.seed, self.overlap, self.clock = labels, seed, overlap, clock
+        self.queue = ordered(evidence, seed)[:max_pairs]
+        self._place = {pair: place for place, pair in enumerate(self.queue)}
+        self._candidates = {c.prompt.id: c for c in candidates}
+        self._votes = {(e.prompt_id, *e.responses): e.votes for e in evidence}
+        self._seats: dict[str, _Seat] = {}
+        self._mutex = threading.RLock()
+
+    def view(self, annotator: str) -> View:
+        with self._mutex:
+            newest = standing(self.labels.history())
+            pair = self._next(annotator, newest)
+            if pair is None:
+                self._seats.pop(annotator, None)
+            else:
+                self._seats[annotator] = _Seat(pair, self.clock())
+            people = {name for _, name in newest}
+            values = {key: label.value for key, label in newest.items()}
+            return View(
+                task=None if pair is None else self._task(pair, annotator),
+                labelled=len({pair for pair, _ in newest if pair in self._place}),
+                total=len(self.queue),
+                own=sum(name == annotator for _, name in newest),
+                people=len(people),
+                among_people=between_people(values),
+                with_judges=with_judges({k: v for k, v in values.items() if k[1] == annotator}, self._votes),
+            )
+
+    def label(self, annotator: str, key: str, choice: str) -> bool:
+        """Puts a label on disk; False where ``key`` is not the pair that lies before the annotator any more.
+
+        That is a second press of a key for one pair, or another tab; the label would be of a pair not seen.
+        """
+        if choice not in CHOICES:
+            raise ValueError(f"choice: got {choice!r}, expected one of {', '.join(CHOICES)}")
+        with self._mutex:
+            seat = self._seats.get(annotator)
+            if seat is None or (task := self._task(seat.pair, annotator)).key != key:
+                return False
+            left, right = task.shown
+            probability = {"left": 1.0, "right": 0.0, "tie": 0.5, "bad": None}[choice]
+            self.labels.append(
+                make_label(task.candidates, (left, right), annotator, probability, self._now(),
+                           seconds=self.clock() - seat.since, shown=task.shown)
+            )  # fmt: skip
+            del self._seats[annotator]
+            return True
+
+    def undo(self, annotator: str) -> bool:
+        """Withdraws the annotator's newest label and puts its pair back before them; False where there is none."""
+        with self._mutex:
+            own = [label for (_, name), label in standing(self.labels.history()).items() if name == annotator]
+            if not own:
+                return False
+            oldest = datetime.min.replace(tzinfo=UTC)
+            last = max(enumerate(own), key=lambda item: (item[1].time or oldest, item[0]))[1]
+            self.labels.append(replace(last, time=self._now(), seconds=None, withdrawn=True))
+            self._seats[annotator] = _Seat(last.pair, self.clock())
+            return True
+
+    def _now(self) -> datetime:
+        """Later than every label in the file, even where the clock was set back: the newest label counts."""
+        times = [label.time for label in self.labels.history() if label.time is not None]
+        now = datetime.now(UTC)
+        return max(now, max(times) + timedelta(microseconds=1)) if times else now
+
+    def _task(self, pair: Pair, annotator: str) -> Task:
+        return Task(pair=pair, candidates=self._candidates[pair[0]], shown=sides(pair, annotator, self.seed))
+
+    def _next(self, annotator: str, newest: dict[tuple[Pair, str], Label]) -> Pair | None:
+        own = {pair for pair, name in newest if name == annotator}
+        others = {pair for pair, name in newest if name != annotator}
+        seat = self._seats.get(annotator)
+        if seat is not None and seat.pair not in own:
+            return seat.pair
+        now = self.clock()
+        looked_at = {s.pair for name, s in self._seats.items() if name != annotator and now - s.since < AWAY_S}
+        fresh = (pair for pair in self.queue if pair not in own and pair not in others)
+        again = min((others - own) & self._place.keys(), key=self._place.__getitem__, default=None)
+        common = len(own & others)
+        if again is not None and common + 1 <= self.overlap * (len(own) + 1):
+            return again
+        if (first := next(fresh, None)) is not None:
+            return first if first not in looked_at else next((p for p in fresh if p not in looked_at), first)
+        return again if common < math.ceil(self.overlap * len(self.queue)) else None

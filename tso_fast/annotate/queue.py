@@ -1,0 +1,72 @@
+"""In which order pairs of responses are put before people: first those where a label teaches most."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from tso_fast import correction
+from tso_fast.evidence import score_matrix
+from tso_fast.judges.human import Pair
+from tso_fast.types import Candidates, Comparison, PairEvidence, Verdict
+
+
+def evidence_of(candidates: Sequence[Candidates], verdicts: Sequence[Verdict | Comparison]) -> list[PairEvidence]:
+    """All pairs of responses of different texts, with the scores in the data and the verdicts on each."""
+    matrix = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)])
+    found = correction.evidence_of(candidates, matrix, [v for v in verdicts if isinstance(v, Comparison)])
+    return [pair for item, pairs in zip(candidates, found, strict=True) for pair in pairs
+            if not correction.is_same_text(item, pair.responses)]  # fmt: skip
+
+
+def sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def informativeness(pair: PairEvidence) -> float:
+    """What a label would teach, in [0, 2]: split + conflict.
+
+    With s the signs of the judges' votes (1, 0 or -1) and m their mean, 0 where no judge voted:
+
+        split    = mean(s^2) - m^2            their variance: 1 when half say the one and half the other
+        conflict = (1 - prior x m) / 2        1 when all contradict the prior, 0 when all confirm it
+                   (1 - |m|) / 2              where there is no prior
+
+    So 1.5: the judges are split; 1: they agree, against the prior; 0.5: nobody said anything; 0: all agree, and a label
+    could only repeat it. Signs and not sizes: the scales of two judges cannot be compared.
+    """
+    signs = [sign(vote) for vote in pair.votes.values()]
+    m = sum(signs) / len(signs) if signs else 0.0
+    split = sum(s * s for s in signs) / len(signs) - m * m if signs else 0.0
+    conflict = (1 - pair.prior * m) / 2 if pair.prior else (1 - abs(m)) / 2
+    return split + conflict
+
+
+def draw(*parts: object) -> int:
+    """A number in [0, 2**64) that depends on nothing but ``parts``."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8])
+
+
+def ordered(evidence: Iterable[PairEvidence], seed: int) -> list[Pair]:
+    """The queue: a second pair of a prompt comes after every prompt's first, and what teaches nothing comes last.
+
+    Among equals the order is drawn from ``seed``.
+    """
+    keyed = []
+    for pair in evidence:
+        name: Pair = (pair.prompt_id, *pair.responses)
+        keyed.append((-informativeness(pair), draw(seed, *name), name))
+    keyed.sort()
+    seen: Counter[str] = Counter()
+    queue = []
+    for position, (key, _, name) in enumerate(keyed):
+        queue.append((key == 0, seen[name[0]], position, name))
+        seen[name[0]] += 1
+    return [name for *_, name in sorted(queue)]
+
+
+def sides(pair: Pair, annotator: str, seed: int) -> tuple[int, int]:
+    """Which response is shown at the left and which at the right."""
+    _, i, j = pair
+    return (i, j) if draw("side", seed, annotator, *pair) % 2 else (j, i)

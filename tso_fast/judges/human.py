@@ -1,0 +1,294 @@
+"""Labels that people gave to pairs of responses: an append-only file, and its reader.
+
+A row is a ``Comparison`` of the judge ``human`` as ``records.verdict_row`` writes it, and beside it ``time`` (ISO,
+UTC), ``seconds`` spent, ``shown`` (the responses at the left and right) and ``withdrawn``. Nothing is ever changed in
+place: a later row of the same annotator on the same pair replaces an earlier one, or withdraws it.
+
+    {"prompt_id": "q1", "responses": [0, 2], "judge": "human", "probability": 1.0, "annotator": "ada",
+     "hashes": ["1b4f0e98", "60303ae2"], "reason": "", "time": "2026-11-21T16:28:01.345678+00:00", "seconds": 8.2,
+     "shown": [2, 0]}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tso_fast.errors import InputError
+from tso_fast.records import BadRows, Row, parse_verdict, read_rows, text_hash, texts_of, verdict_row
+from tso_fast.store import fsync_folder, writing
+from tso_fast.types import HUMAN, Candidates, Comparison
+
+logger = logging.getLogger(__name__)
+
+LABELS_FILE = "labels.jsonl"
+"""Of an iteration, beside its responses."""
+
+BAD = "bad"
+"""The ``reason`` of a pair that cannot be judged; its probability is None."""
+
+Pair = tuple[str, int, int]
+"""Prompt id and two responses in increasing order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """One row of a labels file."""
+
+    comparison: Comparison
+    """``responses`` in increasing order; ``probability`` 1, 0 or 0.5, None for a bad pair."""
+    time: datetime | None = None
+    seconds: float | None = None
+    """Between the pair's appearance and the label."""
+    shown: tuple[int, int] | None = None
+    """Response at the left, response at the right."""
+    withdrawn: bool = False
+    """Whether it takes back the annotator's earlier label on the pair."""
+    where: str = ""
+    """``file:line`` it was read from."""
+
+    @property
+    def pair(self) -> Pair:
+        return (self.comparison.prompt_id, *self.comparison.responses)
+
+    @property
+    def annotator(self) -> str:
+        return self.comparison.annotator or ""
+
+    @property
+    def value(self) -> float | None:
+        """1 the first is better, -1 the second, 0 a tie; None: the pair is bad."""
+        return None if self.comparison.probability is None else 2 * self.comparison.probability - 1
+
+
+def make_label(
+    item: Candidates,
+    responses: tuple[int, int],
+    annotator: str,
+    probability: float | None,
+    time: datetime | None = None,
+    **more: Any,
+) -> Label:
+    """A label on two responses of ``item``; ``probability`` is that of the first, None marks the pair as bad."""
+    i, j = responses
+    if i > j:
+        i, j, probability = j, i, None if probability is None else 1 - probability
+    hashes = (text_hash(item.responses[i].text), text_hash(item.responses[j].text))
+    comparison = Comparison(prompt_id=item.prompt.id, responses=(i, j), judge=HUMAN, probability=probability,
+                            annotator=annotator, hashes=hashes, reason=BAD if probability is None else "")  # fmt: skip
+    return Label(comparison=comparison, time=time, **more)
+
+
+def label_row(label: Label) -> Row:
+    row = verdict_row(label.comparison)
+    if label.time is not None:
+        row["time"] = label.time.astimezone(UTC).isoformat(timespec="microseconds")
+    if label.seconds is not None:
+        row["seconds"] = round(label.seconds, 3)
+    if label.shown is not None:
+        row["shown"] = list(label.shown)
+    return {**row, "withdrawn": True} if label.withdrawn else row
+
+
+def parse_label(row: Row, where: str, texts: Mapping[str, Sequence[str]]) -> Label:
+    """A row of a labels file; ``texts`` are those of the responses, by id of the prompt."""
+    if "responses" not in row:
+        raise InputError(f"{where}: field 'responses' is missing; expected the indices of the two responses")
+    comparison = parse_verdict(row, where, texts)
+    assert isinstance(comparison, Comparison)
+    if comparison.judge != HUMAN:
+        raise InputError(f"{where}: field 'judge' is {comparison.judge!r}; expected {HUMAN!r} in a file of labels")
+    if not (comparison.annotator or "").strip():
+        raise InputError(f"{where}: field 'annotator' is missing; expected the name of who said so")
+    if comparison.probability not in (None, 0.0, 0.5, 1.0):
+        raise InputError(f"{where}: field 'probability' is {comparison.probability}; expected 1 (the first is better), "
+                         "0 (the second), 0.5 (a tie) or null (a bad pair)")  # fmt: skip
+    (i, j), probability, hashes = comparison.responses, comparison.probability, comparison.hashes
+    if i > j:
+        comparison = replace(comparison, responses=(j, i), probability=None if probability is None else 1 - probability,
+                             hashes=None if hashes is None else (hashes[1], hashes[0]))  # fmt: skip
+    withdrawn, seconds, shown = row.get("withdrawn", False), row.get("seconds"), row.get("shown")
+    if not isinstance(withdrawn, bool):
+        raise InputError(f"{where}: field 'withdrawn' is {withdrawn!r}; expected true or false")
+    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0):
+        raise InputError(f"{where}: field 'seconds' is {seconds!r}; expected a number >= 0")
+    if shown is not None and (not isinstance(shown, list) or sorted(map(str, shown)) != sorted(map(str, (i, j)))):
+        raise InputError(f"{where}: field 'shown' is {shown!r}; expected the two responses, left and right")
+    return Label(comparison=comparison, time=parse_time(row.get("time"), where), seconds=seconds,
+                 shown=None if shown is None else (shown[0], shown[1]), withdrawn=withdrawn, where=where)  # fmt: skip
+
+
+def parse_time(value: Any, where: str) -> datetime | None:
+    """ISO 8601; without a zone it is UTC."""
+    if value is None:
+        return None
+    try:
+        time = datetime.fromisoformat(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: field 'time' is {value!r}; expected ISO 8601 such as 2026-11-21T16:28:01+00:00"
+                         ) from error  # fmt: skip
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+
+
+def read_history(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Label]:
+    """All rows of a labels file in their order; a torn last line is passed over with a warning."""
+    texts, labels = texts_of(candidates), []
+    for where, row in read_rows(path, bad, may_be_torn=True):
+        try:
+            labels.append(parse_label(row, where, texts))
+        except InputError as error:
+            bad.handle(error, row)
+    return labels
+
+
+def standing(labels: Iterable[Label]) -> dict[tuple[Pair, str], Label]:
+    """The newest label of each annotator on each pair, where it was not withdrawn.
+
+    The newest has the latest time, or stands last where a row has none.
+
+    Raises:
+        InputError: an annotator says different things of a pair, and neither times nor a withdrawal give an order.
+    """
+    groups: dict[tuple[Pair, str], list[Label]] = {}
+    for label in labels:
+        groups.setdefault((label.pair, label.annotator), []).append(label)
+    newest = {}
+    for key, group in groups.items():
+        times = [label.time for label in group if label.time is not None]
+        if len(times) == len(group):
+            last = max(zip(times, range(len(group)), strict=True))[1]
+        else:
+            last, first = len(group) - 1, group[0]
+            other = next((x for x in group if x.value != first.value), None)
+            if other is not None and not any(x.withdrawn for x in group):
+                raise InputError(f"{other.where}: annotator {first.annotator!r} says another thing of responses "
+                                 f"{list(first.comparison.responses)} of {first.comparison.prompt_id!r} than at "
+                                 f"{first.where}; expected one label, or a 'time' in both")  # fmt: skip
+        if not group[last].withdrawn:
+            newest[key] = group[last]
+    return newest
+
+
+def read_labels(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Comparison]:
+    """What each annotator finally said of each pair, in the order of the file.
+
+    Raises:
+        InputError: a row names an unknown prompt or response, or other texts than the responses have; or see
+            ``standing``.
+    """
+    labels = read_history(path, candidates, bad)
+    kept = {id(label) for label in standing(labels).values()}
+    return [label.comparison for label in labels if id(label) in kept]
+
+
+class LabelFile:
+    """Appends labels so that each is on disk before the next is asked for, from several threads and processes.
+
+    Writers hold a lock beside the file. A line is one write; the end of a file that a killed writer left without its
+    newline is mended first: kept when it is a whole row, else cut off with a warning, as its label was never confirmed.
+    """
+
+    def __init__(self, path: str | Path, candidates: Sequence[Candidates]) -> None:
+        """Raises InputError when what is there already cannot be read, OutputError when nothing can be written."""
+        self.path = Path(path)
+        self.candidates = candidates
+        self._mutex = threading.Lock()
+        self._known: tuple[int, int] | None = None
+        self._history: list[Label] = []
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked() as handle:
+                _mend(handle, self.path)
+        standing(self.history())
+
+    def history(self) -> list[Label]:
+        """All rows, those of other processes included."""
+        with self._mutex:
+            stat = self.path.stat()
+            if self._known != (stat.st_ino, stat.st_size):
+                self._history = read_history(self.path, self.candidates, BadRows())
+                self._known = (stat.st_ino, stat.st_size)
+            return list(self._history)
+
+    def append(self, label: Label) -> None:
+        """Returns when the label is on disk.
+
+        Raises:
+            OutputError: it could not be written; the file is as before.
+        """
+        data = _line(label)
+        with self._mutex, writing(self.path), self._locked() as handle:
+            _mend(handle, self.path)
+            before = os.fstat(handle)
+            try:
+                written = os.write(handle, data)
+                if written != len(data):
+                    raise OSError(f"{written} of {len(data)} bytes written")
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, before.st_size)
+                raise
+            if self._known == (before.st_ino, before.st_size):
+                self._history.append(label)
+                self._known = (before.st_ino, before.st_size + len(data))
+
+    def append_all(self, labels: Sequence[Label]) -> None:
+        """All of them or, whatever happens, none: the file is written anew beside the old one and renamed."""
+        with self._mutex, writing(self.path), self._locked() as handle:
+            _mend(handle, self.path)
+            tmp = self.path.with_name(f".tmp-{self.path.name}")
+            try:
+                with open(tmp, "wb") as out:
+                    out.write(self.path.read_bytes())
+                    out.writelines(map(_line, labels))
+                    out.flush()
+                    os.fsync(out.fileno())
+                os.replace(tmp, self.path)
+                fsync_folder(self.path.parent)
+            finally:
+                tmp.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The file, open for appending. The lock is another file, as ``append_all`` replaces this one."""
+        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            is_new = not self.path.exists()
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                if is_new:
+                    fsync_folder(self.path.parent)
+                yield handle
+            finally:
+                os.close(handle)
+
+
+def _line(label: Label) -> bytes:
+    return (json.dumps(label_row(label), ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _mend(handle: int, path: Path) -> None:
+    size = os.fstat(handle).st_size
+    if size == 0 or os.pread(handle, 1, size - 1) == b"\n":
+        return
+    content = os.pread(handle, size, 0)
+    tail = content[content.rfind(b"\n") + 1 :]
+    try:
+        is_whole = isinstance(json.loads(tail), dict)
+    except ValueError:
+        is_whole = False
+    if is_whole:
+        os.write(handle, b"\n")
+    else:
+        os.ftruncate(handle, size - len(tail))
+        logger.warning("%s: the last line was torn and is cut off, %d bytes: %r", path, len(tail), tail[:60])
+    os.fsync(handle)
