@@ -107,8 +107,8 @@ def test_generate_score_pairs_eval_read_what_the_one_before_wrote(cli: Cli, tiny
     scored = read_rows(verdicts)
     assert len(scored) == 8 * 6 + human
     mean = sum(v["score"] for v in scored if rows_model(rows, v) == "s.v1") / 16
-    assert [c.strip() for c in next(line for line in ended.out.splitlines() if "s.v1" in line).split("│")[2:5]] == [
-        "16", f"{mean:.3f}", "0"
+    assert [c.strip() for c in next(line for line in ended.out.splitlines() if "s.v1" in line).split("│")[2:6]] == [
+        "verifier", "16", f"{mean:.3f}", "0"
     ]  # fmt: skip
 
     direct = tmp_path / "direct.jsonl"

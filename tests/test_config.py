@@ -21,6 +21,7 @@ from tso_fast.config import (
     CellConfig,
     EvalConfig,
     GenerateConfig,
+    JudgeConfig,
     PairsConfig,
     ScoreConfig,
     TrainConfig,
@@ -115,14 +116,24 @@ def test_a_command_reads_every_setting_it_offers(command: str, tmp_path: Path, t
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2 + 3?", "answer": "5", "responses": responses}])
     values: dict[str, Any] = {"prompts": str(rows), "responses": str(rows), "max_completion_length": 2,
                               "cells": [CellConfig(path=str(tiny_matrix / "s.v1"))], "use_cpu": True}  # fmt: skip
+    if command == "score":
+        kinds = ({"kind": "llm", "max_completion_length": 2}, {"kind": "implicit"})
+        values["judges"] = [JudgeConfig(cell="policy", **kind) for kind in kinds]
+    elif command == "pairs":  # with comparisons and labels
+        said = {"prompt_id": "row-1", "responses": [0, 1], "probability": 0.9}
+        labels = write_rows(
+            tmp_path / "labels.jsonl", [{**said, "judge": "human", "annotator": "ann", "probability": 1}]
+        )
+        verdicts = write_rows(tmp_path / "verdicts.jsonl", [{**said, "judge": "llm"}])
+        values |= {"soft_label_by": "probability", "pair_strategy": "diverse", "labels": str(labels),
+                   "verdicts": str(verdicts)}  # fmt: skip
     fields = {f.name for f in dataclasses.fields(COMMANDS[command])}
-    for verifier in ("exact", None) if command == "pairs" else ("exact",):  # with evidence and without
-        values |= {"verifier": verifier, "output": str(tmp_path / f"out-{verifier}")}
-        config = Noting(**{name: value for name, value in values.items() if name in fields})
-        if verifier:
-            read.clear()
-        run: Callable[[Any], None] = getattr(single, {"eval": "evaluate"}.get(command, command))
-        run(config)
+    run: Callable[[Any], None] = getattr(single, {"eval": "evaluate"}.get(command, command))
+    for number in (1, 2) if command == "pairs" else (1,):  # with comparisons and labels, and with a verifier
+        values["output"] = str(tmp_path / f"out-{number}")
+        if command != "pairs" or number == 2:
+            values |= {"verifier": "exact", "verdicts": None, "soft_label_by": None, "soft_label_kappa": 1.0}
+        run(Noting(**{name: value for name, value in values.items() if name in fields}))
     assert sorted(fields - read) == []
 
 
@@ -193,7 +204,7 @@ def test_a_wrong_value_names_the_key(arguments: list[str], message: str) -> None
         ("beta: 0", "beta: got 0.0, expected a finite number > 0"),
         ("clip_chosen: -1", "clip_chosen: got -1.0, expected a number >= 0"),
         ("cells: [a]", "cells[0]: got 'a', expected keys and values such as {path: FOLDER}"),
-        ("cells: null", "cells[0]: got None, expected keys and values"),
+        ("cells: null", "cells: missing"),
         ("cells: [{name: a}]", "cells: path: missing"),
         ("cells: [{path: 3}]", "cells: path: got 3, expected str"),
         ("cells: [{path: a, version_rank: new}]", "cells: version_rank: got new, expected int"),
@@ -215,6 +226,30 @@ def test_a_wrong_value_in_yaml_names_the_key(tmp_path: Path, yaml: str, message:
     assert str(caught.value).removeprefix(f"{file}: ").startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("judges", "message"),
+    [
+        ("[{kind: llm, modle: x}]", "judges[0]: unknown key 'modle'; did you mean 'model'?"),
+        ("[llm]", "judges[0]: got 'llm', expected keys and values such as {kind: llm, cell: policy}"),
+        ("[{kind: llms}]", "judges"),
+        ("[{kind: llm}]", "judges[0].cell: got neither of cell and model"),
+        ("[{kind: llm, cell: policy, model: {path: x}}]", "judges[0].cell: got both of cell and model"),
+        ("[{kind: llm, cell: policy, num_votes: 3}]", "judges[0].num_votes: 3 has no effect with temperature 0"),
+        ("[{kind: llm, cell: policy, num_votes: 0}]", "judges[0].num_votes: got 0, expected an integer >= 1"),
+        ("[{kind: llm, cell: policy, reference: x}]", "judges[0].reference: it has no effect on a judge of kind 'llm'"),
+        ("[{kind: agreement, cell: policy}]", "judges[0].cell: it has no effect on a judge of kind 'agreement'"),
+        ("[{kind: agreement}, {kind: agreement}]", "judges[1].name: 'agreement' is taken; set a name of its own"),
+        ("[{kind: agreement, name: human}]", "judges[0].name: 'human' is taken"),
+        ("[{kind: verifier}]", "judges[0].verifier: missing; a judge of kind 'verifier' needs a program"),
+        ("[{kind: verifier, verifier: nmeric}]", "judges[0].verifier: got 'nmeric', expected one of exact, numeric"),
+        ("[{kind: verifier, verifier: regex}]", "judges[0].verifier_pattern: it goes with verifier 'regex'"),
+        ("[{kind: implicit, template: pointwise}]", "judges[0].template: it has no effect on a judge of kind"),
+    ],
+)
+def test_a_judge_that_cannot_be(judges: str, message: str) -> None:
+    assert message in refusal("train", "--judges", judges)
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(InputError, match=r"^output: missing; see tso-fast pairs --help$"):
         parse("pairs", PairsConfig, ["--responses", "r"])
@@ -231,6 +266,15 @@ def test_what_is_missing_is_named() -> None:
         ("pairs", ["--verifier_pattern", "a"], "verifier_pattern: it goes with verifier 'regex'"),
         ("pairs", ["--verifier", "regex"], "verifier_pattern: it goes with verifier 'regex', and regex needs it"),
         ("pairs", ["--score_weights.a", "1", "--consensus", "median"], "score_weights: they have no effect"),
+        (
+            "pairs",
+            ["--score_weights.a", "1", "--evidence", "calibrated"],
+            "score_weights: they have no effect on calib",
+        ),
+        ("pairs", ["--judge_reliability.a", "0.9"], "judge_reliability: it has no effect with evidence 'consensus'"),
+        ("pairs", ["--soft_label_kappa", "1", "--soft_label_by", "win_rate"], "soft_label_kappa: it has no effect"),
+        ("pairs", ["--diversity_band", "1"], "diversity_band: it has no effect with pair_strategy 'random'"),
+        ("pairs", ["--diversity_ngram", "2"], "diversity_ngram: it has no effect with pair_strategy 'random'"),
         ("pairs", ["--score_normalize", "z", "--consensus", "borda"], "score_normalize: 'z' has no effect"),
         ("pairs", ["--score_normalize", "rank", "--consensus", "win_rate"], "score_normalize: 'rank' has no effect"),
         ("score", ["--consensus", "median"], "unknown key 'consensus'"),

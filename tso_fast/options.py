@@ -11,12 +11,17 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from tso_fast.config import CellConfig, check
+from tso_fast.config import CellConfig, JudgeConfig, check
 from tso_fast.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 
 BUILT_IN = ("config", "help", "print_config")
+LISTS: dict[str, tuple[type, str]] = {
+    "cells": (CellConfig, "{path: FOLDER}"),
+    "judges": (JudgeConfig, "{kind: llm, cell: policy}"),
+}
+"""Settings that are lists, what an item is, and an example."""
 
 
 def is_given(arguments: Sequence[str], *names: str) -> bool:
@@ -45,8 +50,8 @@ def parse(command: str, cls: type[T], arguments: Sequence[str]) -> T:
             _check_known(root, [*known, *BUILT_IN], "")
             if root == "config":
                 _check_file(Path(value), known)
-            elif root == "cells":
-                _check_cells({rest[0]: value} if rest and rest[0] else _yaml(value, "cells"), "")
+            elif root in LISTS:
+                _check_items(root, {rest[0]: value} if rest and rest[0] else _yaml(value, root), "")
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=f"tso-fast {command}", description=cls.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these settings.")
@@ -92,8 +97,9 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
             (i for i, text in enumerate(lines, 1) if re.match(rf"""['"]?{re.escape(str(key))}['"]?\s*:""", text)), 1
         )
         _check_known(str(key), known, f"{path}:{line}: ")
-    if "cells" in content:
-        _check_cells(content["cells"], f"{path}: ")
+    for name in LISTS:
+        if content.get(name) is not None:
+            _check_items(name, content[name], f"{path}: ")
 
 
 def _yaml(text: str, place: str) -> Any:
@@ -103,12 +109,13 @@ def _yaml(text: str, place: str) -> Any:
         raise InputError(f"{place}: broken YAML: {error}") from error
 
 
-def _check_cells(cells: Any, place: str) -> None:
-    for i, cell in enumerate(cells if isinstance(cells, list) else [cells]):
-        if not isinstance(cell, dict):
-            raise InputError(f"{place}cells[{i}]: got {cell!r}, expected keys and values such as {{path: FOLDER}}")
-        for key in cell:
-            _check_known(str(key), [f.name for f in dataclasses.fields(CellConfig)], f"{place}cells[{i}]: ")
+def _check_items(name: str, items: Any, place: str) -> None:
+    cls, example = LISTS[name]
+    for i, item in enumerate(items if isinstance(items, list) else [items]):
+        if not isinstance(item, dict):
+            raise InputError(f"{place}{name}[{i}]: got {item!r}, expected keys and values such as {example}")
+        for key in item:
+            _check_known(str(key), [f.name for f in dataclasses.fields(cls)], f"{place}{name}[{i}]: ")
 
 
 # jsonargparse's phrases and ours, one applied after the other.

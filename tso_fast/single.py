@@ -106,14 +106,14 @@ def _scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict])
     model_of = {(c.prompt.id, i): r.model for c in candidates for i, r in enumerate(c.responses)}
     scores: dict[tuple[str, str], list[float | None]] = {}
     for verdict in verdicts:
-        scores.setdefault((verdict.judge, model_of[verdict.prompt_id, verdict.response]), []).append(verdict.score)
-    table = Table("judge", "model", title="Verdicts on single responses")
+        scores.setdefault((model_of[verdict.prompt_id, verdict.response], verdict.judge), []).append(verdict.score)
+    table = Table("model", "judge", title="Verdicts on single responses")
     for name in ("responses", "mean score", "abstained"):
         table.add_column(name, justify="right")
-    for (judge, model), values in sorted(scores.items()):
+    for (model, judge), values in sorted(scores.items()):
         given = [v for v in values if v is not None]
         mean = f"{sum(given) / len(given):.3f}" if given else "-"
-        table.add_row(judge, model, str(len(values)), mean, str(len(values) - len(given)))
+        table.add_row(model, judge, str(len(values)), mean, str(len(values) - len(given)))
     return table
 
 

@@ -196,7 +196,7 @@ class PairEvidence:
     votes: Mapping[str, float]
     """By judge: the gap of its scores, or 2 x probability - 1 of its comparison; positive for the first response, 0 for
     a tie. A judge that abstained is absent."""
-    stated: float | None
+    stated: float | None = None
     """Mean probability that the first is better, of the judges that compare two responses; None: none did."""
     labels: Mapping[str, float | None]
     """By annotator: 1 the first is better, -1 the second, 0 a tie; None: the pair is bad."""
