@@ -129,10 +129,12 @@ def test_a_command_reads_every_setting_it_offers(command: str, tmp_path: Path, t
                    "verdicts": str(verdicts)}  # fmt: skip
     fields = {f.name for f in dataclasses.fields(COMMANDS[command])}
     run: Callable[[Any], None] = getattr(single, {"eval": "evaluate"}.get(command, command))
-    for number in (1, 2) if command == "pairs" else (1,):  # with comparisons and labels, and with a verifier
+    for number in (1, 2, 3) if command == "pairs" else (1,):  # comparisons and labels; a verifier; no evidence
         values["output"] = str(tmp_path / f"out-{number}")
         if command != "pairs" or number == 2:
             values |= {"verifier": "exact", "verdicts": None, "soft_label_by": None, "soft_label_kappa": 1.0}
+        if number == 3:
+            values |= {"verifier": None, "labels": None}
         run(Noting(**{name: value for name, value in values.items() if name in fields}))
     assert sorted(fields - read) == []
 
