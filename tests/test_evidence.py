@@ -107,6 +107,37 @@ def test_a_comparing_judge_becomes_a_column_of_mean_wins() -> None:
     np.testing.assert_allclose(with_them.scores[:, 0], [NAN, NAN, (0.9 + 0.4) / 2, 0.1, 0.6], rtol=1e-6)
 
 
+def test_bradley_terry_counts_whom_a_response_met() -> None:
+    """c beat the best, b beat the worst, equally often: by wins they are alike, by strength c is better."""
+    candidates = [item("q", "best", "b", "c", "worst")]
+    verdicts = [said(0.5, 0, 2), said(0.9, 0, 3), said(0.5, 1, 3)]
+    wins = with_comparisons(score_matrix(candidates, []), candidates, verdicts).scores[:, 0]
+    strengths = with_comparisons(score_matrix(candidates, []), candidates, verdicts, "bradley_terry").scores[:, 0]
+    assert wins[1] == wins[2] == 0.5
+    assert strengths[2] > strengths[1]
+    judging = EvidenceConfig(comparison_scores="bradley_terry")
+    pairs, _ = make_pairs(candidates, verdicts, judging, PairingConfig(pair_strategy="best_worst"), 0)
+    assert pairs[0].score_chosen == pytest.approx(float(strengths.max()))
+
+
+def test_agreement_of_judges_is_counted() -> None:
+    candidates = [item(f"q{k}", "a", "b", "c") for k in range(30)]
+    rng = np.random.default_rng(0)
+    verdicts: list[Verdict | Comparison] = []
+    for k in range(30):
+        for judge in ("one", "two", "random"):
+            scores = rng.permutation(3) if judge == "random" else [2, 1, 0]
+            verdicts += [Verdict(prompt_id=f"q{k}", response=i, judge=judge, score=float(s))
+                         for i, s in enumerate(scores)]  # fmt: skip
+    _, info = make_pairs(candidates, verdicts, EvidenceConfig(), PairingConfig(), 0)
+    assert info["judges"]["one"]["correlation"] > 0.6
+    assert info["judges"]["random"]["correlation"] < 0.3
+    assert 0.3 < info["concordance"] < 0.9
+    _, alone = make_pairs(candidates, verdicts[:3], EvidenceConfig(), PairingConfig(), 0)
+    assert alone["concordance"] is None
+    assert "correlation" not in alone["judges"]["one"]
+
+
 # ---- decisions
 
 

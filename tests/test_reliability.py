@@ -155,6 +155,14 @@ def test_a_given_reliability_is_taken() -> None:
     assert (np.sign(found.probabilities[:, 0] - found.probabilities[:, 1]) == votes[:, 0]).all()
 
 
+def test_a_given_rule_of_the_prior() -> None:
+    prior, classes = np.ones(4, int), [("human", "human > m")]
+    votes = np.array([[NAN], [1.0], [-1.0], [NAN]])
+    p = run(votes, prior_N=prior, classes=classes, given={"prior: human": 0.95}).probabilities
+    assert p[0] == pytest.approx([0.95, 0.05, 0])
+    assert p[2, 0] == pytest.approx(0.95 * 0.3 / (0.95 * 0.3 + 0.05 * 0.7))
+
+
 def test_two_voters_without_labels_are_not_estimated(caplog: pytest.LogCaptureFixture) -> None:
     _, votes = planted([0.9, 0.6], n=300)
     with caplog.at_level(logging.WARNING, "tso_fast"):

@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tso_fast.cli import main
-from tso_fast.config import CellConfig, TrainConfig
-from tso_fast.errors import InputError, TrainingError
+from tso_fast.config import CellConfig, JudgeConfig, TrainConfig
+from tso_fast.errors import InputError, Paused, TrainingError
+from tso_fast.judges.human import LABELS_FILE, LabelFile, make_label
 from tso_fast.quickstart.build import make_tokenizer
+from tso_fast.records import BadRows, read_candidates
+from tso_fast.report import write_report
 from tso_fast.store import read_run
 from tso_fast.trainer import train, train_and_compare
 
@@ -348,3 +351,64 @@ def test_config_fields_are_really_used_by_training(base: TrainConfig, run: Path,
             assert got == weights
         else:
             assert (got != weights) == (name in changing), name
+
+
+# ---- judges and people in the loop
+
+
+def test_every_kind_of_judge_in_the_loop(base: TrainConfig, tmp_path: Path) -> None:
+    compare, rate = tmp_path / "compare.txt", tmp_path / "rate.txt"  # short: the context is 128 tokens
+    compare.write_text("{prompt} {first} {second} A B")
+    rate.write_text("{prompt} {response} 1")
+    judges = [
+        JudgeConfig(kind="llm", cell="policy", template=str(compare), pairs="baseline", max_completion_length=2),
+        JudgeConfig(kind="llm", name="rater", cell="policy", template=str(rate), max_completion_length=4),
+        JudgeConfig(kind="implicit", cell="policy", reference="m.v1", length_normalized=True),
+        JudgeConfig(kind="agreement"),
+        JudgeConfig(kind="verifier", name="lenient", verifier="toy_verifier:letters"),
+    ]
+    config = dataclasses.replace(base, output_dir=str(tmp_path / "run"), num_iterations=1, judges=judges,
+                                 evidence="calibrated", soft_label_by="probability", eval_prompts=None)  # fmt: skip
+    train(config)
+    rows = rows_of(tmp_path / "run/iter-1/verdicts.jsonl")
+    assert {row["judge"] for row in rows} == {"verifier", "llm", "rater", "implicit", "agreement", "lenient"}
+    compared = [row for row in rows if row["judge"] == "llm"]
+    assert all(len(row["responses"]) == 2 for row in compared)
+    info = {stage["name"]: stage["info"] for stage in read_run(tmp_path / "run")["stages"]}
+    cost = info["iter-1/score"]["costs"]["llm"]
+    assert cost["results"] == len(compared)
+    assert cost["requests"] >= cost["new_requests"] > 0
+    judged = info["iter-1/pairs"]["judges"]
+    assert judged["verifier"]["is_given"]
+    assert not judged["lenient"]["is_given"]
+    assert {"implicit", "agreement", "prior: newer"} <= set(judged)
+    assert all(0.5 <= row["soft_label"] <= 1 for row in rows_of(tmp_path / "run/iter-1/pairs.jsonl"))
+    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Judges of iteration 1" in page
+    assert "<td>prior: newer</td>" in page
+    assert "First shown" in page
+    # What was judged once is in the store.
+    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), response_store=config.output_dir)
+    train(again)
+    info = {stage["name"]: stage["info"] for stage in read_run(tmp_path / "again")["stages"]}
+    assert info["iter-1/score"]["costs"]["llm"]["new_requests"] == 0
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
+
+
+def test_a_run_waits_for_people_and_goes_on_with_their_labels(base: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(base, output_dir=str(tmp_path / "run"), annotate=True, eval_prompts=None)
+    for t in (1, 2):
+        with pytest.raises(Paused, match=rf"iteration {t} waits for people: .*tso-fast annotate .*run"):
+            train(config)
+        folder = tmp_path / f"run/iter-{t}"
+        assert not (folder / "pairs.jsonl").exists()
+        candidates = read_candidates(folder / "responses.jsonl", BadRows())
+        labels = LabelFile(folder / LABELS_FILE, candidates)
+        for item in candidates:  # somebody with strange taste: the worst is best
+            for i, j in itertools.combinations(range(len(item.responses)), 2):
+                labels.append(make_label(item, (i, j), "ann", 0.0))
+    train(config)
+    pairs = rows_of(tmp_path / "run/iter-2/pairs.jsonl")
+    assert pairs
+    assert {row["reason"] for row in pairs} <= {"human: confirmed", "human: contradicted", "human alone"}
+    assert (tmp_path / "run/model.safetensors").exists()

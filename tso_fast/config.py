@@ -193,10 +193,13 @@ class EvidenceConfig(JudgesConfig):
     """`consensus`: scores are put together as told below; `calibrated`: reliabilities of the judges and of the prior
     order are estimated from their agreement and from human labels (Dawid-Skene), and weigh every vote."""
     judge_reliability: dict[str, float] | None = None
-    """Share of right verdicts that `calibrated` takes as given, by judge; default: 0.99 for `verifier`, the others are
-    estimated."""
+    """Share of right verdicts that `calibrated` takes as given, by judge, or by rule of the prior order, such as
+    `prior: human`; default: 0.99 for `verifier`, the others are estimated."""
+    comparison_scores: Literal["win_rate", "bradley_terry"] = "win_rate"
+    """What a judge that compares two responses says of each, for `consensus`: its mean probability of winning, or its
+    Bradley-Terry strength, which also counts whom it met."""
 
-    consensus: Literal["mean", "median", "borda", "win_rate"] = "mean"
+    consensus: Literal["mean", "median", "borda", "win_rate", "bradley_terry"] = "mean"
     """How the scores of several scorers become one."""
     score_normalize: Literal["none", "z", "rank", "minmax"] = "none"
     """Normalisation of each scorer within a prompt, before `mean` or `median`."""
@@ -554,7 +557,7 @@ def _check_verifier(config: VerifierConfig, place: str = "") -> None:
 
 
 def _check_evidence(config: EvidenceConfig) -> None:
-    if config.score_normalize != "none" and config.consensus in ("borda", "win_rate"):
+    if config.score_normalize != "none" and config.consensus in ("borda", "win_rate", "bradley_terry"):
         raise InputError(f"score_normalize: {config.score_normalize!r} has no effect on the ranks that consensus "
                          f"{config.consensus!r} counts; leave it out")  # fmt: skip
     if config.score_weights is not None:

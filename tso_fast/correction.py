@@ -98,7 +98,7 @@ def combined(
     """Reliabilities from all pairs of different texts, and their probabilities, in the order of ``evidence``.
 
     Args:
-        given: accuracies that are not estimated, by judge.
+        given: accuracies that are not estimated, by judge or ``prior: RULE``.
         labelled: the pairs whose labels may be used.
         learn_from: of ``reliability.combine``.
     """
@@ -124,8 +124,7 @@ def combined(
             label = label_of(pair.labels)
             labels[n] = np.nan if label is None else np.sign(label)
     return combine(votes, judges, prior_N=prior, classes_N=of, classes=list(classes), labels_N=labels,
-                   given={name: value for name, value in given.items() if name in column},
-                   learn_from=learn_from)  # fmt: skip
+                   given=given, learn_from=learn_from)  # fmt: skip
 
 
 def is_same_text(item: Candidates, pair: tuple[int, int]) -> bool:

@@ -6,10 +6,11 @@ verdicts -> ScoreMatrix -> Beliefs (consensus, or reliabilities) -> correction
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -21,7 +22,7 @@ from tso_fast.correction import Corrected, Counts, combined, label_of
 from tso_fast.errors import InputError
 from tso_fast.judges.verifier import make_verifier
 from tso_fast.reliability import Combination, LearnFrom, expected_calibration_error, fit_temperature, tempered
-from tso_fast.scoring import consensus
+from tso_fast.scoring import Agreement, agreement, bradley_terry, consensus
 from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
 
 logger = logging.getLogger(__name__)
@@ -63,27 +64,36 @@ def score_matrix(
 
 
 def with_comparisons(
-    matrix: ScoreMatrix, candidates: Sequence[Candidates], comparisons: Sequence[Comparison]
+    matrix: ScoreMatrix,
+    candidates: Sequence[Candidates],
+    comparisons: Sequence[Comparison],
+    score: str = "win_rate",
 ) -> ScoreMatrix:
-    """The matrix with a column for every judge that compares: the mean probability with which a response won."""
+    """The matrix with a column for every judge that compares.
+
+    Args:
+        score: what a comparing judge says of one response: ``win_rate``, its mean probability of winning, or
+            ``bradley_terry``, its log-strength.
+    """
     judges = sorted({c.judge for c in comparisons} - {HUMAN})
     if not judges:
         return matrix
     first_row = {c.prompt.id: int(offset) for c, offset in zip(candidates, matrix.offsets[:-1], strict=True)}
-    wins, num = np.zeros((2, len(matrix.scores), len(judges)))
-    for comparison in comparisons:
-        if comparison.probability is None or comparison.judge == HUMAN:
+    columns = []
+    for judge in judges:
+        told = [(first_row[c.prompt_id] + c.responses[0], first_row[c.prompt_id] + c.responses[1], c.probability)
+                for c in comparisons if c.judge == judge and c.probability is not None]  # fmt: skip
+        rows = np.array([pair[:2] for pair in told], dtype=np.int64).reshape(-1, 2)
+        first = np.array([probability for *_, probability in told], dtype=np.float64)
+        wins = np.stack([first, 1 - first], axis=1)
+        if score == "bradley_terry":
+            columns.append(bradley_terry(rows, wins, matrix.offsets))
             continue
-        column = judges.index(comparison.judge)
-        for response, won in zip(
-            comparison.responses, (comparison.probability, 1 - comparison.probability), strict=True
-        ):
-            row = first_row[comparison.prompt_id] + response
-            wins[row, column] += won
-            num[row, column] += 1
-    means = np.divide(wins, num, out=np.full_like(wins, np.nan), where=num > 0).astype(np.float32)
-    scores = np.concatenate([matrix.scores, means], axis=1)
-    return ScoreMatrix(scores=scores, offsets=matrix.offsets, scorers=(*matrix.scorers, *judges))
+        num = np.bincount(rows.ravel(), minlength=len(matrix.scores))
+        won = np.bincount(rows.ravel(), wins.ravel(), minlength=len(matrix.scores))
+        columns.append(np.divide(won, num, out=np.full(len(num), np.nan), where=num > 0).astype(np.float32))
+    scores = np.concatenate([matrix.scores, np.stack(columns, axis=1)], axis=1)
+    return ScoreMatrix(scores=np.ascontiguousarray(scores), offsets=matrix.offsets, scorers=(*matrix.scorers, *judges))
 
 
 def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> np.ndarray:
@@ -112,6 +122,7 @@ class Beliefs:
         self.candidates = candidates
         self.evidence = evidence
         self.config = config
+        self.matrix = matrix
         self.combination: Combination | None = None
         self.probabilities: list[Any] = [None] * len(candidates)
         """[pairs of the prompt, 3] of ``reliability.combine``; None: scores decide."""
@@ -142,7 +153,8 @@ class Beliefs:
         return {**VERIFIER_RELIABILITY, **(self.config.judge_reliability or {})}
 
     def judges(self, verdicts: Sequence[Verdict | Comparison]) -> dict[str, dict[str, Any]]:
-        """Of each judge: verdicts, abstentions, and with calibrated evidence its reliability; of the prior likewise."""
+        """Of each judge: verdicts, abstentions, correlation with the other judges' ranks; with calibrated evidence its
+        reliability, and that of the prior."""
         out: dict[str, dict[str, Any]] = {}
         for verdict in verdicts:
             row = out.setdefault(verdict.judge, {"verdicts": 0, "abstained": 0})
@@ -150,12 +162,25 @@ class Beliefs:
             row["abstained"] += (verdict.score if isinstance(verdict, Verdict) else verdict.probability) is None
             if isinstance(verdict, Comparison):
                 row["ties"] = row.get("ties", 0) + (verdict.probability == 0.5)
+        if len(self.matrix.scorers) > 1:
+            for name, value in zip(self.matrix.scorers, self._agreement.leave_one_out.tolist(), strict=True):
+                out.setdefault(name, {})["correlation"] = None if math.isnan(value) else value
         if self.combination is not None:
             for name, found in self.combination.judges.items():
                 out.setdefault(name, {}).update(accuracy=found.accuracy, ties_share=found.tie_rate,
                                                 pairs=found.num_votes, is_given=found.is_given)  # fmt: skip
             out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items() if of["pairs"]}
         return out
+
+    @functools.cached_property
+    def _agreement(self) -> Agreement:
+        return agreement(self.matrix.scores, self.matrix.offsets)
+
+    @property
+    def concordance(self) -> float | None:
+        """Mean Kendall's W over the prompts where it is defined: 1, all judges rank alike; None: nowhere defined."""
+        known = self._agreement.concordance[~np.isnan(self._agreement.concordance)]
+        return float(known.mean()) if len(known) else None
 
     def _choose(self) -> LearnFrom:
         """What reliabilities are learned from: whichever predicts held-back labels best.
@@ -236,7 +261,7 @@ class Beliefs:
 def _by_rule(combination: Combination) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for (rule, _), found in combination.prior.items():
-        row = out.setdefault(rule, {"accuracy": 0.0, "ties_share": 0.0, "pairs": 0, "is_given": False})
+        row = out.setdefault(rule, {"accuracy": 0.0, "ties_share": 0.0, "pairs": 0, "is_given": found.is_given})
         row["pairs"] += found.num_votes
         row["accuracy"] += (found.accuracy - row["accuracy"]) * found.num_votes / max(row["pairs"], 1)
     return out
@@ -359,3 +384,31 @@ def _best(
             if _fold(item.prompt.id) == fold:
                 out[p] = found[p]
     return out
+
+
+# ------------------------------------------------------------------------------------------------- for people
+
+JUDGE_COLUMNS = ("voter", "verdicts", "abstained", "with the rest", "votes on pairs", "ties", "believed right")
+COST_COLUMNS = ("judge", "requests", "new", "prompt tokens", "tokens written", "abstained", "contradictions",
+                "first shown")  # fmt: skip
+
+
+def judge_rows(judges: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """What was asked of whom, how it correlates with the others and, if calibrated, how far it was believed."""
+    for name, of in judges.items():
+        verdicts, abstained, pairs = (
+            f"{of[key]:,}" if key in of else "-" for key in ("verdicts", "abstained", "pairs")
+        )
+        rest = "-" if of.get("correlation") is None else f"{of['correlation']:.2f}"
+        ties = f"{of['ties_share']:.1%}" if "ties_share" in of else "-"
+        believed = "-" if "accuracy" not in of else f"{of['accuracy']:.1%}" + (" (given)" if of["is_given"] else "")
+        yield name, verdicts, abstained, rest, pairs, ties, believed
+
+
+def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """What judges that are models took, and how often the two orders of a pair contradict each other."""
+    for name, of in costs.items():
+        numbers = (f"{of[key]:,}" for key in ("requests", "new_requests", "prompt_tokens", "completion_tokens",
+                                              "abstentions"))  # fmt: skip
+        shares = (f"{of[key]:.0%}" if of[key] is not None else "-" for key in ("disagreement", "first_shown_share"))
+        yield (name, *numbers, *shares)

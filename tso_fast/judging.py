@@ -102,7 +102,7 @@ def judge(
             found, cost = llm.judge(candidates, own, models.matrix, models.settings, models.store, bad, models.advance)
             verdicts += found
             costs[name] = {**dataclasses.asdict(cost), "disagreement": cost.disagreement,
-                           "first_shown_share": cost.first_shown_share}  # fmt: skip
+                           "first_shown_share": cost.first_shown_share, "bias": cost.bias}  # fmt: skip
     return verdicts, costs
 
 

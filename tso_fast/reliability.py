@@ -88,7 +88,7 @@ def combine(
         classes_N: int; index into ``classes`` of the prior order's class, any where ``prior_N`` is 0.
         classes: [C] (rule, name of the class): classes of one rule inform each other.
         labels_N: float; 1, -1, 0 of a person, NaN unknown.
-        given: accuracies that are not estimated, by judge, in (0, 1).
+        given: accuracies that are not estimated, in (0, 1): by judge, or by ``prior: RULE``.
         learn_from: ``all`` pairs; ``labels``: reliabilities are counted on labelled pairs alone, where judges that
             depend on each other cannot mislead; ``weights``: and each voter's say is then weighed by a logistic
             regression on the labels, so that copies share theirs.
@@ -108,7 +108,7 @@ def combine(
     ]).astype(np.int32)  # fmt: skip
     patterns, inverse, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
     model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given, learn_from)
-    is_estimated = model.num_voters >= 3 or bool(given) or not np.isnan(labels_N).all()
+    is_estimated = model.num_voters >= 3 or any(name in given for name in judges) or not np.isnan(labels_N).all()
     if is_estimated:
         model.fit()
     elif len(votes_NJ):
@@ -173,7 +173,8 @@ class _Model:
         # Probability of each vote in the states "first" and "neither"; that in "second" is the mirror image.
         self.pseudo = [self._pseudo_counts(j) for j in range(J)]
         self.vote_probabilities = [pseudo / pseudo.sum(axis=1, keepdims=True) for pseudo in self.pseudo]
-        self.class_accuracy_C = np.full(len(classes), ASSUMED)
+        self.given_C = [given.get(f"prior: {rule}") for rule, _ in classes]
+        self.class_accuracy_C = np.array([ASSUMED if share is None else share for share in self.given_C])
         self.share_neither = 1 / 3 if self.has_ties else 0.0
 
     def _pseudo_counts(self, j: int) -> np.ndarray:
@@ -271,6 +272,7 @@ class _Model:
         all_R = np.bincount(self.rule_C, all_C, minlength=self.num_rules)
         rule_R = (right_R + STRENGTH * ASSUMED) / (all_R + STRENGTH)
         new = (right_C + CLASS_STRENGTH * rule_R[self.rule_C]) / (all_C + CLASS_STRENGTH)
+        new = np.array([share if own is None else own for share, own in zip(new, self.given_C, strict=True)])
         change = float(np.abs(new - self.class_accuracy_C).max())
         self.class_accuracy_C = new
         return change
@@ -326,9 +328,8 @@ class _Model:
 
     def class_reliability(self, c: int) -> Reliability:
         num_votes = self.counts_U[(self.prior_U != 0) & (self.class_U == c)].sum()
-        return Reliability(
-            accuracy=float(self.class_accuracy_C[c]), tie_rate=0.0, num_votes=int(num_votes), is_given=False
-        )
+        return Reliability(accuracy=float(self.class_accuracy_C[c]), tie_rate=0.0, num_votes=int(num_votes),
+                           is_given=self.given_C[c] is not None)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- calibration

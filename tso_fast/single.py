@@ -97,8 +97,8 @@ def score(config: ScoreConfig) -> None:
         stdout.print(_scores_table(candidates, [v for v in verdicts if isinstance(v, Verdict)]))
     if comparisons := [v for v in verdicts if isinstance(v, Comparison)]:
         stdout.print(_comparisons_table(comparisons))
-    for name, cost in costs.items():
-        stdout.print(f"{name}: {cost}", highlight=False)
+    if costs:
+        stdout.print(_costs_table(costs))
     _finish(file, f"{len(verdicts)} verdicts", bad)
 
 
@@ -127,6 +127,18 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
         certainty = f"{sum(max(p, 1 - p) for p in given) / len(given):.3f}" if given else "-"
         ties = sum(p == 0.5 for p in given)
         table.add_row(judge, str(len(told)), str(len(given) - ties), str(ties), str(len(told) - len(given)), certainty)
+    return table
+
+
+def _costs_table(costs: dict[str, dict[str, Any]]) -> Table:
+    from tso_fast.evidence import COST_COLUMNS, cost_rows
+
+    head, *rest = COST_COLUMNS
+    table = Table(head, title="What judges that are models took")
+    for name in rest:
+        table.add_column(name, justify="right")
+    for row in cost_rows(costs):
+        table.add_row(*row)
     return table
 
 
@@ -191,15 +203,15 @@ def errors_table(errors: dict[str, dict[str, int]], oracle: str) -> Table:
 
 
 def judges_table(judges: dict[str, dict[str, Any]]) -> Table:
-    """What was asked of whom, and, with calibrated evidence, how far it was believed."""
-    table = Table("voter", title="Evidence")
-    for name in ("verdicts", "abstained", "votes on pairs", "ties", "believed right"):
+    """What was asked of whom, how it correlates with the others and, if calibrated, how far it was believed."""
+    from tso_fast.evidence import JUDGE_COLUMNS, judge_rows
+
+    head, *rest = JUDGE_COLUMNS
+    table = Table(head, title="Evidence")
+    for name in rest:
         table.add_column(name, justify="right")
-    for name, of in judges.items():
-        believed = "-" if "accuracy" not in of else f"{of['accuracy']:.1%}" + (" (given)" if of["is_given"] else "")
-        ties = f"{of['ties_share']:.1%}" if "ties_share" in of else "-"
-        table.add_row(name, *(f"{of[key]:,}" if key in of else "-" for key in ("verdicts", "abstained", "pairs")),
-                      ties, believed)  # fmt: skip
+    for row in judge_rows(judges):
+        table.add_row(*row)
     return table
 
 

@@ -47,7 +47,9 @@ def make_pairs(
     comparisons = [v for v in verdicts if isinstance(v, Comparison)]
     pointwise = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)], oracle)
     evidence = correction.evidence_of(candidates, pointwise, comparisons)
-    believed = Beliefs(candidates, evidence, judging, with_comparisons(pointwise, candidates, comparisons))
+    believed = Beliefs(
+        candidates, evidence, judging, with_comparisons(pointwise, candidates, comparisons, judging.comparison_scores)
+    )
     counts = correction.Counts()
     decided = [
         correction.correct(item, believed.scores[p], config, counts, evidence=evidence[p],
@@ -71,6 +73,7 @@ def make_pairs(
         "abstained": sum((v.score if isinstance(v, Verdict) else v.probability) is None for v in verdicts),
         "human_chosen": sum(pair.chosen.is_human for pair in pairs),
         "judges": believed.judges(verdicts),
+        "concordance": believed.concordance,
         "calibration": calibration,
         "errors": None if oracle is None else errors_against(oracle, candidates, evidence, decided, believed),
     }

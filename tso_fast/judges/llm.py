@@ -78,6 +78,17 @@ class Cost:
         """0.5 without position bias."""
         return self.first_shown / (2 * self.decided) if self.decided else None
 
+    @property
+    def bias(self) -> str | None:
+        """A warning, where one is due."""
+        if self.decided < MIN_DECIDED or (self.disagreement or 0) <= MAX_DISAGREEMENT:
+            return None
+        contradicts, first = 100 * (self.disagreement or 0), 100 * (self.first_shown_share or 0)
+        return (f"judge {self.judge} contradicts itself between the two orders in {self.disagreements} of "
+                f"{self.decided} decided comparisons ({contradicts:.0f} %), which count as ties; it prefers the "
+                f"response shown first in {first:.0f} % of its replies. Expected: a judge whose word does not depend "
+                "on the order; use a stronger model or another template")  # fmt: skip
+
 
 def judge(
     candidates: Sequence[Candidates],
@@ -415,13 +426,8 @@ def _value(result: Verdict | Comparison) -> float | None:
 
 
 def _warn(cost: Cost, results: Sequence[Verdict | Comparison]) -> None:
-    if cost.decided >= MIN_DECIDED and (cost.disagreement or 0) > MAX_DISAGREEMENT:
-        logger.warning(
-            "judge %s contradicts itself between the two orders in %d of %d decided comparisons (%.0f %%), which count "
-            "as ties; it prefers the response shown first in %.0f %% of its replies. Expected: a judge whose word does "
-            "not depend on the order; use a stronger model or another template", cost.judge, cost.disagreements,
-            cost.decided, 100 * (cost.disagreement or 0), 100 * (cost.first_shown_share or 0),
-        )  # fmt: skip
+    if cost.bias is not None:
+        logger.warning("%s", cost.bias)
     if 2 * cost.abstentions > cost.results:
         (reason, count), *_ = Counter(r.reason for r in results if _value(r) is None).most_common(1)
         logger.warning("judge %s abstains on %d of %d; %d times for: %s", cost.judge, cost.abstentions, cost.results,

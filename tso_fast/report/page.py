@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tso_fast.evidence import COST_COLUMNS, JUDGE_COLUMNS, cost_rows, judge_rows
 from tso_fast.records import BadRows, read_pairs
 from tso_fast.report.summary import (
     COMPARISON_COLUMNS,
@@ -120,6 +121,7 @@ means over the iteration.</p>"""
             label = f'<svg role="img" aria-label="{escape(heading)}"'
             svg = svg.replace("<svg", label, 1)
             yield f"<figure><h2>{heading}</h2><figcaption>{caption}</figcaption>{svg}</figure>"
+    yield from _judges(run)
     yield from _pairs(run)
     yield "<h2>Configuration</h2>" + _settings(run.config)
     yield "<h2>Software</h2>" + _settings(run.libraries)
@@ -147,6 +149,20 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     return (
         f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _judges(run: Summary) -> Iterable[str]:
+    """Of the newest iteration; a single verifier has nothing to tell."""
+    last = max((v for v in run.versions if v.judges), key=lambda v: v.iteration, default=None)
+    if last is None or (len(last.judges) < 2 and not last.costs):
+        return
+    yield f"<h2>Judges of iteration {last.iteration}</h2>" + _table(JUDGE_COLUMNS, judge_rows(last.judges))
+    yield """<p class="soft">With the rest: correlation of ranks with those of the other judges. Believed right: share
+of right votes that was estimated from agreement and human labels.</p>"""
+    if last.costs:
+        yield _table(COST_COLUMNS, cost_rows(last.costs))
+        yield """<p class="soft">Contradictions: pairs on which the two orders disagree; they are ties. First shown: how
+often the response shown first is preferred; 50 % without bias.</p>"""
 
 
 def _pairs(run: Summary) -> Iterable[str]:

@@ -39,6 +39,10 @@ class Version:
     """Ends of the 95 % interval of the accuracy (Wilson)."""
     decisions: Mapping[str, Mapping[str, int]] | None = None
     """Candidate pairs by rule of the prior order, then by decision: keep, swap, drop."""
+    judges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By judge or rule of the prior order: verdicts, abstentions, reliability, as ``stages.make_pairs`` counts them."""
+    costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By judge that is a model: requests, tokens, contradictions, as ``judges.llm.Cost``."""
     used: Mapping[str, int] | None = None
     """Pairs that were selected for training, by decision."""
     is_trained: bool = False
@@ -151,11 +155,17 @@ def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str)
         iteration=iteration,
         **{key: evaluated.get(key) for key in ("accuracy", "low", "high")},
         **{key: paired.get(key) for key in ("decisions", "used")},
+        judges=paired.get("judges") or {},
+        costs=stages.get("score", {}).get("costs") or {},
         **{key: trained.get("means", {}).get(mean) for key, mean in _MEANS.items()},
         is_trained="train" in stages,
         generated_tokens=stages.get("generate", {}).get("generated_tokens"),
         skipped_steps=trained.get("skipped_steps"),
-        warnings=(*trained.get("warnings", ()), *(f"{count:,} {what}" for count, what in asides if count)),
+        warnings=(
+            *trained.get("warnings", ()),
+            *(f"{count:,} {what}" for count, what in asides if count),
+            *(cost["bias"] for cost in (stages.get("score", {}).get("costs") or {}).values() if cost["bias"]),
+        ),
     )
 
 
