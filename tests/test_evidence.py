@@ -326,7 +326,7 @@ def test_labels_overrule_judges_that_copy_each_other(caplog: pytest.LogCaptureFi
 
     with caplog.at_level(logging.INFO, "tso_fast"):
         misled = error([])
-        assert "judges may copy each other" in caplog.text
+        assert "voters that depend on each other" in caplog.text
         told = error(people)
         assert "reliabilities from weights" in caplog.text
     assert misled > 0.25

@@ -132,8 +132,9 @@ class Beliefs:
             self.combination = combined(candidates, evidence, self.given, _labelled(evidence), self.learn_from)
             for (a, b), (observed, expected) in self.combination.misfits.items():
                 logger.warning("evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these "
-                               "would on %.0f %%; judges may copy each other, which only human labels can tell "
-                               "(`tso-fast annotate`)", a, b, 100 * observed, 100 * expected)  # fmt: skip
+                               "on %.0f %%; voters that depend on each other look more reliable than they are, which "
+                               "human labels can tell (`tso-fast annotate`)",
+                               a, b, 100 * observed, 100 * expected)  # fmt: skip
             self.probabilities = _by_prompt(self.combination, evidence)
             self.scores = [
                 _expected_win_rates(item, pairs, p)
@@ -167,6 +168,8 @@ class Beliefs:
                 out.setdefault(name, {})["correlation"] = None if math.isnan(value) else value
         if self.combination is not None:
             for name, found in self.combination.judges.items():
+                if not found.num_votes:
+                    continue
                 out.setdefault(name, {}).update(accuracy=found.accuracy, ties_share=found.tie_rate,
                                                 pairs=found.num_votes, is_given=found.is_given)  # fmt: skip
             out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items() if of["pairs"]}
