@@ -800,7 +800,7 @@ def test_two_orders() -> None:
         ({"cell": "policy", "num_votes": 3}, "judges[0].num_votes: 3 has no effect with temperature 0"),
         ({"cell": "policy", "temperature": -1.0}, "judges[0].temperature: got -1.0, expected a finite number >= 0"),
         ({"cell": "policy", "max_completion_length": 0}, "judges[0].max_completion_length: got 0"),
-        ({"cell": "policy", "reference": "m"}, "judges[0].reference: it has no effect with kind 'llm'"),
+        ({"cell": "policy", "reference": "m"}, "judges[0].reference: it has no effect on a judge of kind 'llm'"),
         ({"model": CellConfig(path="x", top_p=0.5)}, "judges[0].model.top_p: it has no effect on a judge"),
         ({"model": CellConfig(path="x", num_gpus=0)}, "judges[0].model.num_gpus: got 0, expected an integer >= 1"),
         ({"model": CellConfig(path="x", url="host")}, "judges[0].model.url: got 'host', expected an address"),
