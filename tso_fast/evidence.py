@@ -130,11 +130,7 @@ class Beliefs:
         if config.evidence == "calibrated":
             self.learn_from = self._choose()
             self.combination = combined(candidates, evidence, self.given, _labelled(evidence), self.learn_from)
-            for (a, b), (observed, expected) in self.combination.misfits.items():
-                logger.warning("evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these "
-                               "on %.0f %%; voters that depend on each other look more reliable than they are, which "
-                               "human labels can tell (`tso-fast annotate`)",
-                               a, b, 100 * observed, 100 * expected)  # fmt: skip
+            _warn_of_misfits(self.combination)
             self.probabilities = _by_prompt(self.combination, evidence)
             self.scores = [
                 _expected_win_rates(item, pairs, p)
@@ -259,6 +255,17 @@ class Beliefs:
                         stated.append(pairing.soft_label(pair, self.scores[p], config, self.win_rates[p]))
                         right.append(float((label > 0) == (pair.chosen == i)))
         return np.array(stated), np.array(right)
+
+
+def _warn_of_misfits(combination: Combination) -> None:
+    if not combination.misfits:
+        return
+    (a, b), (observed, expected) = max(combination.misfits.items(), key=lambda item: abs(item[1][0] - item[1][1]))
+    others = len(combination.misfits) - 1
+    logger.warning("evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these would on "
+                   "%.0f %%%s; voters that depend on each other look more reliable than they are, which human labels can "
+                   "tell (`tso-fast annotate`)", a, b, 100 * observed, 100 * expected,
+                   f", and likewise {others} more" if others else "")  # fmt: skip
 
 
 def _by_rule(combination: Combination) -> dict[str, dict[str, Any]]:
