@@ -262,10 +262,11 @@ def _warn_of_misfits(combination: Combination) -> None:
         return
     (a, b), (observed, expected) = max(combination.misfits.items(), key=lambda item: abs(item[1][0] - item[1][1]))
     others = len(combination.misfits) - 1
-    logger.warning("evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these would on "
-                   "%.0f %%%s; voters that depend on each other look more reliable than they are, which human labels can "
-                   "tell (`tso-fast annotate`)", a, b, 100 * observed, 100 * expected,
-                   f", and likewise {others} more" if others else "")  # fmt: skip
+    logger.warning(
+        "evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these would on %.0f %%%s; "
+        "voters that depend on each other look more reliable than they are, which human labels can tell (`tso-fast annotate`)",
+        a, b, 100 * observed, 100 * expected, f", and likewise {others} more" if others else "",
+    )  # fmt: skip
 
 
 def _by_rule(combination: Combination) -> dict[str, dict[str, Any]]:
