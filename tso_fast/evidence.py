@@ -264,7 +264,8 @@ def _warn_of_misfits(combination: Combination) -> None:
     others = len(combination.misfits) - 1
     logger.warning(
         "evidence: %s and %s agree on %.0f %% of pairs, independent voters as reliable as these would on %.0f %%%s; "
-        "voters that depend on each other look more reliable than they are, which human labels can tell (`tso-fast annotate`)",
+        "voters that depend on each other look more reliable than they are, which human labels can tell "
+        "(`tso-fast annotate`)",
         a, b, 100 * observed, 100 * expected, f", and likewise {others} more" if others else "",
     )  # fmt: skip
 
