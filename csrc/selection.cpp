@@ -172,6 +172,11 @@ void take_least_used(Scratch& scratch, const int32_t* texts, int64_t num_texts, 
     }
 }
 
+// Every row may be paired with every other of its prompt, once.
+bool is_plain_best_worst(const SelectionInput& input, const SelectionOptions& options) {
+    return options.strategy == Strategy::best_worst && !options.reuses_texts && !input.text_ids_R && !input.num_forbidden;
+}
+
 // One prompt. Rows are counted from its first.
 class Prompt {
 public:
@@ -191,8 +196,7 @@ public:
     // How many pairs were written.
     int64_t select() {
         if (n_ < 2) return 0;
-        const bool is_plain = options_.strategy == Strategy::best_worst && !options_.reuses_texts &&
-                              !input_.text_ids_R && !input_.num_forbidden;
+        const bool is_plain = is_plain_best_worst(input_, options_);
         if (is_plain && options_.max_pairs == 1 && !input_.positives_R && !input_.negatives_R)
             return best_against_worst();
         // A copy: the caller's array may change while the GIL is released, and a sort must not see that.
@@ -426,6 +430,62 @@ private:
     int64_t count_ = 0;
 };
 
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+
+inline Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Four prompts of n >= 4 rows each, one after the other, one a lane: the best row against the worst, by the rules of
+// Prompt::best_against_worst. There must be room for four pairs; how many were written.
+int64_t best_against_worst_of_four(const float* scores, int64_t begin, int64_t n, float min_margin, int64_t* pairs_N2,
+                                   float* margin_N) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    Floats best = Floats{} - kInfinity, worst = Floats{} + kInfinity;
+    Ints chosen{}, rejected{};
+    for (int64_t step = 0; step < n; step += 4) {
+        const int64_t first = std::min(step, n - 4);  // a row seen twice changes nothing
+        const float* const p = scores + first;
+        const Floats a = load(p), b = load(p + n), c = load(p + 2 * n), d = load(p + 3 * n);
+        const Floats ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_ = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+        const Floats cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_ = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+        const Floats rows[4] = {
+            __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+            __builtin_shufflevector(ab_, cd_, 0, 1, 4, 5), __builtin_shufflevector(ab_, cd_, 2, 3, 6, 7)};
+        for (int i = 0; i < 4; ++i) {
+            const Ints row = Ints{} + static_cast<int32_t>(first + i);
+            const Ints is_better = rows[i] > best, is_worse = rows[i] < worst;  // a comparison with NaN is false
+            best = is_better ? rows[i] : best;
+            chosen = is_better ? row : chosen;
+            worst = is_worse ? rows[i] : worst;
+            rejected = is_worse ? row : rejected;
+        }
+    }
+    const Floats margin = best - worst;
+    int64_t count = 0;
+    for (int lane = 0; lane < 4; ++lane) {  // no branch: it could not be predicted
+        pairs_N2[2 * count] = begin + lane * n + chosen[lane];
+        pairs_N2[2 * count + 1] = begin + lane * n + rejected[lane];
+        margin_N[count] = margin[lane];
+        count += margin[lane] > min_margin;
+    }
+    return count;
+}
+
+// Some row of [begin, end), or -1.
+int64_t find_infinite(const float* scores, int64_t begin, int64_t end) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    int32_t is_found = 0;
+    for (int64_t row = begin; row < end; ++row) is_found |= std::abs(scores[row]) == kInfinity;
+    if (!is_found) return -1;
+    for (int64_t row = begin; row < end; ++row)
+        if (std::isinf(scores[row])) return row;
+    return -1;
+}
+
 bool looks_at_pairs(Strategy strategy) { return strategy == Strategy::random || strategy == Strategy::all; }
 
 }  // namespace
@@ -448,16 +508,25 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
             work += (offsets[p + 1] - offsets[p]) * (offsets[p + 1] - offsets[p]);
         }
     }
+    const bool one_a_prompt = options.max_pairs == 1 && is_plain_best_worst(input, options) && !input.positives_R &&
+                              !input.negatives_R;
     std::atomic<int64_t> infinite_row{-1};
     const auto run = [&](int64_t first, int64_t last, int64_t at) {
         const int64_t begin = at;
-        for (int64_t row = offsets[first]; row < offsets[last]; ++row)
-            if (std::isinf(input.consensus_R[row])) {
-                infinite_row.store(row);
-                return int64_t{0};
-            }
+        if (const int64_t row = find_infinite(input.consensus_R, offsets[first], offsets[last]); row >= 0) {
+            infinite_row.store(row);
+            return int64_t{0};
+        }
         Scratch scratch;
         for (int64_t p = first; p < last; ++p) {
+            const int64_t n = offsets[p + 1] - offsets[p];
+            if (one_a_prompt && n >= 4 && p + 4 <= last && offsets[p + 2] - offsets[p + 1] == n &&
+                offsets[p + 3] - offsets[p + 2] == n && offsets[p + 4] - offsets[p + 3] == n) {
+                at += best_against_worst_of_four(input.consensus_R + offsets[p], offsets[p], n, options.min_margin,
+                                                 pairs_N2 + 2 * at, margin_N + at);
+                p += 3;
+                continue;
+            }
             const float* distances = blocks.empty() ? nullptr : input.distances + blocks[p];
             at += Prompt(input, options, scratch, p, distances, pairs_N2 + 2 * at, margin_N + at).select();
         }
