@@ -80,12 +80,12 @@ inline bool any(WideInts mask) {
 
 Found classify(const float* scores, int64_t count) {
     constexpr int32_t kInfinity = 0x7f800000;
-    WideInts most = {};
-    for_all_magnitudes(scores, count, [&](WideInts bits) { most = bits > most ? bits : most; });
-    if (!any(most >= kInfinity)) return Found::complete;
-    WideInts infinite = {};
-    for_all_magnitudes(scores, count, [&](WideInts bits) { infinite |= bits == kInfinity; });
-    return any(infinite) ? Found::infinite : Found::missing;
+    WideInts not_finite = {}, infinite = {};
+    for_all_magnitudes(scores, count, [&](WideInts bits) {
+        not_finite |= bits >= kInfinity;
+        infinite |= bits == kInfinity;
+    });
+    return any(infinite) ? Found::infinite : any(not_finite) ? Found::missing : Found::complete;
 }
 
 template <bool kComplete, bool kFull>
@@ -333,9 +333,8 @@ inline Doubles to_double(Longs v) {
 
 // Where the lanes of a batch keep what they compute; a table is [most_rows, num_weighted].
 struct BatchScratch {
-    Doubles* differences;  // from the scorer's first score; 0 where missing
-    Longs* present;        // -1 or 0; unused in a complete batch
-    Doubles *scale, *constant;
+    Doubles* differences;  // from the scorer's first score
+    Doubles *scale, *constant, *weight;
     Floats *scores, *mean;
     Ints* num_scores;
 };
@@ -357,11 +356,12 @@ inline void differences_of(const Scorers& scorers, int64_t n, const BatchScratch
             Doubles difference = widen(scores[r * M]) - origin;
             if (!kComplete) {
                 const Longs present = difference == difference;
+                s.differences[r * width + i] = difference;
                 difference = masked(difference, present);
                 count -= present;
-                s.present[r * width + i] = present;
+            } else {
+                s.differences[r * width + i] = difference;
             }
-            s.differences[r * width + i] = difference;
             if (kNormalize == Normalize::z) {
                 sum += difference;
                 squares += difference * difference;
@@ -372,6 +372,7 @@ inline void differences_of(const Scorers& scorers, int64_t n, const BatchScratch
             }
         }
         const Doubles weight = Doubles{} + scorers.weights[scorers.weighted[i]];
+        s.weight[i] = weight;
         if (kNormalize == Normalize::z) {
             // With a difference of 0 among them, sum^2 <= (n - 1) squares: the textbook formula is safe, and positive unless
             // all are equal.
@@ -404,14 +405,14 @@ inline void means_of(const Scorers& scorers, int64_t n, const BatchScratch& s) {
             s.mean[r] = __builtin_convertvector((sum - constant) * share, Floats);
             continue;
         }
-        const Longs* present = s.present + r * width;
         Doubles taken = {}, weight = {};
         Longs count = {};
         for (int64_t i = 0; i < width; ++i) {
-            sum += differences[i] * s.scale[i];
-            taken += masked(s.constant[i], present[i]);
-            count -= present[i];
-            if (!kUniform) weight += masked(Doubles{} + scorers.weights[scorers.weighted[i]], present[i]);
+            const Longs present = differences[i] == differences[i];
+            sum += masked(differences[i] * s.scale[i], present);
+            taken += masked(s.constant[i], present);
+            count -= present;
+            if (!kUniform) weight += masked(s.weight[i], present);
         }
         if (kUniform) weight = to_double(count);
         const Doubles mean = (sum - taken) * (1.0 / weight);  // 0 * inf where all are missing
@@ -441,10 +442,10 @@ inline void mean_of_lanes(const Scorers& scorers, const Batch& batch, int first_
     const int64_t n = batch.most_rows, M = scorers.count, width = scorers.num_weighted, size = (n + kLanes) * M;
     BatchScratch s;
     s.differences = (Doubles*)scratch;
-    s.present = (Longs*)(s.differences + size);
-    s.scale = (Doubles*)(s.present + size);
+    s.scale = s.differences + size;
     s.constant = s.scale + width;
-    s.scores = (Floats*)(s.constant + width);
+    s.weight = s.constant + width;
+    s.scores = (Floats*)(s.weight + width);
     s.mean = s.scores + 2 * ((size + 1) / 2);
     s.num_scores = (Ints*)(s.mean + n + kLanes);
     for (int64_t i = 0; i < n * M; i += kLanes) {

@@ -46,7 +46,7 @@ struct Batch {
 
 // Doubles of scratch.
 constexpr int64_t batch_scratch(int64_t most_rows, int64_t num_scorers) {
-    return kMaxBatch * (3 * (most_rows + kMaxBatch) * num_scorers + 2 * num_scorers + most_rows + 2 * kMaxBatch);
+    return kMaxBatch * (2 * (most_rows + kMaxBatch) * num_scorers + 3 * num_scorers + most_rows + 2 * kMaxBatch);
 }
 
 // Every normalisation is scale * (score - shift) + constant, scorer by scorer.
