@@ -339,56 +339,71 @@ struct BatchScratch {
     Ints* num_scores;
 };
 
-// Score times weight becomes scale * difference - constant.
-template <bool kComplete, Normalize kNormalize>
-inline void differences_of(const Scorers& scorers, int64_t n, const BatchScratch& s) {
+// Score times weight becomes scale * difference - constant, for kColumns scorers from `first` on: their sums do not wait for
+// each other.
+template <bool kComplete, Normalize kNormalize, int kColumns>
+inline void differences_of(const Scorers& scorers, int64_t n, int64_t first, const BatchScratch& s) {
     const int64_t M = scorers.count, width = scorers.num_weighted;
-    for (int64_t i = 0; i < width; ++i) {
-        const Floats* scores = s.scores + scorers.weighted[i];
-        Floats origin_ = scores[0];
-        if (!kComplete) {
-            for (int64_t r = n - 1; r >= 0; --r) origin_ = scores[r * M] == scores[r * M] ? scores[r * M] : origin_;
-        }
-        const Doubles origin = widen(origin_);
-        Doubles sum = {}, squares = {}, low = {}, high = {};
-        Longs count = {};
-        for (int64_t r = 0; r < n; ++r) {
-            Doubles difference = widen(scores[r * M]) - origin;
+    const Floats* scores[kColumns];
+    Doubles origin[kColumns], sum[kColumns] = {}, squares[kColumns] = {}, low[kColumns] = {}, high[kColumns] = {};
+    Longs count[kColumns] = {};
+    Floats start[kColumns];
+    for (int c = 0; c < kColumns; ++c) {
+        scores[c] = s.scores + scorers.weighted[first + c];
+        start[c] = scores[c][0];
+    }
+    if (!kComplete) {
+        for (int64_t r = n - 1; r >= 0; --r)
+            for (int c = 0; c < kColumns; ++c) start[c] = scores[c][r * M] == scores[c][r * M] ? scores[c][r * M] : start[c];
+    }
+    for (int c = 0; c < kColumns; ++c) origin[c] = widen(start[c]);
+    for (int64_t r = 0; r < n; ++r) {
+        for (int c = 0; c < kColumns; ++c) {
+            Doubles difference = widen(scores[c][r * M]) - origin[c];
+            s.differences[r * width + first + c] = difference;
             if (!kComplete) {
                 const Longs present = difference == difference;
-                s.differences[r * width + i] = difference;
                 difference = masked(difference, present);
-                count -= present;
-            } else {
-                s.differences[r * width + i] = difference;
+                count[c] -= present;
             }
             if (kNormalize == Normalize::z) {
-                sum += difference;
-                squares += difference * difference;
+                sum[c] += difference;
+                squares[c] += difference * difference;
             }
             if (kNormalize == Normalize::minmax) {  // the difference 0 is always among them
-                low = difference < low ? difference : low;
-                high = difference > high ? difference : high;
+                low[c] = difference < low[c] ? difference : low[c];
+                high[c] = difference > high[c] ? difference : high[c];
             }
         }
+    }
+    for (int c = 0; c < kColumns; ++c) {
+        const int64_t i = first + c;
         const Doubles weight = Doubles{} + scorers.weights[scorers.weighted[i]];
         s.weight[i] = weight;
         if (kNormalize == Normalize::z) {
             // With a difference of 0 among them, sum^2 <= (n - 1) squares: the textbook formula is safe, and positive unless
             // all are equal.
-            const Doubles num = kComplete ? Doubles{} + static_cast<double>(n) : to_double(count);
-            const Doubles unit = masked(weight / root(num * squares - sum * sum), squares > Doubles{});
+            const Doubles num = kComplete ? Doubles{} + static_cast<double>(n) : to_double(count[c]);
+            const Doubles unit = masked(weight / root(num * squares[c] - sum[c] * sum[c]), squares[c] > Doubles{});
             s.scale[i] = unit * num;
-            s.constant[i] = unit * sum;
+            s.constant[i] = unit * sum[c];
         } else if (kNormalize == Normalize::minmax) {
-            const Doubles range = high - low, unit = weight / range;
+            const Doubles range = high[c] - low[c], unit = weight / range;
             s.scale[i] = masked(unit, range > Doubles{});
-            s.constant[i] = range > Doubles{} ? unit * low : -0.5 * weight;
+            s.constant[i] = range > Doubles{} ? unit * low[c] : -0.5 * weight;
         } else {
             s.scale[i] = weight;
-            s.constant[i] = -weight * origin;
+            s.constant[i] = -weight * origin[c];
         }
     }
+}
+
+template <bool kComplete, Normalize kNormalize>
+inline void differences_of(const Scorers& scorers, int64_t n, const BatchScratch& s) {
+    constexpr int kColumns = kComplete ? 1 : 4;
+    int64_t i = 0;
+    for (; i + kColumns <= scorers.num_weighted; i += kColumns) differences_of<kComplete, kNormalize, kColumns>(scorers, n, i, s);
+    for (; i < scorers.num_weighted; ++i) differences_of<kComplete, kNormalize, 1>(scorers, n, i, s);
 }
 
 template <bool kComplete, bool kUniform>
@@ -522,5 +537,29 @@ void sort_columns(double* values, int64_t num_values) {
                 store(b, u < v ? v : u);
             }
         }
+    }
+}
+
+void best_and_worst(const float* scores, int64_t n, int32_t* best, int32_t* worst, float* margin) {
+    for (int lane = 0; lane < kMaxBatch; lane += kLanes, scores += kLanes * n) {
+        const Floats infinity = Floats{} + __builtin_inff();
+        Floats high = -infinity, low = infinity;
+        Ints highest = {}, lowest = {};
+        for (int64_t r = 0; r < n; r += kLanes) {
+            Floats block[kLanes];
+            for (int i = 0; i < kLanes; ++i) block[i] = load<Floats>(scores + i * n + r);
+            transpose(block);
+            const int left = static_cast<int>(n - r < kLanes ? n - r : kLanes);
+            for (int i = 0; i < left; ++i) {
+                const Ints row = Ints{} + static_cast<int32_t>(r + i), is_higher = block[i] > high, is_lower = block[i] < low;
+                high = is_higher ? block[i] : high;
+                highest = is_higher ? row : highest;
+                low = is_lower ? block[i] : low;
+                lowest = is_lower ? row : lowest;
+            }
+        }
+        store(best + lane, highest);
+        store(worst + lane, lowest);
+        store(margin + lane, high - low);
     }
 }

@@ -75,6 +75,9 @@ struct ScoringOps {
     void (*compare)(const Scorers& scorers, const Rows& rows, int64_t row, double* wins, double* games);
     // values [num_values, width] -> sorted in every column, width = 8.
     void (*sort_columns)(double* values, int64_t num_values);
+    // Of kMaxBatch prompts of n rows each, one after the other, and of each lane: the first of the rows of highest and of lowest
+    // score, and by how much these differ, -inf where all are missing. kMaxBatch floats beyond the last can be read.
+    void (*best_and_worst)(const float* scores, int64_t n, int32_t* best, int32_t* worst, float* margin);
 };
 
 // Those that this machine can run, best first; null-terminated.

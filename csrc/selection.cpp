@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "scoring_ops.h"
 
 namespace tso {
 namespace {
@@ -430,51 +431,6 @@ private:
     int64_t count_ = 0;
 };
 
-typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
-
-inline Floats load(const float* p) {
-    Floats v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-// Four prompts of n >= 4 rows each, one after the other, one a lane: the best row against the worst, by the rules of
-// Prompt::best_against_worst. There must be room for four pairs; how many were written.
-int64_t best_against_worst_of_four(const float* scores, int64_t begin, int64_t n, float min_margin, int64_t* pairs_N2,
-                                   float* margin_N) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    Floats best = Floats{} - kInfinity, worst = Floats{} + kInfinity;
-    Ints chosen{}, rejected{};
-    for (int64_t step = 0; step < n; step += 4) {
-        const int64_t first = std::min(step, n - 4);  // a row seen twice changes nothing
-        const float* const p = scores + first;
-        const Floats a = load(p), b = load(p + n), c = load(p + 2 * n), d = load(p + 3 * n);
-        const Floats ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_ = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-        const Floats cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_ = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-        const Floats rows[4] = {
-            __builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
-            __builtin_shufflevector(ab_, cd_, 0, 1, 4, 5), __builtin_shufflevector(ab_, cd_, 2, 3, 6, 7)};
-        for (int i = 0; i < 4; ++i) {
-            const Ints row = Ints{} + static_cast<int32_t>(first + i);
-            const Ints is_better = rows[i] > best, is_worse = rows[i] < worst;  // a comparison with NaN is false
-            best = is_better ? rows[i] : best;
-            chosen = is_better ? row : chosen;
-            worst = is_worse ? rows[i] : worst;
-            rejected = is_worse ? row : rejected;
-        }
-    }
-    const Floats margin = best - worst;
-    int64_t count = 0;
-    for (int lane = 0; lane < 4; ++lane) {  // no branch: it could not be predicted
-        pairs_N2[2 * count] = begin + lane * n + chosen[lane];
-        pairs_N2[2 * count + 1] = begin + lane * n + rejected[lane];
-        margin_N[count] = margin[lane];
-        count += margin[lane] > min_margin;
-    }
-    return count;
-}
-
 // Some row of [begin, end), or -1.
 int64_t find_infinite(const float* scores, int64_t begin, int64_t end) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -484,6 +440,15 @@ int64_t find_infinite(const float* scores, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
         if (std::isinf(scores[row])) return row;
     return -1;
+}
+
+// Whether as many prompts as make a batch follow from p on, of the same number of rows, at least two.
+bool are_alike(const int64_t* offsets, int64_t p, int64_t last) {
+    if (p + kMaxBatch > last) return false;
+    const int64_t n = offsets[p + 1] - offsets[p];
+    int64_t differ = n < 2;
+    for (int i = 1; i < kMaxBatch; ++i) differ |= (offsets[p + i + 1] - offsets[p + i]) ^ n;
+    return !differ;
 }
 
 bool looks_at_pairs(Strategy strategy) { return strategy == Strategy::random || strategy == Strategy::all; }
@@ -510,6 +475,8 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
     }
     const bool one_a_prompt = options.max_pairs == 1 && is_plain_best_worst(input, options) && !input.positives_R &&
                               !input.negatives_R;
+    const ScoringOps& ops = **available_scoring_ops();
+    const int64_t num_rows = offsets[input.num_prompts];
     std::atomic<int64_t> infinite_row{-1};
     const auto run = [&](int64_t first, int64_t last, int64_t at) {
         const int64_t begin = at;
@@ -519,12 +486,18 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
         }
         Scratch scratch;
         for (int64_t p = first; p < last; ++p) {
-            const int64_t n = offsets[p + 1] - offsets[p];
-            if (one_a_prompt && n >= 4 && p + 4 <= last && offsets[p + 2] - offsets[p + 1] == n &&
-                offsets[p + 3] - offsets[p + 2] == n && offsets[p + 4] - offsets[p + 3] == n) {
-                at += best_against_worst_of_four(input.consensus_R + offsets[p], offsets[p], n, options.min_margin,
-                                                 pairs_N2 + 2 * at, margin_N + at);
-                p += 3;
+            if (one_a_prompt && are_alike(offsets, p, last) && offsets[p + kMaxBatch] + kMaxBatch <= num_rows) {
+                const int64_t n = offsets[p + 1] - offsets[p];
+                int32_t best[kMaxBatch], worst[kMaxBatch];
+                float margin[kMaxBatch];
+                ops.best_and_worst(input.consensus_R + offsets[p], n, best, worst, margin);
+                for (int i = 0; i < kMaxBatch; ++i) {  // there is room for a pair of each; no branch: it could not be predicted
+                    pairs_N2[2 * at] = offsets[p + i] + best[i];
+                    pairs_N2[2 * at + 1] = offsets[p + i] + worst[i];
+                    margin_N[at] = margin[i];
+                    at += margin[i] > options.min_margin;
+                }
+                p += kMaxBatch - 1;
                 continue;
             }
             const float* distances = blocks.empty() ? nullptr : input.distances + blocks[p];
