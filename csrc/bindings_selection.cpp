@@ -60,10 +60,11 @@ py::tuple select_pairs(const Array<float>& consensus_R, const Array<int64_t>& of
     input.text_ids_R = optional_data(text_ids, R, "text_ids must be [R]");
     input.keys_P = optional_data(keys, P, "keys must be [P]");
 
+    constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
     int64_t num_distances = 0;
-    for (int64_t p = 0; p < P; ++p) {
+    for (int64_t p = 0; p < P && (distances || R > kMostRows); ++p) {
         const int64_t n = rows[p + 1] - rows[p];
-        if (n > std::numeric_limits<int32_t>::max()) throw py::value_error("a prompt has too many rows");
+        if (n > kMostRows) throw py::value_error("a prompt has too many rows");
         num_distances += n * n;
     }
     input.distances = optional_data(distances, num_distances, "distances must be [sum of n^2]");
