@@ -231,6 +231,68 @@ def test_a_prompt_scores_the_same_alone_or_among_others(method, normalize):
 
 
 @EACH
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+def test_every_output_is_written(method, normalize, missing):
+    # Outputs are allocated where others were freed just before, full of what no result is.
+    options = {"method": method, "normalize": normalize}
+    for num_prompts in (1, 7, 8, 9, 1000):
+        for max_rows, num_scorers in ((1, 9), (8, 9), (8, 1), (30, 5), (70, 9)):
+            rng = np.random.default_rng(num_prompts)
+            offsets = np.concatenate(
+                [[0], np.cumsum(rng.integers(1, max_rows + 1, min(num_prompts, 3000 // max_rows)))]
+            )
+            if max_rows == 8:  # as many rows in every prompt
+                offsets = np.arange(len(offsets)) * max_rows
+            scores = rng.integers(0, 9, (offsets[-1], num_scorers)).astype(np.float32)
+            scores[rng.random(scores.shape) < missing] = NAN
+            first = consensus(scores, offsets, **options)
+            expected = first.scores.copy(), first.num_scores.copy()
+            assert (expected[1] <= num_scorers).all()
+            for _ in range(3):
+                recycled = [np.full(offsets[-1], 12345.0, np.float32) for _ in range(4)]
+                del recycled, first
+                first = consensus(scores, offsets, **options, num_threads=1)
+                np.testing.assert_array_equal(first.scores, expected[0])
+                np.testing.assert_array_equal(first.num_scores, expected[1])
+            assert not (np.abs(expected[0]) > 100).any()
+
+
+@pytest.mark.parametrize("normalize", ["none", "z", "minmax"])
+@pytest.mark.parametrize("missing", [0.0, 0.02])
+def test_prompts_computed_together_are_as_if_alone(normalize, missing):
+    # Of like sizes and others, with gaps and without, up to and beyond the size that is computed several at once.
+    rng = np.random.default_rng(0)
+    for sizes in (
+        [8] * 21,
+        [1, 8, 8, 57, 2, 8, 8, 8, 60, 3, 8],
+        [56] * 5 + [57] * 9,
+        [0, 4, 0, 4, 4, 0, 4, 4, 4, 4, 4, 9],
+    ):
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        scores = rng.standard_normal((offsets[-1], 9)).astype(np.float32) * 3 + 100
+        scores[rng.random(scores.shape) < missing] = NAN
+        options = {"method": "mean", "normalize": normalize, "weights": [1, 2, 0, 0.3, 5, 1, 1, 0, 2]}
+        together = consensus(scores, offsets, **options)
+        expected = consensus_reference(scores, offsets, **options)
+        np.testing.assert_allclose(together.scores, expected.scores, rtol=1.2e-7, atol=1e-12)
+        np.testing.assert_array_equal(together.num_scores, expected.num_scores)
+        for first, last in itertools.pairwise(offsets):
+            alone = consensus(scores[first:last], np.array([0, last - first]), **options)
+            assert alone.scores.tobytes() == together.scores[first:last].tobytes()
+
+
+@pytest.mark.parametrize("position", [0, 3, 8 * 9 * 3, 8 * 9 * 17 - 1])
+@pytest.mark.parametrize("missing", [False, True])
+def test_an_infinite_score_is_found_anywhere(position, missing):
+    scores = np.ones((8 * 17, 9), np.float32)
+    scores.flat[position] = -np.inf
+    if missing:
+        scores[1::5, 2] = NAN
+    with pytest.raises(ValueError, match=r"is -inf \(1 infinite"):
+        consensus(scores, np.arange(18) * 8, method="mean", normalize="z", weights=np.arange(9))
+
+
+@EACH
 def test_moves_with_its_rows(method, normalize):
     scores, offsets = ragged(2)
     rng = np.random.default_rng(2)
