@@ -3,6 +3,15 @@
 #include "scoring.h"
 
 namespace bindings {
+
+const tso::ScoringOps& ops_of(const std::string& isa) {
+    const tso::ScoringOps* const* ops = tso::available_scoring_ops();
+    if (isa.empty()) return **ops;
+    for (; *ops; ++ops)
+        if (isa == (*ops)->isa) return **ops;
+    throw py::value_error("instruction set '" + isa + "' is unknown or missing here");
+}
+
 namespace {
 
 const std::unordered_map<std::string, tso::Method> kMethods = {{"mean", tso::Method::mean},
@@ -14,14 +23,6 @@ const std::unordered_map<std::string, tso::Normalize> kNormalizations = {{"none"
                                                                          {"z", tso::Normalize::z},
                                                                          {"rank", tso::Normalize::rank},
                                                                          {"minmax", tso::Normalize::minmax}};
-
-const tso::ScoringOps& ops_of(const std::string& isa) {
-    const tso::ScoringOps* const* ops = tso::available_scoring_ops();
-    if (isa.empty()) return **ops;
-    for (; *ops; ++ops)
-        if (isa == (*ops)->isa) return **ops;
-    throw py::value_error("instruction set '" + isa + "' is unknown or missing here");
-}
 
 std::vector<std::string> scoring_isas() {
     std::vector<std::string> names;

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "parallel.h"
-#include "scoring_ops.h"
 
 namespace tso {
 namespace {
@@ -490,8 +489,8 @@ int64_t selection_capacity(const int64_t* offsets, int64_t num_prompts, const Se
     return capacity_of(offsets, 0, num_prompts, options);
 }
 
-Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, int64_t* pairs_N2,
-                       float* margin_N) {
+Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, const ScoringOps& ops,
+                       int64_t* pairs_N2, float* margin_N) {
     const int64_t* const offsets = input.offsets;
     std::vector<int64_t> blocks;  // where the distances of each prompt begin
     int64_t work = offsets[input.num_prompts];
@@ -504,7 +503,6 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
     }
     const bool one_a_prompt = options.max_pairs == 1 && is_plain_best_worst(input, options) && !input.positives_R &&
                               !input.negatives_R;
-    const ScoringOps& ops = **available_scoring_ops();
     const int64_t num_rows = offsets[input.num_prompts];
     std::atomic<int64_t> infinite_row{-1};
     const auto run = [&](int64_t first, int64_t last, int64_t at) {
