@@ -280,7 +280,7 @@ void for_each_range(int64_t num_prompts, int64_t thread_count, const Work& work)
 
 bool consensus(const Scores& scores, const double* weights_M, Method method, Normalize normalize,
                const BradleyTerryOptions& options, const ScoringOps& ops, int num_threads, float* consensus_R,
-               int32_t* num_scores_R) {
+               int32_t* num_scores_R, int64_t* num_unfinished) {
     const PaddedScorers padded(weights_M, scores.num_scorers);
     const Scorers& scorers = padded.view;
     const Reader reader(scores, scorers, ops);
@@ -288,6 +288,7 @@ bool consensus(const Scores& scores, const double* weights_M, Method method, Nor
     const int64_t num_scores = scores.offsets[scores.num_prompts] * scores.num_scorers;
     const int64_t thread_count = choose_num_threads(num_threads, has_pairs ? num_pairs_of_scores(scores) : num_scores);
     std::atomic<bool> is_finite{true};
+    std::atomic<int64_t> unfinished{0};
 
     const auto mean = [&](const Rows& rows, Normalize how, Scratch& scratch, float* out, int32_t* num_out) {
         const Rows values = how == Normalize::rank ? ranks(scorers, rows, ops, scratch) : rows;
@@ -302,7 +303,7 @@ bool consensus(const Scores& scores, const double* weights_M, Method method, Nor
         for_each_pair(scorers, rows, ops, scratch, [&](int64_t i, int64_t j, double wins, double games) {
             scratch.comparisons.push_back({i, j, unit * wins, unit * (games - wins)});
         });
-        scratch.bradley_terry.fit(scratch.comparisons, rows.n, options, out);
+        unfinished += !scratch.bradley_terry.fit(scratch.comparisons, rows.n, options, out);
     };
 
     const bool has_batches = method == Method::mean && normalize != Normalize::rank && scorers.num_weighted;
@@ -354,6 +355,7 @@ bool consensus(const Scores& scores, const double* weights_M, Method method, Nor
         }
         if (!finish_batch()) is_finite = false;
     });
+    *num_unfinished = unfinished;
     return is_finite;
 }
 
@@ -468,7 +470,8 @@ bool agreement(const Scores& scores, const ScoringOps& ops, int num_threads, flo
 }
 
 int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comparisons, const int64_t* offsets,
-                      int64_t num_prompts, const BradleyTerryOptions& options, int num_threads, float* strengths_R) {
+                      int64_t num_prompts, const BradleyTerryOptions& options, int num_threads, float* strengths_R,
+                      int64_t* num_unfinished) {
     // Comparisons by prompt, in their order: a counting sort.
     std::vector<int64_t> prompts(num_comparisons), starts(num_prompts + 2, 0), order(num_comparisons);
     const int64_t num_rows = offsets[num_prompts];
@@ -484,6 +487,7 @@ int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comp
     for (int64_t i = 2; i < num_prompts + 2; ++i) starts[i] += starts[i - 1];
     for (int64_t c = 0; c < num_comparisons; ++c) order[starts[prompts[c] + 1]++] = c;
 
+    std::atomic<int64_t> unfinished{0};
     constexpr int64_t kLikelyIterations = 16;
     const int64_t thread_count = choose_num_threads(num_threads, num_comparisons * kLikelyIterations);
     for_each_range(num_prompts, thread_count, [&](int64_t first, int64_t last) {
@@ -496,9 +500,10 @@ int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comp
                 const int64_t c = order[i];
                 comparisons.push_back({pairs[2 * c] - begin, pairs[2 * c + 1] - begin, wins[2 * c], wins[2 * c + 1]});
             }
-            model.fit(comparisons, offsets[prompt + 1] - begin, options, strengths_R + begin);
+            unfinished += !model.fit(comparisons, offsets[prompt + 1] - begin, options, strengths_R + begin);
         }
     });
+    *num_unfinished = unfinished;
     return -1;
 }
 

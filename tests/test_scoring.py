@@ -1,6 +1,7 @@
 """Consensus: the C++ against its numpy reference, both against cases worked by hand."""
 
 import itertools
+import re
 import sys
 import threading
 import time
@@ -101,7 +102,7 @@ def test_the_same_bits_from_every_instruction_set(method, normalize, num_scorers
     for weights in (np.ones(num_scorers), np.arange(num_scorers) + 0.1, (np.arange(num_scorers) % 3 == 0) * 1.0):
         options = (method, normalize, 1.0, 50, 1e-6, 1)
         results = [extension.consensus(scores, offsets, weights, *options, isa) for isa in extension.scoring_isas()]
-        for values, num_scores in results[1:]:
+        for values, num_scores, _ in results[1:]:
             assert values.tobytes() == results[0][0].tobytes()
             np.testing.assert_array_equal(num_scores, results[0][1])
 
@@ -507,6 +508,15 @@ def test_bradley_terry_solves_its_equations():
     assert (np.abs(left) < 0.5).all()
     assert (np.diff(left) > -1e-4).all()
     assert abs(left.sum()) < 1e-3
+
+
+def test_bradley_terry_warns_of_strengths_that_did_not_settle(caplog):
+    pairs, wins, offsets = verdicts(3, num_prompts=5)
+    bradley_terry(pairs, wins, offsets)
+    bradley_terry(pairs, wins, offsets, tolerance=0, max_iterations=2)
+    assert not caplog.records
+    bradley_terry(pairs, wins, offsets, max_iterations=2)
+    assert re.search(r"of \d prompts? still changed by more than 1e-06 after 2 iterations", caplog.text)
 
 
 def test_bradley_terry_is_finite_however_one_sided():

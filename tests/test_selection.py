@@ -105,7 +105,8 @@ def test_best_worst_of_many_alike_prompts(n):
             for isa in extension.scoring_isas():
                 got = extension.select_pairs(
                     scores, offsets, **options, positives=None, negatives=None, text_ids=None, forbidden=None,
-                    keys=None, baseline=None, distances=None, band=np.inf, reuse_texts=False, seed=0, num_threads=1, isa=isa,
+                    keys=None, baseline=None, distances=None, band=np.inf, reuse_texts=False, seed=0, num_threads=1,
+                    isa=isa,
                 )  # fmt: skip
                 np.testing.assert_array_equal(got[0], expected[0])
                 np.testing.assert_array_equal(got[1], expected[1])

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tso_fast.errors import did_you_mean
 from tso_fast.scoring.checks import array, check_offsets, extension, infinite_scores
-from tso_fast.scoring.strengths import MAX_ITERATIONS, REGULARIZATION, TOLERANCE, fit
+from tso_fast.scoring.strengths import MAX_ITERATIONS, REGULARIZATION, TOLERANCE, fit, warn_unfinished
 
 Method = Literal["mean", "median", "borda", "win_rate", "bradley_terry"]
 Normalize = Literal["none", "z", "rank", "minmax"]
@@ -74,7 +74,8 @@ def consensus(
     )
     if result is None:
         raise infinite_scores(scores_RM)
-    values, num_scores = result
+    values, num_scores, num_unfinished = result
+    warn_unfinished(num_unfinished, MAX_ITERATIONS, TOLERANCE)
     return Consensus(scores=values, num_scores=num_scores)
 
 
