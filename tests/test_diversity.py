@@ -90,7 +90,7 @@ def test_distances_by_hand(function):
     a, b, c = [1, 2, 3, 4], [2, 3, 4, 5, 2, 3], [4, 3, 2, 1]
     # Bigrams 12 23 34; 23 34 45 52; 43 32 21: two of five in common, none in common.
     texts = flat([a, b, c], [], [a], [[7], [], [7, 8]])
-    expected = [0, 0.6, 1, 0.6, 0, 1, 1, 1, 0] + [0] + [0, 0, 1, 0, 0, 1, 1, 1, 0]
+    expected = [0, 0.6, 1, 0.6, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1, 0]
     np.testing.assert_array_equal(function(*texts, n=2), np.array(expected, np.float32))
     # As sets of tokens: 1234; 2345; 1234.
     expected = [0, 0.4, 0, 0.4, 0, 0.4, 0, 0.4, 0]
@@ -190,7 +190,7 @@ TOKENS, TOKEN_OFFSETS, OFFSETS = flat([[1, 2], [3]], [[4, 5, 6]])
     [
         ({"tokens": TOKENS.astype(np.int64)}, r"tokens must be \[T\] int32, got int64"),
         ({"tokens": TOKENS[None]}, r"tokens must be \[T\] int32, got shape"),
-        ({"token_offsets": TOKEN_OFFSETS[:-1]}, r"token_offsets must start at 0.*end at T = 6.*token_offsets\[-1\] is 3"),
+        ({"token_offsets": TOKEN_OFFSETS[:-1]}, r"token_offsets must start at 0.*end at T = 6.*offsets\[-1\] is 3"),
         ({"token_offsets": np.array([0, 3, 2, 6])}, r"token_offsets\[1\] = 3 is followed by 2"),
         ({"token_offsets": TOKEN_OFFSETS.astype(np.int32)}, r"token_offsets must be \[R\+1\] int64"),
         ({"offsets": np.array([0, 2])}, r"offsets must .* end at R = 3, the responses of token_offsets; .*is 2"),

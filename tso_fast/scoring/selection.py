@@ -643,8 +643,8 @@ def _check_baseline(baseline: npt.ArrayLike | None, offsets_P1: np.ndarray) -> n
     if len(bad := np.flatnonzero(is_bad)):
         p = bad[0]
         raise ValueError(
-            f"baseline[{p}] is {baseline_P[p]}; expected a row of prompt {p}, in [{offsets_P1[p]}, {offsets_P1[p + 1]}), "
-            f"or -1 for the median-ranked one"
+            f"baseline[{p}] is {baseline_P[p]}; expected a row of prompt {p}, in [{offsets_P1[p]}, "
+            f"{offsets_P1[p + 1]}), or -1 for the median-ranked one"
         )
     return baseline_P
 
@@ -658,8 +658,8 @@ def _check_distances(distances: npt.ArrayLike | None, offsets_P1: np.ndarray, st
     values = array("distances", distances, np.float32, "[D]")
     if len(values) != size:
         raise ValueError(
-            f"distances must be [D] with D = {size}, the [n, n] blocks of the prompts' n responses one after the other, "
-            f"got {len(values)} entries; pairwise_distances with the same offsets gives them"
+            f"distances must be [D] with D = {size}, the [n, n] blocks of the prompts' n responses one after the "
+            f"other, got {len(values)} entries; pairwise_distances with the same offsets gives them"
         )
     if len(bad := np.flatnonzero(np.isnan(values))):
         raise ValueError(f"distances[{bad[0]}] is NaN ({len(bad)} in all); expected numbers, larger is farther")
