@@ -411,6 +411,7 @@ def with_score(value):
         ({"weights": [1, -2]}, r"weights\[1\] is -2.0; expected a finite number >= 0"),
         ({"weights": [NAN, 1]}, r"weights\[0\] is nan"),
         ({"weights": [1, np.inf]}, r"weights\[1\] is inf"),
+        ({"weights": [1e10, 1e-300]}, r"weights\[1\] is 1e-300, below 1e-300 of the largest, 10000000000.0; 0 leaves"),
         ({"weights": [0, 0]}, "weights are all 0"),
         ({"num_threads": -1}, "num_threads must be >= 0.*got -1"),
     ],

@@ -21,6 +21,9 @@ Normalize = Literal["none", "z", "rank", "minmax"]
 METHODS: tuple[str, ...] = get_args(Method)
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalize)
 
+MIN_WEIGHT = 1e-300
+"""Of the largest; what is less has no reciprocal in float64."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Consensus:
@@ -193,5 +196,10 @@ def _check_weights(weights: npt.ArrayLike | None, num_scorers: int) -> np.ndarra
         )
     if num_scorers and not weights_M.any():
         raise ValueError("weights are all 0; at least one scorer needs a weight > 0 (weights=None: all equal)")
+    if len(bad := np.flatnonzero((weights_M > 0) & (weights_M / weights_M.max(initial=0.0) < MIN_WEIGHT))):
+        raise ValueError(
+            f"weights[{bad[0]}] is {weights_M[bad[0]]}, below {MIN_WEIGHT:g} of the largest, {weights_M.max()}; 0 "
+            f"leaves a scorer out"
+        )
     # Only ratios count. Scaled by a power of two, exact, so that no weights overflow in a sum.
     return np.ldexp(weights_M, -np.frexp(weights_M.max(initial=0.0))[1])
