@@ -67,10 +67,6 @@ def make(num_prompts: int, missing: float) -> Problem:
 # -------------------------------------------------------------------------------------------------------------- ours
 
 
-def has_pairs() -> bool:
-    return hasattr(scoring, "select_pairs")
-
-
 def consensus(problem: Problem, method: Any, normalize: Any, threads: int) -> scoring.Consensus:
     weights = None if method == "median" else problem.weights_M
     return scoring.consensus(
@@ -78,16 +74,13 @@ def consensus(problem: Problem, method: Any, normalize: Any, threads: int) -> sc
     )
 
 
-def best_worst_pairs(consensus_R: np.ndarray, offsets: np.ndarray) -> Any:
-    """Not timed before ``select_pairs`` exists."""
-    if not has_pairs():
-        return None
-    return scoring.select_pairs(consensus_R, offsets, strategy="best_worst", max_pairs=1, min_margin=0.0)
+def best_worst_pairs(consensus_R: np.ndarray, offsets: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    return scoring.select_pairs(consensus_R, offsets, strategy="best_worst", max_pairs=1, num_threads=threads)
 
 
 def whole(problem: Problem, method: str, normalize: str, threads: int) -> Any:
     values = consensus(problem, method, normalize, threads)
-    return values, best_worst_pairs(values.scores, problem.offsets)
+    return values, best_worst_pairs(values.scores, problem.offsets, threads)
 
 
 # ---------------------------------------------------------------------------------------------- peers, z and mean only
@@ -132,16 +125,25 @@ def torch_vectorised(problem: Problem) -> np.ndarray:
     return values.flatten().numpy()
 
 
-def vectorised_pairs(values_R: np.ndarray) -> Any:
+def vectorised_pairs(values_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Looks for missing scores, and for prompts without a pair, before it spends anything on them."""
     values = torch.from_numpy(values_R).view(-1, NUM_RESPONSES)
-    best, worst = values.nan_to_num(-torch.inf).max(dim=1), values.nan_to_num(torch.inf).min(dim=1)
-    first = torch.arange(len(values)) * NUM_RESPONSES
-    return torch.stack([first + best.indices, first + worst.indices], dim=1), best.values - worst.values
+    is_whole = not torch.isnan(values.sum())
+    best = (values if is_whole else values.nan_to_num(-torch.inf)).max(dim=1)
+    worst = (values if is_whole else values.nan_to_num(torch.inf)).min(dim=1)
+    pairs_P2 = torch.stack([best.indices, worst.indices], dim=1)
+    pairs_P2 += (torch.arange(len(values)) * NUM_RESPONSES)[:, None]
+    margin_P = best.values - worst.values
+    is_pair = margin_P > 0
+    if not is_pair.all():
+        pairs_P2, margin_P = pairs_P2[is_pair], margin_P[is_pair]
+    return pairs_P2.numpy(), margin_P.numpy()
 
 
-def numpy_loop(problem: Problem) -> np.ndarray:
+def numpy_loop(problem: Problem) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """As a script would: a response without scores is not looked for when pairs are made."""
     weights = problem.weights_M
-    values_R = np.empty(len(problem.scores_RM), np.float32)
+    values_R, pairs = np.empty(len(problem.scores_RM), np.float32), []
     with np.errstate(invalid="ignore"):
         for first, last in zip(problem.offsets[:-1], problem.offsets[1:], strict=True):
             x = problem.scores_RM[first:last].astype(np.float64)
@@ -153,13 +155,12 @@ def numpy_loop(problem: Problem) -> np.ndarray:
             else:
                 present = ~np.isnan(z)
                 values_R[first:last] = np.where(present, z, 0) @ weights / (present @ weights)
-            if has_pairs():
-                values_R[first:last].argmax(), values_R[first:last].argmin()
-    return values_R
+            pairs.append((first + values_R[first:last].argmax(), first + values_R[first:last].argmin()))
+    return values_R, pairs
 
 
 def with_pairs(values_R: np.ndarray) -> Any:
-    return values_R, vectorised_pairs(values_R) if has_pairs() else None
+    return values_R, vectorised_pairs(values_R)
 
 
 PEERS = {"numpy vectorised": numpy_vectorised, "torch vectorised": torch_vectorised}
@@ -179,8 +180,14 @@ def wrong_rows(problem: Problem, threads: int) -> list[str]:
         got = consensus(problem, method, normalize, threads).scores[: len(small.scores_RM)]
         if not np.allclose(got, expected.scores, rtol=1e-6, atol=1e-7, equal_nan=True):
             found.append(f"{normalize} {method}")
-    for name, function in {**PEERS, "numpy loop": numpy_loop}.items():
-        if not np.allclose(function(small), truth[GOAL], rtol=1e-4, atol=1e-5, equal_nan=True):
+    values = {name: function(small) for name, function in PEERS.items()} | {"numpy loop": numpy_loop(small)[0]}
+    found += [
+        name for name, v in values.items() if not np.allclose(v, truth[GOAL], rtol=1e-4, atol=1e-5, equal_nan=True)
+    ]
+    pairs = best_worst_pairs(truth[GOAL], small.offsets, threads)[0]
+    expected_pairs = scoring.select_pairs_reference(truth[GOAL], small.offsets, strategy="best_worst", max_pairs=1)[0]
+    for name, p in {"best_worst pairs": pairs, "vectorised pairs": vectorised_pairs(truth[GOAL])[0]}.items():
+        if not np.array_equal(p, expected_pairs):
             found.append(name)
     got_, expected_ = (
         scoring.agreement(small.scores_RM, small.offsets),
@@ -215,9 +222,8 @@ def measure(problem: Problem, threads: int, rounds: int) -> dict[str, Any]:
     calls |= {name: lambda run=function: with_pairs(run(problem)) for name, function in PEERS.items()}
     calls["numpy loop"] = lambda: numpy_loop(part)
     numbers = dict.fromkeys(calls, rounds) | dict.fromkeys([*SLOW, *PEERS, "numpy loop"], min(3, rounds))
-    for name in calls:
-        if name not in PEERS:
-            calls[name]()
+    for call in calls.values():  # warm-up, of the peers as well
+        call()
     times = interleave({name: lambda call=call: timed(call) for name, call in calls.items()}, numbers)
     times["numpy loop"] = [scale * seconds for seconds in times["numpy loop"]]
     rows = {}
@@ -294,7 +300,7 @@ def dense_and_missing(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         wrong = wrong_rows(problem, arguments.threads)
         section = {
             "what": f"{arguments.prompts} prompts x {NUM_RESPONSES} x {NUM_SCORERS}, {missing:.0%} missing, "
-            f"{arguments.threads} threads, {'with' if has_pairs() else 'without'} best-worst pairs",
+            f"{arguments.threads} threads; consensus and best_worst pairs",
             "missing": missing,
             "wrong": wrong,
             **measure(problem, arguments.threads, arguments.rounds),

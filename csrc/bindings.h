@@ -8,6 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "scoring_ops.h"
+
 namespace bindings {
 
 namespace py = pybind11;
@@ -31,6 +33,9 @@ inline std::vector<int64_t> checked_offsets(const Array<int64_t>& offsets, int64
         if (copy[p] < copy[p - 1]) throw py::value_error("offsets must not decrease");
     return copy;
 }
+
+// Empty: the best there is.
+const tso::ScoringOps& ops_of(const std::string& isa);
 
 void bind_logprob(py::module_& m);
 void bind_scoring(py::module_& m);

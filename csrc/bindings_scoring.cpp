@@ -3,6 +3,15 @@
 #include "scoring.h"
 
 namespace bindings {
+
+const tso::ScoringOps& ops_of(const std::string& isa) {
+    const tso::ScoringOps* const* ops = tso::available_scoring_ops();
+    if (isa.empty()) return **ops;
+    for (; *ops; ++ops)
+        if (isa == (*ops)->isa) return **ops;
+    throw py::value_error("instruction set '" + isa + "' is unknown or missing here");
+}
+
 namespace {
 
 const std::unordered_map<std::string, tso::Method> kMethods = {{"mean", tso::Method::mean},
@@ -14,14 +23,6 @@ const std::unordered_map<std::string, tso::Normalize> kNormalizations = {{"none"
                                                                          {"z", tso::Normalize::z},
                                                                          {"rank", tso::Normalize::rank},
                                                                          {"minmax", tso::Normalize::minmax}};
-
-const tso::ScoringOps& ops_of(const std::string& isa) {
-    const tso::ScoringOps* const* ops = tso::available_scoring_ops();
-    if (isa.empty()) return **ops;
-    for (; *ops; ++ops)
-        if (isa == (*ops)->isa) return **ops;
-    throw py::value_error("instruction set '" + isa + "' is unknown or missing here");
-}
 
 std::vector<std::string> scoring_isas() {
     std::vector<std::string> names;
@@ -52,12 +53,13 @@ py::object consensus(const Array<float>& scores_RM, const Array<int64_t>& offset
     float* out = consensus_R.mutable_data();
     int32_t* num_out = num_scores_R.mutable_data();
     bool is_finite;
+    int64_t num_unfinished;
     {
         const py::gil_scoped_release release;
-        is_finite = tso::consensus(scores, weights, method_, normalize_, options, ops, num_threads, out, num_out);
+        is_finite = tso::consensus(scores, weights, method_, normalize_, options, ops, num_threads, out, num_out, &num_unfinished);
     }
     if (!is_finite) return py::none();
-    return py::make_tuple(consensus_R, num_scores_R);
+    return py::make_tuple(consensus_R, num_scores_R, num_unfinished);
 }
 
 py::object agreement(const Array<float>& scores_RM, const Array<int64_t>& offsets, int num_threads, const std::string& isa) {
@@ -89,13 +91,14 @@ py::object bradley_terry(const Array<int64_t>& pairs, const Array<double>& wins,
     Array<float> strengths_R(num_rows);
     const double* wins_ = wins.data();
     float* out = strengths_R.mutable_data();
-    int64_t bad;
+    int64_t bad, num_unfinished;
     {
         const py::gil_scoped_release release;
-        bad = tso::bradley_terry(pairs_.data(), wins_, pairs_.size() / 2, rows.data(), rows.size() - 1, options, num_threads, out);
+        bad = tso::bradley_terry(pairs_.data(), wins_, pairs_.size() / 2, rows.data(), rows.size() - 1, options, num_threads, out,
+                                 &num_unfinished);
     }
     if (bad >= 0) return py::int_(bad);
-    return std::move(strengths_R);
+    return py::make_tuple(strengths_R, num_unfinished);
 }
 
 }  // namespace
@@ -106,7 +109,7 @@ void bind_scoring(py::module_& m) {
           py::arg("weights").noconvert(), py::arg("method"), py::arg("normalize"), py::arg("regularization"),
           py::arg("max_iterations"), py::arg("tolerance"), py::arg("num_threads"), py::arg("isa") = "",
           "scores [R, M] float32, offsets [P+1] int64, weights [M] float64, all C-contiguous -> "
-          "(scores [R] float32, num_scores [R] int32), or None if a score is infinite.");
+          "(scores [R] float32, num_scores [R] int32, number of prompts short of the tolerance), or None if a score is infinite.");
     m.def("agreement", &agreement, py::arg("scores").noconvert(), py::arg("offsets").noconvert(), py::arg("num_threads"),
           py::arg("isa") = "",
           "scores [R, M] float32, offsets [P+1] int64 -> (concordance [P] float32, leave_one_out [M] float32), or None if a "
@@ -114,8 +117,8 @@ void bind_scoring(py::module_& m) {
     m.def("bradley_terry", &bradley_terry, py::arg("pairs").noconvert(), py::arg("wins").noconvert(),
           py::arg("offsets").noconvert(), py::arg("num_rows"), py::arg("regularization"), py::arg("max_iterations"),
           py::arg("tolerance"), py::arg("num_threads"),
-          "pairs [C, 2] int64, wins [C, 2] float64, offsets [P+1] int64 -> strengths [R] float32, or the index of the first pair "
-          "that is not two rows of one prompt.");
+          "pairs [C, 2] int64, wins [C, 2] float64, offsets [P+1] int64 -> (strengths [R] float32, number of prompts short "
+          "of the tolerance), or the index of the first pair that is not two rows of one prompt.");
 }
 
 }  // namespace bindings

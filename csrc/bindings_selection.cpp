@@ -43,13 +43,15 @@ py::tuple select_pairs(const Array<float>& consensus_R, const Array<int64_t>& of
                        const Optional<bool>& negatives, const Optional<int64_t>& text_ids,
                        const Optional<int64_t>& forbidden, const Optional<uint64_t>& keys,
                        const Optional<int64_t>& baseline, const Optional<float>& distances, float band,
-                       bool reuses_texts, uint64_t seed, int num_threads) {
+                       bool reuses_texts, uint64_t seed, int num_threads, const std::string& isa) {
     if (consensus_R.ndim() != 1) throw py::value_error("consensus must be [R]");
     const int64_t R = consensus_R.shape(0);
     const std::vector<int64_t> rows = checked_offsets(offsets, R);
     const int64_t P = rows.size() - 1;
     const tso::SelectionOptions options =
         make_options(strategy, max_pairs, min_margin, band, reuses_texts, seed, num_threads);
+
+    const tso::ScoringOps& ops = ops_of(isa);
 
     tso::SelectionInput input{};
     input.consensus_R = consensus_R.data();
@@ -60,10 +62,11 @@ py::tuple select_pairs(const Array<float>& consensus_R, const Array<int64_t>& of
     input.text_ids_R = optional_data(text_ids, R, "text_ids must be [R]");
     input.keys_P = optional_data(keys, P, "keys must be [P]");
 
+    constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
     int64_t num_distances = 0;
-    for (int64_t p = 0; p < P; ++p) {
+    for (int64_t p = 0; p < P && (distances || R > kMostRows); ++p) {
         const int64_t n = rows[p + 1] - rows[p];
-        if (n > std::numeric_limits<int32_t>::max()) throw py::value_error("a prompt has too many rows");
+        if (n > kMostRows) throw py::value_error("a prompt has too many rows");
         num_distances += n * n;
     }
     input.distances = optional_data(distances, num_distances, "distances must be [sum of n^2]");
@@ -95,7 +98,7 @@ py::tuple select_pairs(const Array<float>& consensus_R, const Array<int64_t>& of
     tso::Selection selection;
     {
         const py::gil_scoped_release release;
-        selection = tso::select_pairs(input, options, pairs_out, margin_out);
+        selection = tso::select_pairs(input, options, ops, pairs_out, margin_out);
     }
     keep_rows(pairs_N2, {static_cast<py::ssize_t>(selection.num_pairs), 2});
     keep_rows(margin_N, {static_cast<py::ssize_t>(selection.num_pairs)});
@@ -208,7 +211,7 @@ void bind_selection(py::module_& m) {
           py::arg("positives").noconvert(), py::arg("negatives").noconvert(), py::arg("text_ids").noconvert(),
           py::arg("forbidden").noconvert(), py::arg("keys").noconvert(), py::arg("baseline").noconvert(),
           py::arg("distances").noconvert(), py::arg("band"), py::arg("reuse_texts"), py::arg("seed"),
-          py::arg("num_threads"),
+          py::arg("num_threads"), py::arg("isa") = "",
           "consensus [R] float32, offsets [P+1] int64, ... -> (pairs [N, 2] int64, margin [N] float32, whether no "
           "score is infinite).");
     m.def("select_decided", &select_decided, py::arg("pairs").noconvert(), py::arg("margin").noconvert(),

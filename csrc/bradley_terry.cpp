@@ -6,7 +6,7 @@
 
 namespace tso {
 
-void BradleyTerry::fit(const std::vector<Comparison>& comparisons, int64_t n, const BradleyTerryOptions& options,
+bool BradleyTerry::fit(const std::vector<Comparison>& comparisons, int64_t n, const BradleyTerryOptions& options,
                        float* strengths_n) {
     wins.assign(n, 0.0);
     games.assign(n, 0.0);
@@ -27,7 +27,8 @@ void BradleyTerry::fit(const std::vector<Comparison>& comparisons, int64_t n, co
     // The opponent is a player like the others: its strength is fitted, so the updates do not depend on a common scale.
     double ghost = 1.0;
     const double ghost_wins = 0.5 * ghost_games * num_compared;
-    for (int64_t iteration = 0; iteration < options.max_iterations; ++iteration) {
+    bool is_done = num_compared == 0;
+    for (int64_t iteration = 0; iteration < options.max_iterations && !is_done; ++iteration) {
         expected.assign(n, 0.0);
         for (const Comparison& c : comparisons) {
             const double both = c.first_wins + c.second_wins;
@@ -45,7 +46,7 @@ void BradleyTerry::fit(const std::vector<Comparison>& comparisons, int64_t n, co
             strength[i] = next;
         }
         if (ghost_games > 0.0) ghost = ghost_wins / ghost_expected;
-        if (change <= options.tolerance) break;
+        is_done = change <= options.tolerance;
     }
     double mean = 0.0;
     for (int64_t i = 0; i < n; ++i)
@@ -53,6 +54,7 @@ void BradleyTerry::fit(const std::vector<Comparison>& comparisons, int64_t n, co
     mean /= num_compared;
     for (int64_t i = 0; i < n; ++i)
         strengths_n[i] = games[i] > 0.0 ? std::log(strength[i]) - mean : std::numeric_limits<double>::quiet_NaN();
+    return is_done;
 }
 
 }  // namespace tso

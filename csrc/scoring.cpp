@@ -25,6 +25,8 @@ constexpr int64_t kMinWorkPerThread = 1 << 16;
 constexpr int64_t kMaxRowsCompared = 128;
 // Beyond, std::sort is faster than the sorting network.
 constexpr int64_t kMaxNetwork = 32;
+// Prompts of up to so many scores are computed several at once: what they need fits in the first-level cache.
+constexpr int64_t kMaxScoresBatched = 512;
 
 // What the kernels want to know of the scorers.
 class PaddedScorers {
@@ -43,14 +45,15 @@ class PaddedScorers {
             is_uniform = is_uniform && (weights[m] == 0.0 || weights[m] == largest);
         }
         double total = 0.0;
-        int32_t num_weighted = 0;
-        for (double& weight : weights) {
-            if (weight == 0.0) continue;
-            if (is_uniform) weight = 1.0;
-            total += weight;
-            ++num_weighted;
+        for (int64_t m = 0; m < M; ++m) {
+            if (weights[m] == 0.0) continue;
+            if (is_uniform) weights[m] = 1.0;
+            total += weights[m];
+            weighted.push_back(m);
         }
-        view = {M, padded, weights.data(), absent.data(), beyond.data(), is_uniform, total, num_weighted};
+        const int32_t num_weighted = static_cast<int32_t>(weighted.size());
+        view = {M,          padded, weights.data(), absent.data(),   beyond.data(),
+                is_uniform, total,  num_weighted,   weighted.data()};
     }
     PaddedScorers(const PaddedScorers&) = delete;
 
@@ -59,6 +62,7 @@ class PaddedScorers {
    private:
     std::vector<double> weights;
     std::vector<int32_t> absent, beyond;
+    std::vector<int64_t> weighted;
 };
 
 struct Scratch {
@@ -71,8 +75,14 @@ struct Scratch {
         return buffer.data();
     }
 
-    std::vector<double> columns, values_M, sums, block, wins, games;
-    std::vector<float> copy, table;
+    double* aligned(int64_t size) {
+        constexpr int64_t kExtra = 64 / sizeof(double);
+        return reinterpret_cast<double*>((reinterpret_cast<uintptr_t>(at_least(buffer, size + kExtra)) + 63) / 64 * 64);
+    }
+
+    std::vector<double> buffer, columns, values_M, sums, block, wins, games;
+    std::vector<float> copy, table, copies[kMaxBatch];
+    Batch batch;
     std::vector<std::pair<float, int64_t>> sorted;
     std::vector<Comparison> comparisons;
     BradleyTerry bradley_terry;
@@ -97,6 +107,47 @@ class Reader {
             float* copy = Scratch::at_least(scratch.copy, (n - 1) * M + scorers.padded);
             std::copy(first, first + n * M, copy);
             rows->scores = copy;
+        }
+        return true;
+    }
+
+    // One lane a prompt; lanes beyond the prompts repeat the first. False if a score is infinite.
+    bool read(const int64_t* prompts, int num_prompts, Scratch& scratch, float* consensus_R, int32_t* num_scores_R) const {
+        const int64_t M = scorers.count, end = scores.offsets[scores.num_prompts] * M;
+        Batch& batch = scratch.batch;
+        batch.most_rows = 0;
+        bool is_contiguous = true;
+        for (int lane = 0; lane < kMaxBatch; ++lane) {
+            const int64_t prompt = prompts[lane < num_prompts ? lane : 0], begin = scores.offsets[prompt];
+            batch.n[lane] = scores.offsets[prompt + 1] - begin;
+            batch.scores[lane] = scores.scores_RM + begin * M;
+            batch.mean[lane] = consensus_R + begin;
+            batch.num_scores[lane] = num_scores_R + begin;
+            batch.most_rows = std::max(batch.most_rows, batch.n[lane]);
+            if (lane && lane < num_prompts) is_contiguous &= batch.scores[lane] == batch.scores[lane - 1] + batch.n[lane - 1] * M;
+        }
+        const auto classify = [&](int lane, const float* last) {
+            const Found found = ops.classify(batch.scores[lane], last - batch.scores[lane]);
+            batch.is_complete &= found == Found::complete;
+            return found != Found::infinite;
+        };
+        const auto last = [&](int lane) { return batch.scores[lane] + batch.n[lane] * M; };
+        batch.is_complete = true;
+        if (is_contiguous) {
+            if (!classify(0, last(num_prompts - 1))) return false;
+        } else {
+            for (int lane = 0; lane < num_prompts; ++lane)
+                if (!classify(lane, last(lane))) return false;
+        }
+        for (int lane = 0; lane < kMaxBatch; ++lane) {
+            const int64_t size = batch.n[lane] * M, most = batch.most_rows * M;
+            const bool is_short = size < most;
+            if (!is_short && batch.scores[lane] - scores.scores_RM + most + kMaxBatch <= end) continue;
+            batch.is_complete &= !is_short;
+            float* copy = Scratch::at_least(scratch.copies[lane], most + kMaxBatch);
+            std::copy(batch.scores[lane], batch.scores[lane] + size, copy);
+            std::fill(copy + size, copy + most + kMaxBatch, static_cast<float>(kNaN));
+            batch.scores[lane] = copy;
         }
         return true;
     }
@@ -229,7 +280,7 @@ void for_each_range(int64_t num_prompts, int64_t thread_count, const Work& work)
 
 bool consensus(const Scores& scores, const double* weights_M, Method method, Normalize normalize,
                const BradleyTerryOptions& options, const ScoringOps& ops, int num_threads, float* consensus_R,
-               int32_t* num_scores_R) {
+               int32_t* num_scores_R, int64_t* num_unfinished) {
     const PaddedScorers padded(weights_M, scores.num_scorers);
     const Scorers& scorers = padded.view;
     const Reader reader(scores, scorers, ops);
@@ -237,6 +288,7 @@ bool consensus(const Scores& scores, const double* weights_M, Method method, Nor
     const int64_t num_scores = scores.offsets[scores.num_prompts] * scores.num_scorers;
     const int64_t thread_count = choose_num_threads(num_threads, has_pairs ? num_pairs_of_scores(scores) : num_scores);
     std::atomic<bool> is_finite{true};
+    std::atomic<int64_t> unfinished{0};
 
     const auto mean = [&](const Rows& rows, Normalize how, Scratch& scratch, float* out, int32_t* num_out) {
         const Rows values = how == Normalize::rank ? ranks(scorers, rows, ops, scratch) : rows;
@@ -251,13 +303,32 @@ bool consensus(const Scores& scores, const double* weights_M, Method method, Nor
         for_each_pair(scorers, rows, ops, scratch, [&](int64_t i, int64_t j, double wins, double games) {
             scratch.comparisons.push_back({i, j, unit * wins, unit * (games - wins)});
         });
-        scratch.bradley_terry.fit(scratch.comparisons, rows.n, options, out);
+        unfinished += !scratch.bradley_terry.fit(scratch.comparisons, rows.n, options, out);
     };
 
+    const bool has_batches = method == Method::mean && normalize != Normalize::rank && scorers.num_weighted;
     for_each_range(scores.num_prompts, thread_count, [&](int64_t first, int64_t last) {
         Scratch scratch(scorers.padded);
+        int64_t batched[kMaxBatch];
+        int num_batched = 0;
+        const auto finish_batch = [&] {
+            if (!num_batched) return true;
+            if (!reader.read(batched, num_batched, scratch, consensus_R, num_scores_R)) return false;
+            double* buffer = scratch.aligned(batch_scratch(scratch.batch.most_rows, scorers.count));
+            ops.mean_of_batch(scorers, scratch.batch, normalize, buffer);
+            num_batched = 0;
+            return true;
+        };
         for (int64_t p = first; p < last; ++p) {
-            const int64_t begin = scores.offsets[p];
+            const int64_t begin = scores.offsets[p], n = scores.offsets[p + 1] - begin;
+            if (has_batches && n && n * scorers.count <= kMaxScoresBatched) {
+                batched[num_batched++] = p;
+                if (num_batched == kMaxBatch && !finish_batch()) {
+                    is_finite = false;
+                    return;
+                }
+                continue;
+            }
             float* out = consensus_R + begin;
             int32_t* num_out = num_scores_R + begin;
             Rows rows;
@@ -282,7 +353,9 @@ bool consensus(const Scores& scores, const double* weights_M, Method method, Nor
                     bradley_terry(rows, scratch, out);
             }
         }
+        if (!finish_batch()) is_finite = false;
     });
+    *num_unfinished = unfinished;
     return is_finite;
 }
 
@@ -397,7 +470,8 @@ bool agreement(const Scores& scores, const ScoringOps& ops, int num_threads, flo
 }
 
 int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comparisons, const int64_t* offsets,
-                      int64_t num_prompts, const BradleyTerryOptions& options, int num_threads, float* strengths_R) {
+                      int64_t num_prompts, const BradleyTerryOptions& options, int num_threads, float* strengths_R,
+                      int64_t* num_unfinished) {
     // Comparisons by prompt, in their order: a counting sort.
     std::vector<int64_t> prompts(num_comparisons), starts(num_prompts + 2, 0), order(num_comparisons);
     const int64_t num_rows = offsets[num_prompts];
@@ -413,6 +487,7 @@ int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comp
     for (int64_t i = 2; i < num_prompts + 2; ++i) starts[i] += starts[i - 1];
     for (int64_t c = 0; c < num_comparisons; ++c) order[starts[prompts[c] + 1]++] = c;
 
+    std::atomic<int64_t> unfinished{0};
     constexpr int64_t kLikelyIterations = 16;
     const int64_t thread_count = choose_num_threads(num_threads, num_comparisons * kLikelyIterations);
     for_each_range(num_prompts, thread_count, [&](int64_t first, int64_t last) {
@@ -425,9 +500,10 @@ int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comp
                 const int64_t c = order[i];
                 comparisons.push_back({pairs[2 * c] - begin, pairs[2 * c + 1] - begin, wins[2 * c], wins[2 * c + 1]});
             }
-            model.fit(comparisons, offsets[prompt + 1] - begin, options, strengths_R + begin);
+            unfinished += !model.fit(comparisons, offsets[prompt + 1] - begin, options, strengths_R + begin);
         }
     });
+    *num_unfinished = unfinished;
     return -1;
 }
 

@@ -26,11 +26,12 @@ struct Scores {
 //   weights_M     finite, >= 0; a scorer of weight 0 counts as absent
 //   consensus_R   out; NaN where nothing could be said
 //   num_scores_R  out; scorers of positive weight that scored the response
+//   num_unfinished  out; prompts of which bradley_terry did not reach the tolerance
 //
 // False if a score is infinite: the outputs are then incomplete.
 bool consensus(const Scores& scores, const double* weights_M, Method method, Normalize normalize,
                const BradleyTerryOptions& options, const ScoringOps& ops, int num_threads, float* consensus_R,
-               int32_t* num_scores_R);
+               int32_t* num_scores_R, int64_t* num_unfinished);
 
 // The contract of the numbers is tso_fast.scoring.agreement_reference. False if a score is infinite.
 bool agreement(const Scores& scores, const ScoringOps& ops, int num_threads, float* concordance_P, float* leave_one_out_M);
@@ -40,9 +41,11 @@ bool agreement(const Scores& scores, const ScoringOps& ops, int num_threads, flo
 //   pairs         [C, 2] rows, two of one prompt; prompts in any order
 //   wins          [C, 2] finite, >= 0
 //   strengths_R   out
+//   num_unfinished  out; prompts that did not reach the tolerance
 //
 // The index of the first comparison whose rows are not two of one prompt, or -1.
 int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comparisons, const int64_t* offsets,
-                      int64_t num_prompts, const BradleyTerryOptions& options, int num_threads, float* strengths_R);
+                      int64_t num_prompts, const BradleyTerryOptions& options, int num_threads, float* strengths_R,
+                      int64_t* num_unfinished);
 
 }  // namespace tso

@@ -10,7 +10,8 @@ namespace tso {
 namespace {
 #include "scoring_generic.inl"
 
-constexpr ScoringOps kOps = {"avx2", classify, affine, rank_table, mean, values, compare, sort_columns};
+constexpr ScoringOps kOps = {"avx2", classify, affine, rank_table, mean, mean_of_batch, values, compare, sort_columns,
+                             best_and_worst};
 }  // namespace
 
 const ScoringOps* scoring_ops_avx2() { return &kOps; }

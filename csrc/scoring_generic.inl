@@ -80,12 +80,12 @@ inline bool any(WideInts mask) {
 
 Found classify(const float* scores, int64_t count) {
     constexpr int32_t kInfinity = 0x7f800000;
-    WideInts most = {};
-    for_all_magnitudes(scores, count, [&](WideInts bits) { most = bits > most ? bits : most; });
-    if (!any(most >= kInfinity)) return Found::complete;
-    WideInts infinite = {};
-    for_all_magnitudes(scores, count, [&](WideInts bits) { infinite |= bits == kInfinity; });
-    return any(infinite) ? Found::infinite : Found::missing;
+    WideInts not_finite = {}, infinite = {};
+    for_all_magnitudes(scores, count, [&](WideInts bits) {
+        not_finite |= bits >= kInfinity;
+        infinite |= bits == kInfinity;
+    });
+    return any(infinite) ? Found::infinite : any(not_finite) ? Found::missing : Found::complete;
 }
 
 template <bool kComplete, bool kFull>
@@ -288,6 +288,214 @@ void mean(const Scorers& scorers, const Rows& rows, const Affine& affine, double
         mean_of<false, false>(scorers, rows, affine, sums, mean_n, num_scores_n);
 }
 
+// kLanes rows of kLanes floats, in the shuffles that the instruction sets have.
+inline void transpose(Floats (&rows)[kLanes]) {
+#if TSO_VECTOR_BYTES == 64
+    Floats a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        a[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int half = 0; half < 2; ++half) {
+            b[i + 2 * half] = __builtin_shufflevector(a[i + half], a[i + 2 + half], 0, 1, 8, 9, 4, 5, 12, 13);
+            b[i + 2 * half + 1] = __builtin_shufflevector(a[i + half], a[i + 2 + half], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = __builtin_shufflevector(b[i], b[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        rows[i + 4] = __builtin_shufflevector(b[i], b[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#elif TSO_VECTOR_BYTES == 32
+    Floats a[4];
+    for (int i = 0; i < 4; i += 2) {
+        a[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 4, 1, 5);
+        a[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 2, 6, 3, 7);
+    }
+    for (int half = 0; half < 2; ++half) {
+        rows[2 * half] = __builtin_shufflevector(a[half], a[half + 2], 0, 1, 4, 5);
+        rows[2 * half + 1] = __builtin_shufflevector(a[half], a[half + 2], 2, 3, 6, 7);
+    }
+#else
+    const Floats first = {rows[0][0], rows[1][0]}, second = {rows[0][1], rows[1][1]};
+    rows[0] = first;
+    rows[1] = second;
+#endif
+}
+
+inline Doubles masked(Doubles v, Longs mask) { return (Doubles)((Longs)v & mask); }
+
+// Of a whole number in [0, 2^52).
+inline Doubles to_double(Longs v) {
+    constexpr double k2To52 = 4503599627370496.0;
+    return (Doubles)(v | (Longs)(Doubles{} + k2To52)) - k2To52;
+}
+
+// Where the lanes of a batch keep what they compute; a table is [most_rows, num_weighted].
+struct BatchScratch {
+    Doubles* differences;  // from the scorer's first score
+    Doubles *scale, *constant, *weight;
+    Floats *scores, *mean;
+    Ints* num_scores;
+};
+
+// Score times weight becomes scale * difference - constant, for kColumns scorers from `first` on: their sums do not wait for
+// each other.
+template <bool kComplete, Normalize kNormalize, int kColumns>
+inline void differences_of(const Scorers& scorers, int64_t n, int64_t first, const BatchScratch& s) {
+    const int64_t M = scorers.count, width = scorers.num_weighted;
+    const Floats* scores[kColumns];
+    Doubles origin[kColumns], sum[kColumns] = {}, squares[kColumns] = {}, low[kColumns] = {}, high[kColumns] = {};
+    Longs count[kColumns] = {};
+    Floats start[kColumns];
+    for (int c = 0; c < kColumns; ++c) {
+        scores[c] = s.scores + scorers.weighted[first + c];
+        start[c] = scores[c][0];
+    }
+    if (!kComplete) {
+        for (int64_t r = n - 1; r >= 0; --r)
+            for (int c = 0; c < kColumns; ++c) start[c] = scores[c][r * M] == scores[c][r * M] ? scores[c][r * M] : start[c];
+    }
+    for (int c = 0; c < kColumns; ++c) origin[c] = widen(start[c]);
+    for (int64_t r = 0; r < n; ++r) {
+        for (int c = 0; c < kColumns; ++c) {
+            Doubles difference = widen(scores[c][r * M]) - origin[c];
+            s.differences[r * width + first + c] = difference;
+            if (!kComplete) {
+                const Longs present = difference == difference;
+                difference = masked(difference, present);
+                count[c] -= present;
+            }
+            if (kNormalize == Normalize::z) {
+                sum[c] += difference;
+                squares[c] += difference * difference;
+            }
+            if (kNormalize == Normalize::minmax) {  // the difference 0 is always among them
+                low[c] = difference < low[c] ? difference : low[c];
+                high[c] = difference > high[c] ? difference : high[c];
+            }
+        }
+    }
+    for (int c = 0; c < kColumns; ++c) {
+        const int64_t i = first + c;
+        const Doubles weight = Doubles{} + scorers.weights[scorers.weighted[i]];
+        s.weight[i] = weight;
+        if (kNormalize == Normalize::z) {
+            // With a difference of 0 among them, sum^2 <= (n - 1) squares: the textbook formula is safe, and positive unless
+            // all are equal.
+            const Doubles num = kComplete ? Doubles{} + static_cast<double>(n) : to_double(count[c]);
+            const Doubles unit = masked(weight / root(num * squares[c] - sum[c] * sum[c]), squares[c] > Doubles{});
+            s.scale[i] = unit * num;
+            s.constant[i] = unit * sum[c];
+        } else if (kNormalize == Normalize::minmax) {
+            const Doubles range = high[c] - low[c], unit = weight / range;
+            s.scale[i] = masked(unit, range > Doubles{});
+            s.constant[i] = range > Doubles{} ? unit * low[c] : -0.5 * weight;
+        } else {
+            s.scale[i] = weight;
+            s.constant[i] = -weight * origin[c];
+        }
+    }
+}
+
+template <bool kComplete, Normalize kNormalize>
+inline void differences_of(const Scorers& scorers, int64_t n, const BatchScratch& s) {
+    constexpr int kColumns = kComplete ? 1 : 4;
+    int64_t i = 0;
+    for (; i + kColumns <= scorers.num_weighted; i += kColumns) differences_of<kComplete, kNormalize, kColumns>(scorers, n, i, s);
+    for (; i < scorers.num_weighted; ++i) differences_of<kComplete, kNormalize, 1>(scorers, n, i, s);
+}
+
+template <bool kComplete, bool kUniform>
+inline void means_of(const Scorers& scorers, int64_t n, const BatchScratch& s) {
+    const int64_t width = scorers.num_weighted;
+    const Doubles share = Doubles{} + 1.0 / scorers.total_weight;
+    Doubles constant = {};
+    for (int64_t i = 0; i < width; ++i) constant += s.constant[i];
+    for (int64_t r = 0; r < n; ++r) {
+        const Doubles* differences = s.differences + r * width;
+        Doubles sum = {};
+        if (kComplete) {
+            for (int64_t i = 0; i < width; ++i) sum += differences[i] * s.scale[i];
+            s.mean[r] = __builtin_convertvector((sum - constant) * share, Floats);
+            continue;
+        }
+        Doubles taken = {}, weight = {};
+        Longs count = {};
+        for (int64_t i = 0; i < width; ++i) {
+            const Longs present = differences[i] == differences[i];
+            sum += masked(differences[i] * s.scale[i], present);
+            taken += masked(s.constant[i], present);
+            count -= present;
+            if (!kUniform) weight += masked(s.weight[i], present);
+        }
+        if (kUniform) weight = to_double(count);
+        const Doubles mean = (sum - taken) * (1.0 / weight);  // 0 * inf where all are missing
+        s.mean[r] = __builtin_convertvector(mean, Floats);
+        s.num_scores[r] = __builtin_convertvector(count, Ints);
+    }
+}
+
+template <typename T, typename Vector>
+inline void write_rows(const Vector* rows, int first_lane, const int64_t* n, int64_t most_rows, T* const* out) {
+    for (int64_t r = 0; r < most_rows; r += kLanes) {
+        Floats block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = (Floats)rows[r + i];
+        transpose(block);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int64_t left = n[first_lane + lane] - r;
+            if (left >= kLanes)
+                store(out[first_lane + lane] + r, block[lane]);
+            else if (left > 0)
+                __builtin_memcpy(out[first_lane + lane] + r, &block[lane], left * sizeof(T));
+        }
+    }
+}
+
+template <bool kComplete>
+inline void mean_of_lanes(const Scorers& scorers, const Batch& batch, int first_lane, Normalize normalize, double* scratch) {
+    const int64_t n = batch.most_rows, M = scorers.count, width = scorers.num_weighted, size = (n + kLanes) * M;
+    BatchScratch s;
+    s.differences = (Doubles*)scratch;
+    s.scale = s.differences + size;
+    s.constant = s.scale + width;
+    s.weight = s.constant + width;
+    s.scores = (Floats*)(s.weight + width);
+    s.mean = s.scores + 2 * ((size + 1) / 2);
+    s.num_scores = (Ints*)(s.mean + n + kLanes);
+    for (int64_t i = 0; i < n * M; i += kLanes) {
+        Floats block[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) block[lane] = load<Floats>(batch.scores[first_lane + lane] + i);
+        transpose(block);
+        for (int lane = 0; lane < kLanes; ++lane) s.scores[i + lane] = block[lane];
+    }
+    if (normalize == Normalize::z)
+        differences_of<kComplete, Normalize::z>(scorers, n, s);
+    else if (normalize == Normalize::minmax)
+        differences_of<kComplete, Normalize::minmax>(scorers, n, s);
+    else
+        differences_of<kComplete, Normalize::none>(scorers, n, s);
+    if (scorers.is_uniform)
+        means_of<kComplete, true>(scorers, n, s);
+    else
+        means_of<kComplete, false>(scorers, n, s);
+    write_rows(s.mean, first_lane, batch.n, n, batch.mean);
+    if (!kComplete) write_rows(s.num_scores, first_lane, batch.n, n, batch.num_scores);
+    if (kComplete) {
+        for (int lane = first_lane; lane < first_lane + kLanes; ++lane)
+            for (int64_t r = 0; r < batch.n[lane]; ++r) batch.num_scores[lane][r] = scorers.num_weighted;
+    }
+}
+
+void mean_of_batch(const Scorers& scorers, const Batch& batch, Normalize normalize, double* scratch) {
+    for (int lane = 0; lane < kMaxBatch; lane += kLanes) {
+        if (batch.is_complete)
+            mean_of_lanes<true>(scorers, batch, lane, normalize, scratch);
+        else
+            mean_of_lanes<false>(scorers, batch, lane, normalize, scratch);
+    }
+}
+
 void values(const Scorers& scorers, const Rows& rows, const Affine& affine, int64_t row, double* values_M) {
     for (int64_t column = 0; column < scorers.count; column += kLanes) {
         const Doubles score = widen(load_scores<false>(scorers, rows.scores + row * rows.stride, column));
@@ -329,5 +537,29 @@ void sort_columns(double* values, int64_t num_values) {
                 store(b, u < v ? v : u);
             }
         }
+    }
+}
+
+void best_and_worst(const float* scores, int64_t n, int32_t* best, int32_t* worst, float* margin) {
+    for (int lane = 0; lane < kMaxBatch; lane += kLanes, scores += kLanes * n) {
+        const Floats infinity = Floats{} + __builtin_inff();
+        Floats high = -infinity, low = infinity;
+        Ints highest = {}, lowest = {};
+        for (int64_t r = 0; r < n; r += kLanes) {
+            Floats block[kLanes];
+            for (int i = 0; i < kLanes; ++i) block[i] = load<Floats>(scores + i * n + r);
+            transpose(block);
+            const int left = static_cast<int>(n - r < kLanes ? n - r : kLanes);
+            for (int i = 0; i < left; ++i) {
+                const Ints row = Ints{} + static_cast<int32_t>(r + i), is_higher = block[i] > high, is_lower = block[i] < low;
+                high = is_higher ? block[i] : high;
+                highest = is_higher ? row : highest;
+                low = is_lower ? block[i] : low;
+                lowest = is_lower ? row : lowest;
+            }
+        }
+        store(best + lane, highest);
+        store(worst + lane, lowest);
+        store(margin + lane, high - low);
     }
 }

@@ -1,7 +1,7 @@
 // The inner loops of scoring, one table of them per instruction set. No std templates in the files that fill the tables (why: ops.h).
 //
 // Lanes are scorers. Every sum over scorers is taken in 8 lanes of columns (m, m + 8, ...), which are then halved, and nothing is
-// contracted to fused multiply-adds: the tables give the same bits.
+// contracted to fused multiply-adds: the tables give the same bits. In mean_of_batch lanes are prompts, and sums are in order.
 #pragma once
 #include <cstdint>
 
@@ -20,6 +20,7 @@ struct Scorers {
     bool is_uniform;        // all weights that are not 0 are equal
     double total_weight;
     int32_t num_weighted;
+    const int64_t* weighted;  // [num_weighted] their columns, ascending
 };
 
 // The scores of one prompt. `padded` floats can be read from the start of every row; those beyond M mean nothing.
@@ -29,6 +30,24 @@ struct Rows {
     int64_t n;
     bool is_complete;  // no NaN
 };
+
+// Prompts that are computed together, one a lane, each as if it were alone.
+//
+// kMaxBatch floats beyond the scores of a prompt of most_rows rows can be read. One of fewer rows is followed by NaN.
+constexpr int kMaxBatch = 8;
+struct Batch {
+    const float* scores[kMaxBatch];
+    int64_t n[kMaxBatch];
+    float* mean[kMaxBatch];  // [n] out
+    int32_t* num_scores[kMaxBatch];
+    int64_t most_rows;
+    bool is_complete;  // no NaN
+};
+
+// Doubles of scratch.
+constexpr int64_t batch_scratch(int64_t most_rows, int64_t num_scorers) {
+    return kMaxBatch * (2 * (most_rows + kMaxBatch) * num_scorers + 3 * num_scorers + most_rows + 2 * kMaxBatch);
+}
 
 // Every normalisation is scale * (score - shift) + constant, scorer by scorer.
 struct Affine {
@@ -48,12 +67,17 @@ struct ScoringOps {
     void (*rank_table)(const Scorers& scorers, const Rows& rows, float* table);
     // sums [3, n rounded up to a multiple of 8] is scratch.
     void (*mean)(const Scorers& scorers, const Rows& rows, const Affine& affine, double* sums, float* mean_n, int32_t* num_scores_n);
+    // Not Normalize::rank. scratch is aligned to 64 bytes.
+    void (*mean_of_batch)(const Scorers& scorers, const Batch& batch, Normalize normalize, double* scratch);
     // values_M [padded] of one row, NaN where missing.
     void (*values)(const Scorers& scorers, const Rows& rows, const Affine& affine, int64_t row, double* values_M);
     // Weighted wins of the row over each later one, ties half, and the weights of the scorers of both: [n - row - 1].
     void (*compare)(const Scorers& scorers, const Rows& rows, int64_t row, double* wins, double* games);
     // values [num_values, width] -> sorted in every column, width = 8.
     void (*sort_columns)(double* values, int64_t num_values);
+    // Of kMaxBatch prompts of n rows each, one after the other, and of each lane: the first of the rows of highest and of lowest
+    // score, and by how much these differ, -inf where all are missing. kMaxBatch floats beyond the last can be read.
+    void (*best_and_worst)(const float* scores, int64_t n, int32_t* best, int32_t* worst, float* margin);
 };
 
 // Those that this machine can run, best first; null-terminated.

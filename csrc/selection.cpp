@@ -95,14 +95,28 @@ int64_t prompt_capacity(int64_t n, const SelectionOptions& options) {
     return std::min(options.max_pairs, bound());
 }
 
-int64_t decided_prompt_capacity(int64_t num_pairs, const SelectionOptions& options) {
-    return std::min(options.max_pairs, num_pairs);
+// Calls of_prompt(rows of the prompt) but for one pair a prompt, where that is not worth it.
+template <typename OfPrompt>
+int64_t sum_capacities(const int64_t* offsets, int64_t first, int64_t last, const SelectionOptions& options,
+                       const OfPrompt& of_prompt) {
+    if (options.max_pairs == 1) return last - first;
+    int64_t total = 0;
+    for (int64_t p = first; p < last; ++p) total += of_prompt(offsets[p + 1] - offsets[p]);
+    return total;
+}
+
+int64_t capacity_of(const int64_t* offsets, int64_t first, int64_t last, const SelectionOptions& options) {
+    return sum_capacities(offsets, first, last, options, [&](int64_t n) { return prompt_capacity(n, options); });
+}
+
+int64_t decided_capacity_of(const int64_t* offsets, int64_t first, int64_t last, const SelectionOptions& options) {
+    return sum_capacities(offsets, first, last, options, [&](int64_t n) { return std::min(options.max_pairs, n); });
 }
 
 // Prompts in chunks, each of which writes from its own place of the buffers; then the gaps between them are closed. A
 // buffer of the most there can be costs address space, not memory: pages that are never written are never there.
 //
-//   capacity(prompt)                    most entries of a prompt
+//   capacity(first_prompt, last_prompt) most entries of these
 //   run(first_prompt, last_prompt, at)  fills the entries from `at` on, returns how many
 //   move(from, to, count)               moves entries
 template <typename Capacity, typename Run, typename Move>
@@ -114,7 +128,7 @@ int64_t run_chunks(int64_t num_prompts, int64_t num_threads, const Capacity& cap
     int64_t total = 0;
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
         begins[chunk] = total;
-        for (int64_t p = chunk * range; p < std::min((chunk + 1) * range, num_prompts); ++p) total += capacity(p);
+        total += capacity(chunk * range, std::min((chunk + 1) * range, num_prompts));
     }
     parallel_for(num_chunks, num_threads, [&](int64_t chunk) {
         counts[chunk] = run(chunk * range, std::min((chunk + 1) * range, num_prompts), begins[chunk]);
@@ -172,6 +186,11 @@ void take_least_used(Scratch& scratch, const int32_t* texts, int64_t num_texts, 
     }
 }
 
+// Every row may be paired with every other of its prompt, once.
+bool is_plain_best_worst(const SelectionInput& input, const SelectionOptions& options) {
+    return options.strategy == Strategy::best_worst && !options.reuses_texts && !input.text_ids_R && !input.num_forbidden;
+}
+
 // One prompt. Rows are counted from its first.
 class Prompt {
 public:
@@ -191,8 +210,7 @@ public:
     // How many pairs were written.
     int64_t select() {
         if (n_ < 2) return 0;
-        const bool is_plain = options_.strategy == Strategy::best_worst && !options_.reuses_texts &&
-                              !input_.text_ids_R && !input_.num_forbidden;
+        const bool is_plain = is_plain_best_worst(input_, options_);
         if (is_plain && options_.max_pairs == 1 && !input_.positives_R && !input_.negatives_R)
             return best_against_worst();
         // A copy: the caller's array may change while the GIL is released, and a sort must not see that.
@@ -426,10 +444,37 @@ private:
     int64_t count_ = 0;
 };
 
-bool has_infinite(const float* scores, int64_t count) {
-    int found = 0;  // no early exit: the loop is vectorised
-    for (int64_t i = 0; i < count; ++i) found |= std::fabs(scores[i]) == std::numeric_limits<float>::infinity();
-    return found != 0;
+// The best against the worst of each prompt of a batch of n rows each; how many pairs were written. There must be room for one
+// of each prompt.
+int64_t best_against_worst(const ScoringOps& ops, const float* scores, int64_t begin, int64_t n, float min_margin,
+                           int64_t* pairs_N2, float* margin_N) {
+    int32_t best[kMaxBatch], worst[kMaxBatch];
+    float margin[kMaxBatch];
+    ops.best_and_worst(scores, n, best, worst, margin);
+    int64_t count = 0;
+    for (int i = 0; i < kMaxBatch; ++i) {  // no branch: it could not be predicted
+        pairs_N2[2 * count] = begin + i * n + best[i];
+        pairs_N2[2 * count + 1] = begin + i * n + worst[i];
+        margin_N[count] = margin[i];
+        count += margin[i] > min_margin;
+    }
+    return count;
+}
+
+bool has_infinite(const float* scores, int64_t begin, int64_t end) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    int32_t is_found = 0;  // no early exit: the loop is vectorised
+    for (int64_t row = begin; row < end; ++row) is_found |= std::abs(scores[row]) == kInfinity;
+    return is_found != 0;
+}
+
+// Whether as many prompts as make a batch follow from p on, of the same number of rows, at least two.
+bool are_alike(const int64_t* offsets, int64_t p, int64_t last) {
+    if (p + kMaxBatch > last) return false;
+    const int64_t n = offsets[p + 1] - offsets[p];
+    int64_t differ = n < 2;
+    for (int i = 1; i < kMaxBatch; ++i) differ |= (offsets[p + i + 1] - offsets[p + i]) ^ n;
+    return !differ;
 }
 
 bool looks_at_pairs(Strategy strategy) { return strategy == Strategy::random || strategy == Strategy::all; }
@@ -437,13 +482,11 @@ bool looks_at_pairs(Strategy strategy) { return strategy == Strategy::random || 
 }  // namespace
 
 int64_t selection_capacity(const int64_t* offsets, int64_t num_prompts, const SelectionOptions& options) {
-    int64_t total = 0;
-    for (int64_t p = 0; p < num_prompts; ++p) total += prompt_capacity(offsets[p + 1] - offsets[p], options);
-    return total;
+    return capacity_of(offsets, 0, num_prompts, options);
 }
 
-Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, int64_t* pairs_N2,
-                       float* margin_N) {
+Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, const ScoringOps& ops,
+                       int64_t* pairs_N2, float* margin_N) {
     const int64_t* const offsets = input.offsets;
     std::vector<int64_t> blocks;  // where the distances of each prompt begin
     int64_t work = offsets[input.num_prompts];
@@ -454,22 +497,30 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
             work += (offsets[p + 1] - offsets[p]) * (offsets[p + 1] - offsets[p]);
         }
     }
+    const bool one_a_prompt = options.max_pairs == 1 && is_plain_best_worst(input, options) && !input.positives_R &&
+                              !input.negatives_R;
+    const int64_t num_rows = offsets[input.num_prompts];
     std::atomic<bool> is_finite{true};
     const auto run = [&](int64_t first, int64_t last, int64_t at) {
         const int64_t begin = at;
-        const int64_t begin_row = offsets[first], end_row = offsets[last];
-        if (has_infinite(input.consensus_R + begin_row, end_row - begin_row)) {
+        if (has_infinite(input.consensus_R, offsets[first], offsets[last])) {
             is_finite.store(false);
             return int64_t{0};
         }
         Scratch scratch;
         for (int64_t p = first; p < last; ++p) {
+            if (one_a_prompt && are_alike(offsets, p, last) && offsets[p + kMaxBatch] + kMaxBatch <= num_rows) {
+                at += best_against_worst(ops, input.consensus_R + offsets[p], offsets[p], offsets[p + 1] - offsets[p],
+                                         options.min_margin, pairs_N2 + 2 * at, margin_N + at);
+                p += kMaxBatch - 1;
+                continue;
+            }
             const float* distances = blocks.empty() ? nullptr : input.distances + blocks[p];
             at += Prompt(input, options, scratch, p, distances, pairs_N2 + 2 * at, margin_N + at).select();
         }
         return at - begin;
     };
-    const auto capacity = [&](int64_t p) { return prompt_capacity(offsets[p + 1] - offsets[p], options); };
+    const auto capacity = [&](int64_t first, int64_t last) { return capacity_of(offsets, first, last, options); };
     const auto move = [&](int64_t from, int64_t to, int64_t count) {
         move_rows(pairs_N2, 2, from, to, count);
         move_rows(margin_N, 1, from, to, count);
@@ -480,9 +531,7 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
 }
 
 int64_t decided_capacity(const int64_t* offsets, int64_t num_prompts, const SelectionOptions& options) {
-    int64_t total = 0;
-    for (int64_t p = 0; p < num_prompts; ++p) total += decided_prompt_capacity(offsets[p + 1] - offsets[p], options);
-    return total;
+    return decided_capacity_of(offsets, 0, num_prompts, options);
 }
 
 int64_t select_decided(const DecidedInput& input, const SelectionOptions& options, int64_t* index_N) {
@@ -529,7 +578,7 @@ int64_t select_decided(const DecidedInput& input, const SelectionOptions& option
         }
         return at - begin_at;
     };
-    const auto capacity = [&](int64_t p) { return decided_prompt_capacity(offsets[p + 1] - offsets[p], options); };
+    const auto capacity = [&](int64_t first, int64_t last) { return decided_capacity_of(offsets, first, last, options); };
     const auto move = [&](int64_t from, int64_t to, int64_t count) { move_rows(index_N, 1, from, to, count); };
     const int64_t threads = choose_num_threads(offsets[input.num_prompts], input.num_prompts, options.num_threads);
     return run_chunks(input.num_prompts, threads, capacity, run, move);

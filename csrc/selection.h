@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "scoring_ops.h"
+
 namespace tso {
 
 // The contract of each is tso_fast.scoring.select_pairs_reference.
@@ -44,7 +46,8 @@ struct Selection {
 };
 
 // pairs_N2 and margin_N: out; [selection_capacity], of which the first num_pairs rows are filled.
-Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, int64_t* pairs_N2, float* margin_N);
+Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, const ScoringOps& ops,
+                       int64_t* pairs_N2, float* margin_N);
 
 struct DecidedInput {
     const int64_t* pairs_C2;   // rows >= 0

@@ -190,7 +190,7 @@ TOKENS, TOKEN_OFFSETS, OFFSETS = flat([[1, 2], [3]], [[4, 5, 6]])
     [
         ({"tokens": TOKENS.astype(np.int64)}, r"tokens must be \[T\] int32, got int64"),
         ({"tokens": TOKENS[None]}, r"tokens must be \[T\] int32, got shape"),
-        ({"token_offsets": TOKEN_OFFSETS[:-1]}, r"token_offsets must .*end at T = 6.*token_offsets\[-1\] is 3"),
+        ({"token_offsets": TOKEN_OFFSETS[:-1]}, r"token_offsets must start at 0.*end at T = 6.*offsets\[-1\] is 3"),
         ({"token_offsets": np.array([0, 3, 2, 6])}, r"token_offsets\[1\] = 3 is followed by 2"),
         ({"token_offsets": TOKEN_OFFSETS.astype(np.int32)}, r"token_offsets must be \[R\+1\] int64"),
         ({"offsets": np.array([0, 2])}, r"offsets must .* end at R = 3, the responses of token_offsets; .*is 2"),

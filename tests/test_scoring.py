@@ -1,6 +1,7 @@
 """Consensus: the C++ against its numpy reference, both against cases worked by hand."""
 
 import itertools
+import re
 import sys
 import threading
 import time
@@ -101,7 +102,7 @@ def test_the_same_bits_from_every_instruction_set(method, normalize, num_scorers
     for weights in (np.ones(num_scorers), np.arange(num_scorers) + 0.1, (np.arange(num_scorers) % 3 == 0) * 1.0):
         options = (method, normalize, 1.0, 50, 1e-6, 1)
         results = [extension.consensus(scores, offsets, weights, *options, isa) for isa in extension.scoring_isas()]
-        for values, num_scores in results[1:]:
+        for values, num_scores, _ in results[1:]:
             assert values.tobytes() == results[0][0].tobytes()
             np.testing.assert_array_equal(num_scores, results[0][1])
 
@@ -231,6 +232,68 @@ def test_a_prompt_scores_the_same_alone_or_among_others(method, normalize):
 
 
 @EACH
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+def test_every_output_is_written(method, normalize, missing):
+    # Outputs are allocated where others were freed just before, full of what no result is.
+    options = {"method": method, "normalize": normalize}
+    for num_prompts in (1, 7, 8, 9, 1000):
+        for max_rows, num_scorers in ((1, 9), (8, 9), (8, 1), (30, 5), (70, 9)):
+            rng = np.random.default_rng(num_prompts)
+            offsets = np.concatenate(
+                [[0], np.cumsum(rng.integers(1, max_rows + 1, min(num_prompts, 3000 // max_rows)))]
+            )
+            if max_rows == 8:  # as many rows in every prompt
+                offsets = np.arange(len(offsets)) * max_rows
+            scores = rng.integers(0, 9, (offsets[-1], num_scorers)).astype(np.float32)
+            scores[rng.random(scores.shape) < missing] = NAN
+            first = consensus(scores, offsets, **options)
+            expected = first.scores.copy(), first.num_scores.copy()
+            assert (expected[1] <= num_scorers).all()
+            for _ in range(3):
+                recycled = [np.full(offsets[-1], 12345.0, np.float32) for _ in range(4)]
+                del recycled, first
+                first = consensus(scores, offsets, **options, num_threads=1)
+                np.testing.assert_array_equal(first.scores, expected[0])
+                np.testing.assert_array_equal(first.num_scores, expected[1])
+            assert not (np.abs(expected[0]) > 100).any()
+
+
+@pytest.mark.parametrize("normalize", ["none", "z", "minmax"])
+@pytest.mark.parametrize("missing", [0.0, 0.02])
+def test_prompts_computed_together_are_as_if_alone(normalize, missing):
+    # Of like sizes and others, with gaps and without, up to and beyond the size that is computed several at once.
+    rng = np.random.default_rng(0)
+    for sizes in (
+        [8] * 21,
+        [1, 8, 8, 57, 2, 8, 8, 8, 60, 3, 8],
+        [56] * 5 + [57] * 9,
+        [0, 4, 0, 4, 4, 0, 4, 4, 4, 4, 4, 9],
+    ):
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        scores = rng.standard_normal((offsets[-1], 9)).astype(np.float32) * 3 + 100
+        scores[rng.random(scores.shape) < missing] = NAN
+        options = {"method": "mean", "normalize": normalize, "weights": [1, 2, 0, 0.3, 5, 1, 1, 0, 2]}
+        together = consensus(scores, offsets, **options)
+        expected = consensus_reference(scores, offsets, **options)
+        np.testing.assert_allclose(together.scores, expected.scores, rtol=1.2e-7, atol=1e-12)
+        np.testing.assert_array_equal(together.num_scores, expected.num_scores)
+        for first, last in itertools.pairwise(offsets):
+            alone = consensus(scores[first:last], np.array([0, last - first]), **options)
+            assert alone.scores.tobytes() == together.scores[first:last].tobytes()
+
+
+@pytest.mark.parametrize("position", [0, 3, 8 * 9 * 3, 8 * 9 * 17 - 1])
+@pytest.mark.parametrize("missing", [False, True])
+def test_an_infinite_score_is_found_anywhere(position, missing):
+    scores = np.ones((8 * 17, 9), np.float32)
+    scores.flat[position] = -np.inf
+    if missing:
+        scores[1::5, 2] = NAN
+    with pytest.raises(ValueError, match=r"is -inf \(1 infinite"):
+        consensus(scores, np.arange(18) * 8, method="mean", normalize="z", weights=np.arange(9))
+
+
+@EACH
 def test_moves_with_its_rows(method, normalize):
     scores, offsets = ragged(2)
     rng = np.random.default_rng(2)
@@ -348,6 +411,7 @@ def with_score(value):
         ({"weights": [1, -2]}, r"weights\[1\] is -2.0; expected a finite number >= 0"),
         ({"weights": [NAN, 1]}, r"weights\[0\] is nan"),
         ({"weights": [1, np.inf]}, r"weights\[1\] is inf"),
+        ({"weights": [1e10, 1e-300]}, r"weights\[1\] is 1e-300, below 1e-300 of the largest, 10000000000.0; 0 leaves"),
         ({"weights": [0, 0]}, "weights are all 0"),
         ({"num_threads": -1}, "num_threads must be >= 0.*got -1"),
     ],
@@ -445,6 +509,15 @@ def test_bradley_terry_solves_its_equations():
     assert (np.abs(left) < 0.5).all()
     assert (np.diff(left) > -1e-4).all()
     assert abs(left.sum()) < 1e-3
+
+
+def test_bradley_terry_warns_of_strengths_that_did_not_settle(caplog):
+    pairs, wins, offsets = verdicts(3, num_prompts=5)
+    bradley_terry(pairs, wins, offsets)
+    bradley_terry(pairs, wins, offsets, tolerance=0, max_iterations=2)
+    assert not caplog.records
+    bradley_terry(pairs, wins, offsets, max_iterations=2)
+    assert re.search(r"of \d prompts? still changed by more than 1e-06 after 2 iterations", caplog.text)
 
 
 def test_bradley_terry_is_finite_however_one_sided():

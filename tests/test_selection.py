@@ -89,6 +89,30 @@ def test_agrees_with_reference(strategy, shape):
             assert got[1].tobytes() == expected[1].tobytes()
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16, 21])
+def test_best_worst_of_many_alike_prompts(n):
+    extension = pytest.importorskip("tso_fast._C")
+    # Those are computed several at once; ties, gaps and prompts without any score among them.
+    rng = np.random.default_rng(n)
+    for num_prompts in (7, 8, 9, 40):
+        scores = rng.integers(-2, 3, n * num_prompts).astype(np.float32) / 4
+        scores[rng.random(len(scores)) < 0.3] = np.nan
+        scores[n : 2 * n] = np.nan
+        offsets = np.arange(num_prompts + 1) * n
+        for min_margin in (0.0, 0.5):
+            options = {"strategy": "best_worst", "max_pairs": 1, "min_margin": min_margin}
+            expected = select_pairs_reference(scores, offsets, **options)
+            for isa in extension.scoring_isas():
+                got = extension.select_pairs(
+                    scores, offsets, **options, positives=None, negatives=None, text_ids=None, forbidden=None,
+                    keys=None, baseline=None, distances=None, band=np.inf, reuse_texts=False, seed=0, num_threads=1,
+                    isa=isa,
+                )  # fmt: skip
+                np.testing.assert_array_equal(got[0], expected[0])
+                np.testing.assert_array_equal(got[1], expected[1])
+                assert got[2]
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("scores", "options", "expected"),

@@ -14,12 +14,15 @@ import numpy.typing as npt
 
 from tso_fast.errors import did_you_mean
 from tso_fast.scoring.checks import array, check_offsets, extension, infinite_scores
-from tso_fast.scoring.strengths import MAX_ITERATIONS, REGULARIZATION, TOLERANCE, fit
+from tso_fast.scoring.strengths import MAX_ITERATIONS, REGULARIZATION, TOLERANCE, fit, warn_unfinished
 
 Method = Literal["mean", "median", "borda", "win_rate", "bradley_terry"]
 Normalize = Literal["none", "z", "rank", "minmax"]
 METHODS: tuple[str, ...] = get_args(Method)
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalize)
+
+MIN_WEIGHT = 1e-300
+"""Of the largest; what is less has no reciprocal in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,8 @@ def consensus(
     )
     if result is None:
         raise infinite_scores(scores_RM)
-    values, num_scores = result
+    values, num_scores, num_unfinished = result
+    warn_unfinished(num_unfinished, MAX_ITERATIONS, TOLERANCE)
     return Consensus(scores=values, num_scores=num_scores)
 
 
@@ -192,5 +196,10 @@ def _check_weights(weights: npt.ArrayLike | None, num_scorers: int) -> np.ndarra
         )
     if num_scorers and not weights_M.any():
         raise ValueError("weights are all 0; at least one scorer needs a weight > 0 (weights=None: all equal)")
+    if len(bad := np.flatnonzero((weights_M > 0) & (weights_M / weights_M.max(initial=0.0) < MIN_WEIGHT))):
+        raise ValueError(
+            f"weights[{bad[0]}] is {weights_M[bad[0]]}, below {MIN_WEIGHT:g} of the largest, {weights_M.max()}; 0 "
+            f"leaves a scorer out"
+        )
     # Only ratios count. Scaled by a power of two, exact, so that no weights overflow in a sum.
     return np.ldexp(weights_M, -np.frexp(weights_M.max(initial=0.0))[1])

@@ -5,6 +5,7 @@ Letters in shapes: P prompts, R responses of all prompts, C comparisons, n respo
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tso_fast.scoring.checks import array, check_offsets, extension
+
+logger = logging.getLogger(__name__)
 
 REGULARIZATION = 1.0
 MAX_ITERATIONS = 1000
@@ -44,7 +47,7 @@ def bradley_terry(
             the first. A tie is half a win for each. Need not be whole: weights of judges go here.
         offsets: [P+1] int64, prompt p owns the rows offsets[p] : offsets[p + 1].
         regularization: games against the average opponent, > 0. More of them draw strengths together.
-        max_iterations: at least 1; what was reached by then is returned.
+        max_iterations: at least 1; what was reached by then is returned, with a warning in the log of ``tso_fast``.
         tolerance: >= 0; a prompt is done when no strength exp(s) of it changes by a larger share in an update.
         num_threads: 0: one per hardware thread, fewer for small inputs. The result is bitwise the same for any number.
 
@@ -63,7 +66,19 @@ def bradley_terry(
     )
     if isinstance(result, int):
         raise _bad_pair(pairs_C2, offsets_P1, result)
-    return result
+    strengths_R, num_unfinished = result
+    warn_unfinished(num_unfinished, max_iterations, tolerance)
+    return strengths_R
+
+
+def warn_unfinished(num_prompts: int, max_iterations: int, tolerance: float) -> None:
+    """Tolerance 0 asks for all iterations: nothing to warn of."""
+    if num_prompts and tolerance > 0:
+        logger.warning(
+            "Bradley-Terry strengths of %d prompt%s still changed by more than %g after %d iterations; they are "
+            "returned as they are. More regularization makes them settle sooner.",
+            num_prompts, "s" * (num_prompts > 1), tolerance, max_iterations,
+        )  # fmt: skip
 
 
 def bradley_terry_reference(
