@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import resource
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import read_rows, write_rows
 
@@ -82,6 +84,41 @@ def test_pairs_of_real_responses(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> N
     assert f"used      {len(rows)} pairs of {prompts} of 660 prompts ({used})" in ended.out
     assert f"{len(rows)} pairs in {output}" in ended.err
     assert sorted(content(tmp_path)) == ["new folder/pairs.jsonl"]
+
+
+def columns_of(out: str) -> dict[str, list[str]]:
+    """Rows of the printed tables by their first cell; of equal ones the last."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_pairs_shows_prior_corrected_and_oracle_errors(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> None:
+    """Three simulated judges, 85 % right, on a real matrix; what the data know of each response is no evidence."""
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for row in read_rows(gsm8k_dev):
+        correct = [r["is_correct"] for r in row["responses"]]
+        for i, j in itertools.combinations(range(4), 2):
+            for judge in "abc":
+                right = rng.random() < (0.85 if correct[i] != correct[j] else 0.5)
+                verdicts.append({"prompt_id": row["id"], "responses": [i, j], "judge": judge,
+                                 "probability": float(right == (correct[i] >= correct[j]))})  # fmt: skip
+    file, output = write_rows(tmp_path / "v.jsonl", verdicts), tmp_path / "pairs.jsonl"
+    arguments = ["--responses", gsm8k_dev, "--verdicts", file, "--evidence", "calibrated", "--oracle", "is_correct"]
+    ended = cli("pairs", [*arguments, "--output", output])
+    assert ended.status == 0, ended.err
+    table = columns_of(ended.out)
+    pairs, prior, corrected, kept, best = table["all ordered"]
+    assert (pairs, prior, kept) == ("996", "15.7%", "100.0%")
+    assert float(corrected.rstrip("%")) < 7.5
+    assert float(corrected.rstrip("%")) == pytest.approx(float(best.rstrip("%")), abs=1.5)
+    assert table["prior: newer+larger"][-1].endswith("%")
+    assert float(table["a"][-1].rstrip("%")) > 75
+    ended = cli("pairs", [*arguments, "--min_confidence", 0.9, "--output", tmp_path / "sure.jsonl"])
+    _, _, corrected, kept, _ = columns_of(ended.out)["all ordered"]
+    assert float(corrected.rstrip("%")) < 2.5
+    assert 40 < float(kept.rstrip("%")) < 95
+    assert "drop: unsure" in ended.out.replace("\n", " ")
 
 
 def test_generate_score_pairs_eval_read_what_the_one_before_wrote(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
