@@ -113,7 +113,7 @@ def test_pairs_shows_prior_corrected_and_oracle_errors(cli: Cli, gsm8k_dev: Path
     assert float(corrected.rstrip("%")) < 7.5
     assert float(corrected.rstrip("%")) == pytest.approx(float(best.rstrip("%")), abs=1.5)
     assert table["prior: newer+larger"][-1].endswith("%")
-    assert float(table["a"][-1].rstrip("%")) > 75
+    assert float(table["a"][-1].rstrip("%")) > 60  # it guesses on half of the pairs
     ended = cli("pairs", [*arguments, "--min_confidence", 0.9, "--output", tmp_path / "sure.jsonl"])
     _, _, corrected, kept, _ = columns_of(ended.out)["all ordered"]
     assert float(corrected.rstrip("%")) < 2.5
