@@ -327,6 +327,11 @@ def test_training_refuses_what_it_could_not_use_before_any_work(
         ({"verifier": "regex", "verifier_pattern": "("}, "verifier_pattern: '(' is no regular expression"),
         ({"verifier": "numeric"}, "field 'answer' is 'Paris'; verifier 'numeric' expects a number"),
         ({"policy": "m.v9"}, "policy: got 'm.v9', expected one of the cells s.v1"),
+        ({"judges": [{"kind": "llm", "cell": "m.v9"}]}, "judge llm: cell: no cell is called 'm.v9'"),
+        ({"judges": [{"kind": "implicit", "reference": "m.v9"}]}, "judges: 'implicit' asks for cell 'm.v9'; the cells"),
+        ({"judges": [{"kind": "llm", "model": CellConfig(path="no/model")}]}, "judge llm: model: path 'no/model' is no folder"),
+        ({"judges": [{"kind": "llm", "cell": "policy", "template": "pair"}]}, "template"),
+        ({"judges": [{"kind": "verifier", "verifier": "no_such:f"}]}, "verifier: 'no_such:f' cannot be imported"),
         ({"num_iterations": 3}, "num_iterations: got 3, but there are only 1 prompts"),
         ({"cells": [{"path": "s.v1", "name": "tso-1"}]}, "cells: the name 'tso-1' will be that of a trained version"),
     ],
@@ -339,6 +344,7 @@ def test_training_looks_at_judge_data_and_cells_before_any_work(
 
     prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "capital of France?", "answer": "Paris"}])
     change = {"num_iterations": 1, **change}
+    change["judges"] = [JudgeConfig(**judge) for judge in change.get("judges", [])]
     cells = change.pop("cells", [{"path": "s.v1"}])
     config = TrainConfig(output_dir=str(tmp_path / "run"), prompts=str(prompts),
                          cells=[CellConfig(**{**c, "path": str(tiny_matrix / c["path"])}) for c in cells],

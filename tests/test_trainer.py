@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_adapter
+from helpers import make_adapter, write_rows
 from resume_chain import SMALL, config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -393,6 +393,19 @@ def test_every_kind_of_judge_in_the_loop(base: TrainConfig, tmp_path: Path) -> N
     info = {stage["name"]: stage["info"] for stage in read_run(tmp_path / "again")["stages"]}
     assert info["iter-1/score"]["costs"]["llm"]["new_requests"] == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()
+
+
+def test_held_out_prompts_need_only_the_verifier(base: TrainConfig, tmp_path: Path) -> None:
+    """Constraints of a second judge are asked of the training prompts alone."""
+    rows = [{**row, "constraints": [{"id": "punctuation:no_comma"}]} for row in rows_of(Path(base.prompts))]
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    config = dataclasses.replace(base, output_dir=str(tmp_path / "run"), prompts=str(tmp_path / "prompts.jsonl"),
+                                 judges=[JudgeConfig(kind="verifier", name="commas", verifier="ifeval")],
+                                 num_iterations=1)  # fmt: skip
+    train(config)
+    scores = [row["score"] for row in rows_of(tmp_path / "run/iter-1/verdicts.jsonl") if row["judge"] == "commas"]
+    assert set(scores) <= {0.0, 1.0}
+    assert len(scores) > 50
 
 
 def test_a_run_waits_for_people_and_goes_on_with_their_labels(base: TrainConfig, tmp_path: Path) -> None:

@@ -445,6 +445,11 @@ def loss_options_of(config: OptimizationConfig) -> dict[str, float]:
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
+def verifier_of(config: VerifierConfig) -> VerifierConfig:
+    """The verifier alone, without the judges beside it."""
+    return VerifierConfig(verifier=config.verifier, verifier_pattern=config.verifier_pattern)
+
+
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise InputError(f"{key}: got {value!r}, expected {expected}")

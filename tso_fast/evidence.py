@@ -248,11 +248,14 @@ class Beliefs:
                 if not any(labels.values()):
                     continue
                 unlabelled = [dataclasses.replace(pair, labels={}) for pair in self.evidence[p]]
-                for pair in correction.correct(item, self.scores[p], anything, Counts(), evidence=unlabelled,
+                scores, win_rates = self.scores[p], self.win_rates[p]
+                if self.config.evidence == "calibrated":  # without what the labels told
+                    scores = win_rates = _expected_win_rates(item, unlabelled, probabilities[p])
+                for pair in correction.correct(item, scores, anything, Counts(), evidence=unlabelled,
                                                probabilities=probabilities[p]):  # fmt: skip
                     i, j = sorted((pair.chosen, pair.rejected))
                     if label := labels.get((i, j)):
-                        stated.append(pairing.soft_label(pair, self.scores[p], config, self.win_rates[p]))
+                        stated.append(pairing.soft_label(pair, scores, config, win_rates))
                         right.append(float((label > 0) == (pair.chosen == i)))
         return np.array(stated), np.array(right)
 

@@ -58,6 +58,20 @@ def _verifiers(config: VerifierConfig) -> list[tuple[str, str | None]]:
     return [(verifier, pattern) for verifier, pattern in every if verifier is not None]
 
 
+def check_models(config: JudgesConfig, matrix: ModelMatrix | None) -> None:
+    """Before anything is generated.
+
+    Raises:
+        InputError: a judge names a cell that is not there, or a model that cannot be used.
+    """
+    for own in config.judges or []:
+        if own.kind == "llm":
+            llm.judge_model(own, matrix)
+        elif own.kind == "implicit":
+            for name in (own.cell or "policy", *([own.reference] if own.reference else [])):
+                _cell(name, own, matrix)
+
+
 def needs_models(config: JudgesConfig) -> bool:
     return any(judge.kind in ("llm", "implicit") for judge in config.judges or [])
 
@@ -108,10 +122,10 @@ def judge(
 
 def _implicit(candidates: Sequence[Candidates], config: JudgeConfig, models: Models) -> list[Verdict]:
     """Log-probs of a cell, less those of a reference cell where there is one: the DPO reward over beta."""
-    policy = _logprobs(_cell(config.cell or "policy", config, models), candidates, models)
+    policy = _logprobs(_cell(config.cell or "policy", config, models.matrix), candidates, models)
     reference = None
     if config.reference is not None:
-        reference = _logprobs(_cell(config.reference, config, models), candidates, models)
+        reference = _logprobs(_cell(config.reference, config, models.matrix), candidates, models)
     verdicts = []
     for p, item in enumerate(candidates):
         for i in range(len(item.responses)):
@@ -126,8 +140,7 @@ def _implicit(candidates: Sequence[Candidates], config: JudgeConfig, models: Mod
     return verdicts
 
 
-def _cell(name: str, config: JudgeConfig, models: Models) -> Cell:
-    matrix = models.matrix
+def _cell(name: str, config: JudgeConfig, matrix: ModelMatrix | None) -> Cell:
     if matrix is None:
         raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}, and there are no cells; set cells")
     if name == "policy":

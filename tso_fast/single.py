@@ -85,6 +85,7 @@ def score(config: ScoreConfig) -> None:
     candidates = read_candidates(config.responses, bad)
     file = _new_file(config.output)
     matrix = ModelMatrix(config.cells, config.policy) if config.cells else None
+    judging.check_models(config, matrix)
     with contextlib.ExitStack() as stack:
         models = None
         if judging.needs_models(config):

@@ -29,7 +29,7 @@ import tso_fast
 from tso_fast import judging, stages, store
 from tso_fast.answering import answer, ask, max_tokens
 from tso_fast.batching import encode_pairs
-from tso_fast.config import EvalConfig, TrainConfig, check, to_dict
+from tso_fast.config import EvalConfig, TrainConfig, VerifierConfig, check, to_dict, verifier_of
 from tso_fast.errors import Paused, TrainingError
 from tso_fast.judges.human import LABELS_FILE, read_labels
 from tso_fast.matrix import ModelMatrix, check_fits
@@ -59,8 +59,9 @@ def train(config: TrainConfig) -> Run:
     bad = BadRows(config.on_bad_row)
     trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
     matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
-    mini_batches = stages.split(_read(config.prompts, matrix, config, bad), config.num_iterations)
-    held_out = _read(config.eval_prompts, matrix, config, bad) if config.eval_prompts else []
+    judging.check_models(config, matrix)
+    mini_batches = stages.split(_read(config.prompts, config, matrix, config, bad), config.num_iterations)
+    held_out = _read(config.eval_prompts, verifier_of(config), matrix, config, bad) if config.eval_prompts else []
     with _open_run(config, matrix, accelerator) as run:
         if accelerator.is_main_process and bad.rows:
             write_jsonl(run / store.SKIPPED_FILE, bad.rows)
@@ -108,8 +109,10 @@ def train_and_compare(config: TrainConfig) -> list[str]:
     return folders
 
 
-def _read(path: str, matrix: ModelMatrix, config: TrainConfig, bad: BadRows) -> list[Candidates]:
-    candidates = judging.judgeable(read_candidates(path, bad), config, bad)
+def _read(
+    path: str, judges: VerifierConfig, matrix: ModelMatrix, config: TrainConfig, bad: BadRows
+) -> list[Candidates]:
+    candidates = judging.judgeable(read_candidates(path, bad), judges, bad)
     return check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
 
 

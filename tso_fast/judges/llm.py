@@ -112,7 +112,7 @@ def judge(
         EngineError: engines died too often; what was answered is kept.
     """
     template = load_template(config)
-    client = _Client(*_who(config, matrix), settings, store, advance)
+    client = _Client(*judge_model(config, matrix), settings, store, advance)
     own = _own_answers(candidates, config, template, client, bad) if "own" in template.placeholders else {}
     questions = _Questions(candidates, template, {number: answer.text for number, answer in own.items()})
     plan = [
@@ -174,7 +174,7 @@ def of_both_orders(orders: tuple[Reading, Reading]) -> Reading:
 # ----------------------------------------------------------------------------------------------------------- details
 
 
-def _who(config: JudgeConfig, matrix: ModelMatrix | None) -> tuple[Cell, CellConfig | None, ModelMatrix]:
+def judge_model(config: JudgeConfig, matrix: ModelMatrix | None) -> tuple[Cell, CellConfig | None, ModelMatrix]:
     """The judge's cell, how it was configured, and the matrix whose tokenizer it has."""
     if config.model is not None:
         try:
