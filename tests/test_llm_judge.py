@@ -569,7 +569,7 @@ def test_the_cell_that_judges(trained: Path, tiny_matrix: Path, tmp_path: Path) 
     template = str(trained / "compare.txt")
 
     def who(**given: Any) -> str:
-        return llm._who(JudgeConfig(kind="llm", template=template, **given), matrix)[0].name
+        return llm.judge_model(JudgeConfig(kind="llm", template=template, **given), matrix)[0].name
 
     assert who(cell="policy") == "m.v2"
     assert who(cell="s.v1") == "s.v1"
