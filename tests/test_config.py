@@ -329,7 +329,10 @@ def test_training_refuses_what_it_could_not_use_before_any_work(
         ({"policy": "m.v9"}, "policy: got 'm.v9', expected one of the cells s.v1"),
         ({"judges": [{"kind": "llm", "cell": "m.v9"}]}, "judge llm: cell: no cell is called 'm.v9'"),
         ({"judges": [{"kind": "implicit", "reference": "m.v9"}]}, "judges: 'implicit' asks for cell 'm.v9'; the cells"),
-        ({"judges": [{"kind": "llm", "model": CellConfig(path="no/model")}]}, "judge llm: model: path 'no/model' is no folder"),
+        (
+            {"judges": [{"kind": "llm", "model": CellConfig(path="no/model")}]},
+            "judge llm: model: path 'no/model' is no folder",
+        ),
         ({"judges": [{"kind": "llm", "cell": "policy", "template": "pair"}]}, "template"),
         ({"judges": [{"kind": "verifier", "verifier": "no_such:f"}]}, "verifier: 'no_such:f' cannot be imported"),
         ({"num_iterations": 3}, "num_iterations: got 3, but there are only 1 prompts"),
