@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ def take_root_off_the_path() -> None:
         sys.path[:] = before
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; some tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 take_root_off_the_path()
 sys.path.insert(0, str(TESTS))  # helpers, toy_verifier, resume_chain
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", COLUMNS="200")
