@@ -33,6 +33,7 @@ STRENGTH = 4.0
 """Votes that an assumed reliability counts for."""
 CLASS_STRENGTH = 20.0
 """Pairs that the accuracy of a rule counts for in that of one pair of models."""
+NO_VOTE, NO_LABEL = 99, 2
 MISFIT = 0.05
 """Difference of agreement that is told."""
 MAX_ITERATIONS = 1000
@@ -99,12 +100,11 @@ def combine(
     given = given or {}
     levels_NJ, num_levels = _levels(votes_NJ, [name in given for name in judges])
     labels_N = np.full(len(votes_NJ), np.nan) if labels_N is None else labels_N
-    # 2 stands for "not there" in every column.
     table = np.column_stack([
-        np.where(np.isnan(levels_NJ), LEVELS + 1, levels_NJ),
+        np.where(np.isnan(levels_NJ), NO_VOTE, levels_NJ),
         prior_N,
         np.where(prior_N == 0, 0, classes_N),
-        np.where(np.isnan(labels_N), 2, labels_N),
+        np.where(np.isnan(labels_N), NO_LABEL, labels_N),
     ]).astype(np.int32)  # fmt: skip
     patterns, inverse, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
     model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given, learn_from)
@@ -155,14 +155,15 @@ class _Model:
         J = len(judges)
         self.judges = judges
         # The prior order alone, or nothing at all, tells nothing of reliabilities.
-        is_told = (patterns[:, :J] <= LEVELS).any(axis=1) | (patterns[:, J + 2] != 2)
+        is_labelled = patterns[:, J + 2] != NO_LABEL
+        is_told = (patterns[:, :J] != NO_VOTE).any(axis=1) | is_labelled
         self.counts_U = counts_U * is_told
-        self.weight_U = self.counts_U if learn_from == "all" else self.counts_U * (patterns[:, J + 2] != 2)
+        self.weight_U = self.counts_U if learn_from == "all" else self.counts_U * is_labelled
         self.is_weighed = learn_from == "weights"
         self.say = np.ones(J + 1)
         self.levels_UJ = patterns[:, :J]
         self.prior_U, self.class_U, self.label_U = patterns[:, J], patterns[:, J + 1], patterns[:, J + 2]
-        self.has_vote_UJ = self.levels_UJ <= LEVELS
+        self.has_vote_UJ = self.levels_UJ != NO_VOTE
         self.num_levels = num_levels
         rules = sorted({rule for rule, _ in classes})
         self.rule_C = np.array([rules.index(rule) for rule, _ in classes], dtype=np.int64)
