@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=10_000)
     parser.add_argument("--responses", type=int, default=16)
@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--python_prompts", type=int, default=100, help="prompts a round of Python sets takes")
     parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     texts = make(args.prompts, args.responses, args.length)
     sample = min(args.python_prompts, args.prompts)
@@ -156,7 +156,7 @@ def main() -> int:
     distances = pairwise_distances(*some(texts, 0, sample), n=args.n)
     ngrams = int(np.maximum(np.diff(texts[1]) - args.n + 1, 0).sum())
     record = {
-        "command": "python " + " ".join(["benchmarks/bench_diversity.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/bench_diversity.py", *(sys.argv[1:] if argv is None else argv)]),
         "machine": machine(),
         "versions": versions("numpy", "tso-fast"),
         "commit": commit(),

@@ -8,7 +8,7 @@ interleaved rounds; a ratio is that of a round, shown as median and quartiles. T
 buffer that is paged in already, by as many threads as ours (torch's `copy_`; `np.copyto`, one thread, is timed
 beside it). The vectorised peers get the scores as [P, 8, 9], which ragged prompts would not fit; the loop is numpy
 calls prompt after prompt, timed over a part of the prompts. Extra memory is the peak resident size over the inputs,
-outputs included, in a fresh process.
+outputs included, in a fresh process. Distances of n-grams follow, as by bench_diversity.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_diversity
 import numpy as np
 import torch
 from harness import RESULTS, commit, interleave, machine, spread, table, versions, write_json
@@ -321,6 +322,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--missing", type=float, nargs="+", default=[0.0, 0.1], help="shares of scores that are NaN")
+    parser.add_argument("--skip_distances", action="store_true", help="without bench_diversity.py")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--memory_of", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -344,8 +346,10 @@ def main() -> int:
     wrong = [f"{section['what']}: {name}" for section in sections for name in section.get("wrong", [])]
     for line in wrong:
         print(f"wrong: {line}", file=sys.stderr)
-    print(f"\nload {load[0]:.1f}, written to {arguments.out}")
-    return 1 if wrong else 0
+    print(f"\nload {load[0]:.1f}, written to {arguments.out}\n")
+    if arguments.skip_distances:
+        return 1 if wrong else 0
+    return bench_diversity.main(["--threads", str(arguments.threads)]) or (1 if wrong else 0)
 
 
 if __name__ == "__main__":
