@@ -260,6 +260,11 @@ def test_an_oracle_that_knows_nothing() -> None:
         make_oracle("is_correct", [item("q", "a", "b")])
 
 
+def test_an_unknown_oracle_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="oracle: nothing is called 'nmeric'; did you mean 'numeric'"):
+        make_oracle("nmeric", [item("q", "a", "b")])
+
+
 def test_errors_count_only_what_the_oracle_orders() -> None:
     candidates = [item("q", "a", "b", "c")]
     matrix = score_matrix(candidates, [])

@@ -455,6 +455,8 @@ def _require(condition: bool, key: str, value: object, expected: str) -> None:
         raise InputError(f"{key}: got {value!r}, expected {expected}")
 
 
+VERIFIERS = ("exact", "numeric", "regex", "ifeval", "ifeval_loose")
+"""Built in."""
 POSITIVE = frozenset({
     "generation_batch_size", "max_completion_length", "num_iterations", "max_pairs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "logging_steps", "max_skipped_steps", "num_gpus",
@@ -552,10 +554,9 @@ def _check_generation(config: GenerationConfig) -> None:
 
 
 def _check_verifier(config: VerifierConfig, place: str = "") -> None:
-    known = ("exact", "numeric", "regex", "ifeval", "ifeval_loose")
     if config.verifier is not None and ":" not in config.verifier:
-        _require(config.verifier in known, f"{place}verifier", config.verifier,
-                 f"one of {', '.join(known)}, or package.module:function")  # fmt: skip
+        _require(config.verifier in VERIFIERS, f"{place}verifier", config.verifier,
+                 f"one of {', '.join(VERIFIERS)}, or package.module:function")  # fmt: skip
     if (config.verifier == "regex") != (config.verifier_pattern is not None):
         raise InputError(f"{place}verifier_pattern: it goes with verifier 'regex', and regex needs it; "
                          f"got verifier {config.verifier!r}, verifier_pattern {config.verifier_pattern!r}")  # fmt: skip

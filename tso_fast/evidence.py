@@ -17,9 +17,9 @@ from typing import Any, get_args
 import numpy as np
 
 from tso_fast import correction, pairing
-from tso_fast.config import EvidenceConfig, PairingConfig
+from tso_fast.config import VERIFIERS, EvidenceConfig, PairingConfig
 from tso_fast.correction import Corrected, Counts, combined, label_of
-from tso_fast.errors import InputError
+from tso_fast.errors import InputError, did_you_mean
 from tso_fast.judges.verifier import make_verifier
 from tso_fast.reliability import Combination, LearnFrom, expected_calibration_error, fit_temperature, tempered
 from tso_fast.scoring import Agreement, agreement, bradley_terry, consensus
@@ -325,7 +325,7 @@ class Oracle:
     """By prompt and response; None: not known."""
 
 
-def make_oracle(name: str, candidates: Sequence[Candidates], pattern: str | None = None) -> Oracle:
+def make_oracle(name: str, candidates: Sequence[Candidates]) -> Oracle:
     """
     Raises:
         InputError: nothing in the data is called so.
@@ -336,7 +336,12 @@ def make_oracle(name: str, candidates: Sequence[Candidates], pattern: str | None
     elif any(name in r.scores for c in candidates for r in c.responses):
         scores = [[r.scores.get(name) for r in c.responses] for c in candidates]
     else:
-        check = make_verifier(name, pattern)
+        names = {score for c in candidates for r in c.responses for score in r.scores}
+        known = sorted({"is_correct", *VERIFIERS, *names})
+        if name not in known and ":" not in name:
+            raise InputError(f"oracle: nothing is called {name!r}{did_you_mean(name, known)}; expected one of "
+                             f"{', '.join(known)}, or package.module:function")  # fmt: skip
+        check = make_verifier(name)
         scores = [[check(c.prompt, r).score for r in c.responses] for c in candidates]
     if all(score is None for of_prompt in scores for score in of_prompt):
         raise InputError(f"oracle: no response has {name!r}; expected is_correct, a name in the data's scores, or a "
