@@ -337,7 +337,7 @@ def make_oracle(name: str, candidates: Sequence[Candidates]) -> Oracle:
         scores = [[r.scores.get(name) for r in c.responses] for c in candidates]
     else:
         names = {score for c in candidates for r in c.responses for score in r.scores}
-        known = sorted({"is_correct", *VERIFIERS, *names})
+        known = sorted({"is_correct", *VERIFIERS, *names} - {"regex"})  # which needs a pattern
         if name not in known and ":" not in name:
             raise InputError(f"oracle: nothing is called {name!r}{did_you_mean(name, known)}; expected one of "
                              f"{', '.join(known)}, or package.module:function")  # fmt: skip
