@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import random
 import re
+import shutil
 import signal
 import string
 import subprocess
@@ -178,6 +179,16 @@ def check_good(out: list[Any], candidates: list[Candidates]) -> None:
         assert c.probability == pytest.approx(want, abs=0.02), c
         assert c.orders == pytest.approx((want, want), abs=0.02)
         assert c.judge == "llm"
+
+
+def test_a_judge_whose_weights_only_the_server_has(folder: Path, server: FakeServer, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    server.reply = answers(good)
+    candidates = additions(4)
+    model = CellConfig(path=str(bare), url=server.url, size_b=70.0, served_name=folder.name)
+    out, cost = run(candidates, JudgeConfig(kind="llm", model=model), tmp_path)
+    check_good(out, candidates)
+    assert cost.requests == len(server.asked) == 24
 
 
 @pytest.mark.parametrize("say", [good, odd])

@@ -13,7 +13,8 @@ from helpers import make_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tso_fast.config import CellConfig
+from tso_fast.answering import ask
+from tso_fast.config import CellConfig, GenerateConfig
 from tso_fast.errors import InputError
 from tso_fast.matrix import ModelMatrix, check_fits, open_cell
 from tso_fast.policy import load_model, load_tokenizer
@@ -63,6 +64,20 @@ def test_a_cell_without_weights(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
     said = refusal(CellConfig(path=str(copied)))
     assert said == f"cells[0]: {copied} has no *.safetensors weights; expected config.json and *.safetensors"
+
+
+def test_a_cell_whose_weights_only_a_server_has(copied: Path, tiny_matrix: Path) -> None:
+    (copied / "model.safetensors").unlink()
+    there = {"path": str(copied), "url": "http://127.0.0.1:1/v1"}
+    assert "cells[0]: size_b is missing" in refusal(CellConfig(**there))
+    one, other = (open_cell(CellConfig(**there, size_b=70, served_name=name)) for name in ("big", "bigger"))
+    assert (one.size_b, one.has_weights) == (70, False)
+    assert one.weight_hash != other.weight_hash
+    assert open_cell(CellConfig(path=str(tiny_matrix / "s.v1"), url="http://127.0.0.1:1/v1")).has_weights
+    matrix = ModelMatrix([CellConfig(**there, size_b=70), *cells(tiny_matrix, "s.v1")])
+    assert matrix.policy.name == "s.v1"
+    with pytest.raises(InputError, match=r"generator hf: cell 'cell.v1' has no weights in .*, only its server has"):
+        ask(one, GenerateConfig(prompts="-", output="-", cells=[], generator="hf"))
 
 
 def test_a_cell_with_pickled_weights_only(copied: Path) -> None:

@@ -22,7 +22,7 @@ from tso_fast.config import AnsweringConfig, CellConfig
 from tso_fast.errors import InputError
 from tso_fast.executors import Answer, Executor, Job
 from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server
-from tso_fast.matrix import ModelMatrix
+from tso_fast.matrix import ModelMatrix, require_weights
 from tso_fast.policy import device_of
 from tso_fast.records import BadRows, prompt_row
 from tso_fast.response_store import ResponseStore, prompt_hash, response_key, settings_hash
@@ -64,6 +64,8 @@ def ask(
     kind = resolve_generator(config)
     if kind == "openai" and own is None:
         kind = resolve_generator(dataclasses.replace(config, generator="auto", url=None))  # no server has this version
+    if kind != "openai":
+        require_weights(cell, f"generator {kind}")
     cell_config = own or CellConfig(path=str(cell.path))
     url = _first(cell_config.url, config.url)
     server = _server(cell, url, cell_config.served_name) if kind == "openai" else None

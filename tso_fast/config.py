@@ -41,7 +41,8 @@ class CellConfig:
     max_completion_length: int | None = None
     """Most tokens of a response of this cell; default: as for all cells."""
     url: str | None = None
-    """Where `generator: openai` finds this cell, such as http://127.0.0.1:8000/v1; default: the `url` of all cells."""
+    """Where `generator: openai` finds this cell, such as http://127.0.0.1:8000/v1; default: the `url` of all cells.
+    With a `url` of its own and a `size_b`, the folder needs no weights, only configuration and tokenizer."""
     served_name: str | None = None
     """This cell's name on that server; default: `name`."""
 

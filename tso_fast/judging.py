@@ -13,7 +13,7 @@ from tso_fast.judges import llm
 from tso_fast.judges.agreement import agree
 from tso_fast.judges.implicit import cell_logprobs
 from tso_fast.judges.verifier import make_verifier, verify, with_answers
-from tso_fast.matrix import ModelMatrix
+from tso_fast.matrix import ModelMatrix, require_weights
 from tso_fast.policy import device_of
 from tso_fast.records import BadRows
 from tso_fast.response_store import ResponseStore
@@ -143,12 +143,11 @@ def _implicit(candidates: Sequence[Candidates], config: JudgeConfig, models: Mod
 def _cell(name: str, config: JudgeConfig, matrix: ModelMatrix | None) -> Cell:
     if matrix is None:
         raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}, and there are no cells; set cells")
-    if name == "policy":
-        return matrix.policy
-    found = {cell.name: cell for cell in matrix.cells}
+    found = {"policy": matrix.policy, **{cell.name: cell for cell in matrix.cells}}
     if name not in found:
         raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
                          "the current one is policy")  # fmt: skip
+    require_weights(found[name], f"judges: {judge_name(config)!r}")
     return found[name]
 
 

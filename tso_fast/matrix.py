@@ -30,9 +30,11 @@ VOLATILE = frozenset({
 def open_cell(config: CellConfig, place: str = "cells") -> Cell:
     """Looks at a folder of a model or of a LoRA adapter without loading it.
 
+    A cell with a ``url`` of its own needs no weights there, only configuration and tokenizer.
+
     Raises:
         InputError: no folder, no config or no safetensors weights there; an adapter whose base is not there or whose
-            rank is not what its configuration says.
+            rank is not what its configuration says; no weights and no ``size_b``.
     """
     path = Path(config.path)
     if not path.is_dir():
@@ -47,10 +49,18 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
                          "or give an adapter's folder")  # fmt: skip
     else:
         base = path
-    num_parameters, hashes = _open_weights(base, place)
+    name = config.name or os.path.basename(os.path.abspath(path))  # also of "."
+    has_weights = config.url is None or rank is not None or any(path.glob("*.safetensors"))
+    if has_weights:
+        num_parameters, hashes = _open_weights(base, place)
+    elif config.size_b is None:
+        raise InputError(f"{place}: size_b is missing; {path} has no *.safetensors weights to count. A cell with a url "
+                         "needs none, but its size must be told")  # fmt: skip
+    else:
+        num_parameters, hashes = 0, [f"served as {config.served_name or name}\n"]
     model_config = load_config(base)
     return Cell(
-        name=config.name or os.path.basename(os.path.abspath(path)),  # also of "."
+        name=name,
         path=path,
         base=base,
         size_b=num_parameters / 1e9 if config.size_b is None else config.size_b,
@@ -59,7 +69,18 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
         architecture=_hash_of(model_config.to_dict()),
         context=getattr(model_config.get_text_config(), "max_position_embeddings", None),
         lora_rank=rank,
+        has_weights=has_weights,
     )
+
+
+def require_weights(cell: Cell, what: str) -> None:
+    """
+    Raises:
+        InputError: only a server has them.
+    """
+    if not cell.has_weights:
+        raise InputError(f"{what}: cell {cell.name!r} has no weights in {cell.path}, only its server has; expected "
+                         "*.safetensors there, or another cell")  # fmt: skip
 
 
 def _hash_of(config: dict[str, Any]) -> str:
@@ -141,7 +162,8 @@ class ModelMatrix:
             raise InputError(f"cells: the name {min(taken)!r} will be that of a trained version; set another name")
         if policy is not None and policy not in names:
             raise InputError(f"policy: got {policy!r}, expected one of the cells {', '.join(names)}")
-        newest = max(self.cells, key=lambda cell: (cell.size_b, cell.version_rank))
+        trainable = [cell for cell in self.cells if cell.has_weights] or self.cells
+        newest = max(trainable, key=lambda cell: (cell.size_b, cell.version_rank))
         self.initial = self.policy = newest if policy is None else self.cells[names.index(policy)]
         self.tokenizer: Any = load_tokenizer(self.policy.base)
         self._check_vocabularies()

@@ -46,7 +46,9 @@ def make_pairs(
     """
     comparisons = [v for v in verdicts if isinstance(v, Comparison)]
     pointwise = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)], oracle)
-    evidence = correction.evidence_of(candidates, pointwise, comparisons)
+    # A hundred thousand pairs take a second, and scores alone need none.
+    is_needed = judging.evidence == "calibrated" or bool(comparisons) or oracle is not None
+    evidence = correction.evidence_of(candidates, pointwise, comparisons) if is_needed else [[] for _ in candidates]
     believed = Beliefs(
         candidates, evidence, judging, with_comparisons(pointwise, candidates, comparisons, judging.comparison_scores)
     )

@@ -32,7 +32,7 @@ from tso_fast.batching import encode_pairs
 from tso_fast.config import EvalConfig, TrainConfig, VerifierConfig, check, to_dict, verifier_of
 from tso_fast.errors import Paused, TrainingError
 from tso_fast.judges.human import LABELS_FILE, read_labels
-from tso_fast.matrix import ModelMatrix, check_fits
+from tso_fast.matrix import ModelMatrix, check_fits, require_weights
 from tso_fast.monitors import drift_warnings
 from tso_fast.optimization import make_accelerator, optimise
 from tso_fast.policy import free_gpu_memory, save_model
@@ -59,6 +59,7 @@ def train(config: TrainConfig) -> Run:
     bad = BadRows(config.on_bad_row)
     trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
     matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
+    require_weights(matrix.policy, "policy")
     judging.check_models(config, matrix)
     mini_batches = stages.split(_read(config.prompts, config, matrix, config, bad), config.num_iterations)
     held_out = _read(config.eval_prompts, verifier_of(config), matrix, config, bad) if config.eval_prompts else []

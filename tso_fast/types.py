@@ -132,6 +132,8 @@ class Cell:
     """Most tokens of prompt and response together; None: no limit known."""
     lora_rank: int | None = None
     """Of an adapter."""
+    has_weights: bool = True
+    """False: only a server has them; ``weight_hash`` is then that of the server's name for them."""
 
     @property
     def is_adapter(self) -> bool:
