@@ -446,6 +446,11 @@ def loss_options_of(config: OptimizationConfig) -> dict[str, float]:
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 
 
+def judge_name(config: JudgeConfig) -> str:
+    """In files and tables."""
+    return config.name or config.kind
+
+
 def verifier_of(config: VerifierConfig) -> VerifierConfig:
     """The verifier alone, without the judges beside it."""
     return VerifierConfig(verifier=config.verifier, verifier_pattern=config.verifier_pattern)
@@ -587,7 +592,7 @@ def _check_judges(config: JudgesConfig) -> None:
     names = ["verifier"] if config.verifier is not None else []
     for i, judge in enumerate(config.judges or []):
         _check_fields(judge, f"judges[{i}].")
-        name = judge.name or judge.kind
+        name = judge_name(judge)
         if name in names or name == "human":
             raise InputError(f"judges[{i}].name: {name!r} is taken; set a name of its own")
         names.append(name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tso_fast.config import AnsweringConfig, JudgeConfig, JudgesConfig, VerifierConfig
+from tso_fast.config import AnsweringConfig, JudgeConfig, JudgesConfig, VerifierConfig, judge_name
 from tso_fast.errors import InputError
 from tso_fast.judges import llm
 from tso_fast.judges.agreement import agree
@@ -31,10 +31,6 @@ class Models:
     advance: Callable[[int], None] = field(default=lambda count: None)
 
 
-def judge_name(config: JudgeConfig) -> str:
-    return config.name or config.kind
-
-
 def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
     """Those that the configured verifiers can judge, known before anything is generated; the others are bad rows.
 
@@ -45,16 +41,19 @@ def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: Bad
     for verifier, pattern in _verifiers(config):
         make_verifier(verifier, pattern)
         usable = with_answers(usable, verifier, bad)
-    for own in config.judges or [] if isinstance(config, JudgesConfig) else []:
+    for own in _judges(config):
         if own.kind == "llm":
             llm.load_template(own)
     return usable
 
 
+def _judges(config: VerifierConfig) -> list[JudgeConfig]:
+    return config.judges or [] if isinstance(config, JudgesConfig) else []
+
+
 def _verifiers(config: VerifierConfig) -> list[tuple[str, str | None]]:
-    judges = config.judges or [] if isinstance(config, JudgesConfig) else []
     every = [(config.verifier, config.verifier_pattern)]
-    every += [(judge.verifier, judge.verifier_pattern) for judge in judges if judge.kind == "verifier"]
+    every += [(judge.verifier, judge.verifier_pattern) for judge in _judges(config) if judge.kind == "verifier"]
     return [(verifier, pattern) for verifier, pattern in every if verifier is not None]
 
 
@@ -64,7 +63,7 @@ def check_models(config: JudgesConfig, matrix: ModelMatrix | None) -> None:
     Raises:
         InputError: a judge names a cell that is not there, or a model that cannot be used.
     """
-    for own in config.judges or []:
+    for own in _judges(config):
         if own.kind == "llm":
             llm.judge_model(own, matrix)
         elif own.kind == "implicit":
@@ -73,14 +72,18 @@ def check_models(config: JudgesConfig, matrix: ModelMatrix | None) -> None:
 
 
 def needs_models(config: JudgesConfig) -> bool:
-    return any(judge.kind in ("llm", "implicit") for judge in config.judges or [])
+    return any(map(_is_model, _judges(config)))
+
+
+def _is_model(config: JudgeConfig) -> bool:
+    return config.kind in ("llm", "implicit")
 
 
 def num_steps(candidates: Sequence[Candidates], config: JudgesConfig) -> int:
     """What ``Models.advance`` is told in all: requests, and responses scored by log-probs."""
     num_responses = sum(len(item.responses) for item in candidates)
     steps = 0
-    for judge in config.judges or []:
+    for judge in _judges(config):
         if judge.kind == "llm":
             steps += llm.num_requests(candidates, judge)
         elif judge.kind == "implicit":
@@ -100,7 +103,7 @@ def judge(
     costs: dict[str, Any] = {}
     if config.verifier is not None:
         verdicts += verify(candidates, make_verifier(config.verifier, config.verifier_pattern), bad)
-    for own in config.judges or []:
+    for own in _judges(config):
         name = judge_name(own)
         if own.kind == "agreement":
             verdicts += agree(candidates, name)
@@ -143,7 +146,7 @@ def _implicit(candidates: Sequence[Candidates], config: JudgeConfig, models: Mod
 def _cell(name: str, config: JudgeConfig, matrix: ModelMatrix | None) -> Cell:
     if matrix is None:
         raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}, and there are no cells; set cells")
-    found = {"policy": matrix.policy, **{cell.name: cell for cell in matrix.cells}}
+    found = matrix.named
     if name not in found:
         raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
                          "the current one is policy")  # fmt: skip

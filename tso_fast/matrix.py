@@ -173,6 +173,11 @@ class ModelMatrix:
     def context(self) -> int | None:
         return min((cell.context for cell in self.cells if cell.context is not None), default=None)
 
+    @property
+    def named(self) -> dict[str, Cell]:
+        """The cells by name, and the current policy as ``policy``."""
+        return {"policy": self.policy, **{cell.name: cell for cell in self.cells if cell.name != "policy"}}
+
     def _check_vocabularies(self) -> None:
         vocabulary = self.tokenizer.get_vocab()
         seen = {self.policy.base}

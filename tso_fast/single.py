@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def generate(config: GenerateConfig) -> None:
 def score(config: ScoreConfig) -> None:
     """Verdicts of every judge, the mean score of each model, and what the judges cost."""
     from tso_fast import judging
+    from tso_fast.evidence import COST_COLUMNS, cost_rows
     from tso_fast.matrix import ModelMatrix
     from tso_fast.response_store import ResponseStore
 
@@ -99,7 +100,7 @@ def score(config: ScoreConfig) -> None:
     if comparisons := [v for v in verdicts if isinstance(v, Comparison)]:
         stdout.print(_comparisons_table(comparisons))
     if costs:
-        stdout.print(_costs_table(costs))
+        stdout.print(_table("What judges that are models took", COST_COLUMNS, cost_rows(costs)))
     _finish(file, f"{len(verdicts)} verdicts", bad)
 
 
@@ -131,14 +132,13 @@ def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     return table
 
 
-def _costs_table(costs: dict[str, dict[str, Any]]) -> Table:
-    from tso_fast.evidence import COST_COLUMNS, cost_rows
-
-    head, *rest = COST_COLUMNS
-    table = Table(head, title="What judges that are models took")
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Names in the first column, numbers in the others."""
+    head, *rest = columns
+    table = Table(head, title=title)
     for name in rest:
         table.add_column(name, justify="right")
-    for row in cost_rows(costs):
+    for row in rows:
         table.add_row(*row)
     return table
 
@@ -167,7 +167,7 @@ def pairs(config: PairsConfig) -> None:
     if info["errors"] is not None:
         stdout.print(errors_table(info["errors"], config.oracle or ""))
     if config.evidence == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
-        stdout.print(judges_table(info["judges"]))
+        stdout.print(_table("Evidence", evidence.JUDGE_COLUMNS, evidence.judge_rows(info["judges"])))
     reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
     stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)
     stdout.print(f"used      {len(made)} pairs of {info['prompts_with_pairs']} of {info['prompts']} prompts "
@@ -200,19 +200,6 @@ def errors_table(errors: dict[str, dict[str, int]], oracle: str) -> Table:
     if len(ordered) > 1:
         table.add_section()
         row("all ordered", {key: sum(of[key] for of in ordered) for key in ordered[0]}, True)
-    return table
-
-
-def judges_table(judges: dict[str, dict[str, Any]]) -> Table:
-    """What was asked of whom, how it correlates with the others and, if calibrated, how far it was believed."""
-    from tso_fast.evidence import JUDGE_COLUMNS, judge_rows
-
-    head, *rest = JUDGE_COLUMNS
-    table = Table(head, title="Evidence")
-    for name in rest:
-        table.add_column(name, justify="right")
-    for row in judge_rows(judges):
-        table.add_row(*row)
     return table
 
 

@@ -21,7 +21,7 @@ from typing import overload
 
 from tso_fast.answering import Advance, answer, ask
 from tso_fast.batching import encode_prompt
-from tso_fast.config import AnsweringConfig, CellConfig, JudgeConfig
+from tso_fast.config import AnsweringConfig, CellConfig, JudgeConfig, judge_name
 from tso_fast.errors import InputError, did_you_mean
 from tso_fast.judges import template as templates
 from tso_fast.judges.replies import Reading, read_label, read_logprobs, read_rating
@@ -122,8 +122,8 @@ def judge(
     ]
     advance(num_requests(candidates, config) - len(own) - len(questions) * config.num_votes)
     readings, unread = _readings(questions, config, template, client)
-    results = [_result(planned, candidates, readings, _name(config)) for planned in plan]
-    cost = _cost(_name(config), results, client, unread)
+    results = [_result(planned, candidates, readings, judge_name(config)) for planned in plan]
+    cost = _cost(judge_name(config), results, client, unread)
     _warn(cost, results)
     return results, cost
 
@@ -180,23 +180,16 @@ def judge_model(config: JudgeConfig, matrix: ModelMatrix | None) -> tuple[Cell, 
         try:
             matrix = ModelMatrix([config.model])
         except InputError as error:
-            raise InputError(f"judge {_name(config)}: model: {str(error).removeprefix('cells[0]: ')}") from error
+            raise InputError(f"judge {judge_name(config)}: model: {str(error).removeprefix('cells[0]: ')}") from error
         return matrix.policy, config.model, matrix
     if matrix is None:
-        raise InputError(f"judge {_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, or "
-                         "give the judge a model of its own")  # fmt: skip
-    if config.cell == "policy":
-        return matrix.policy, matrix.configs.get(matrix.policy.name), matrix
-    for cell in matrix.cells:
-        if cell.name == config.cell:
-            return cell, matrix.configs.get(cell.name), matrix
-    known = ["policy", *(cell.name for cell in matrix.cells)]
-    raise InputError(f"judge {_name(config)}: cell: no cell is called {config.cell!r}"
+        raise InputError(f"judge {judge_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, "
+                         "or give the judge a model of its own")  # fmt: skip
+    known = matrix.named
+    if cell := known.get(config.cell or ""):
+        return cell, matrix.configs.get(cell.name), matrix
+    raise InputError(f"judge {judge_name(config)}: cell: no cell is called {config.cell!r}"
                      f"{did_you_mean(config.cell or '', known)}; expected one of {', '.join(known)}")  # fmt: skip
-
-
-def _name(config: JudgeConfig) -> str:
-    return config.name or config.kind
 
 
 def _judged(item: Candidates, config: JudgeConfig, template: Template) -> list[tuple[int, ...]]:
