@@ -1,49 +1,63 @@
 """A preference step at the output head on one GPU: ours, the matmul floor and the peers, side by side.
 
-    pip install --no-build-isolation --no-deps -e .          where nothing can be downloaded
-    python benchmarks/gpu_suite.py                           under 10 minutes on an H200; most important rows first
-    python benchmarks/gpu_suite.py --only llama3_8b frozen   some rows
-    python benchmarks/gpu_suite.py --resume                  the rows that --out does not hold yet
-    python benchmarks/gpu_suite.py --dry_run                 the same code at tiny shapes on the CPU
+    python benchmarks/gpu_suite.py                           under 8 minutes on an H200; most important first
+    python benchmarks/gpu_suite.py --smoke                   the first case, ours and plain torch, in a minute
+    python benchmarks/gpu_suite.py --only llama3_8b frozen   some cases
+    python benchmarks/gpu_suite.py --resume                  what --out does not hold yet; failures once more, last
+    python benchmarks/gpu_suite.py --dry_run                 the same code at tiny shapes, in Triton's interpreter
     python benchmarks/gpu_suite.py --readme                  the README's tables from the last results
+
+From a plain copy of the repository, where nothing can be installed, compiled or downloaded (it needs torch, triton and
+numpy; a peer is measured if its folder can be imported):
+
+    ln -sfn ../kernels tso_fast/kernels
+    PYTHONPATH=. python benchmarks/gpu_suite.py
 
 A step is the loss and its backward, from hidden states to the gradients of hidden states and head, host time
 included. The floor is its matrix products alone, `torch.mm` on the completion rows. Times are CUDA events around
 interleaved steps with the L2 cache overwritten in between; a ratio is that of a round, shown as median and quartiles.
-Errors are against float64 on the same bf16 inputs, and come first. Extra memory is the peak of allocated memory over
-inputs and returned gradients. Results are written after every row; a peer that is missing, fails or runs out of
-memory is a row's entry like any other.
+Errors are against float64 on the same inputs, and come first. Extra memory is the peak of allocated memory over inputs
+and returned gradients.
+
+Every provider of a case runs in a process of its own, a fork of this one, which never touches the GPU: a crash, a hang
+or a lost device is a row's entry like any other. Results are written after each, and what a process had found before
+it died is kept.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
-# Peers differ by tens of gigabytes: without it, one's cached blocks make the next one wait for cudaFree.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+if "--dry_run" in sys.argv:  # before triton is imported
+    os.environ |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 import argparse
+import ctypes
 import dataclasses
-import gc
+import functools
+import importlib.util
 import json
 import logging
-import subprocess
-import sys
+import math
+import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from fused_cases import (
     GOALS,
+    GPU_GOALS,
     PEERS,
     Case,
+    Cuda,
+    Device,
     Problem,
     Provider,
-    Truth,
     attempt,
     error_cells,
     errors,
@@ -53,7 +67,7 @@ from fused_cases import (
     ours,
     solve,
 )
-from harness import RESULTS, commit, interleave, machine, spread, table, versions, write_json
+from harness import RESULTS, Say, commit, in_child, interleave, machine, spread, table, versions, write_json
 
 OUT = RESULTS / "gpu_suite.json"
 PACKAGES = ("torch", "triton", "tso-fast", "liger-kernel", "cut-cross-entropy", "trl", "transformers",
@@ -74,139 +88,251 @@ CASES = {case.name: case for case in [
     Case(name="half_prompt", what="Llama-3-8B, 8 pairs of 2 x 2048, half of every sequence is prompt",
          prompt_share=0.5, **LLAMA | {"length": 2048}),
     Case(name="short", what="Llama-3-8B, 32 pairs of 2 x 256", **LLAMA | {"pairs": 32, "length": 256}),
+    Case(name="float16", what="Llama-3-8B, 8 pairs of 2 x 1024", dtype="float16", **LLAMA),
 ]}  # fmt: skip
-OURS = "tso-fast"
-PROVIDERS = [OURS, "trl", "liger_compiled", "cce", "liger_scaled", "liger", "naive", "cce_kahan", "torch_lce"]
-TINY = {"pairs": 2, "length": 64, "dim": 64, "vocab": 517}
+HEADLINE = next(iter(CASES))
+TINY = {"pairs": 2, "length": 8, "dim": 24, "vocab": 67}
+OURS, NAIVE = "tso-fast", "naive"
+PEER_NAMES = ["trl", "liger_scaled", "cce", "liger_compiled", "quack", "cce_kahan", "liger", "torch_lce"]
+LEAST_S = 15
+"""What an item needs where everything is compiled: nothing starts with less time left."""
 
 
-class Clock:
-    """Seconds of a call: CUDA events with a cold L2, or wall time on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        if device == "cuda":
-            self.l2 = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-            self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        if self.device != "cuda":
-            before = time.perf_counter()
-            call()
-            return time.perf_counter() - before
-        self.l2.zero_()
-        self.start.record()
-        result = call()
-        self.end.record()
-        self.end.synchronize()
-        del result
-        return self.start.elapsed_time(self.end) / 1e3
+# ------------------------------------------------------------------------------------------------------ one process
 
 
-def measure(case: Case, providers: dict[str, Provider], device: str, rounds: int, deadline: float) -> dict[str, Any]:
-    problem, truth = solve(make(case, device), block=1024)
-    clock = Clock(device)
-    floor: dict[str, Callable[[], Any]] = dict(floors(problem, truth))
+def measure(case: Case, provider: Provider, device: Device, rounds: int, limit_s: float, say: Say) -> None:
+    """Says what is found of a provider as soon as it is: errors, then memory, then times beside the floor's."""
+    start = time.monotonic()
+    problem, truth = solve(make(case, device.name), block=1024)
+    device.synchronize()
+    say({"setup_s": time.monotonic() - start})
+    result, first_s = timed(device, provider, problem)
+    if isinstance(result, str):
+        return say({"status": result})
+    found = errors(result, truth)
+    say({"first_s": first_s, "errors": found})
+    if provider.is_ours:
+        say({"misses": misses(found, GPU_GOALS)})
+    floor = floors(problem, dataclasses.replace(truth, dhidden=truth.loss, dweight=None))
+    del result, truth
+
+    (result, second_s), peak = device.peak_bytes(functools.partial(timed, device, provider, problem))
+    if isinstance(result, str):
+        return say({"status": result})
+    grad_bytes = result.grad_bytes
+    say({"grad_mib": grad_bytes / 2**20} | ({} if peak is None else {"extra_mib": (peak - grad_bytes) / 2**20}))
+    del result
     for call in floor.values():
         call()
-    calls = dict(floor)
-    found: dict[str, Any] = {}
-    for name, provider in providers.items():
-        if time.monotonic() > deadline:
-            found[name] = {"label": provider.label, "status": "no time left"}
-            continue
-        found[name] = {"label": provider.label, **check(provider, problem, truth, device)}
-        if found[name]["status"] == "ok":
-            calls[name] = lambda run=provider.run: run(problem)
-        elif is_context_lost(device):
-            raise ContextLostError(name, found[name]["status"])
-    del truth
-    times = interleave({name: lambda call=call: clock(call) for name, call in calls.items()},
-                       dict.fromkeys(calls, rounds))  # fmt: skip
-    best = min(floor, key=lambda name: spread(times[name])["median"])
-    for name in calls:
-        if name not in floor:
-            found[name]["time_s"] = spread(times[name])
-            found[name]["ratio"] = spread([a / b for a, b in zip(times[name], times[best], strict=True)])
+    device.synchronize()
+    left_s = limit_s - (time.monotonic() - start)
+    rounds = max(1, min(rounds, int(0.6 * left_s / max(second_s, 1e-3))))  # a slow peer gets as many as there is time
+    say({"rounds": rounds, **times(provider, problem, floor, device, rounds), "status": "ok"})
+
+
+def timed(device: Device, provider: Provider, problem: Problem) -> tuple[Any, float]:
+    start = time.monotonic()
+    return attempt(provider, problem, device), time.monotonic() - start
+
+
+def times(provider: Provider, problem: Problem, floor: dict[str, Any], device: Device, rounds: int) -> dict[str, Any]:
+    calls: dict[str, Callable[[], Any]] = {**floor, OURS: lambda: provider.run(problem)}
+    seconds = interleave({name: functools.partial(device.seconds, call) for name, call in calls.items()},
+                         dict.fromkeys(calls, rounds))  # fmt: skip
+    device.synchronize()
+    step = seconds.pop(OURS)
+    best = min(floor, key=lambda name: spread(seconds[name])["median"])
     return {
-        "case": dataclasses.asdict(case) | {"products": case.products, "tflop": tflop(case)},
-        "floor": {"best": best, **{name: spread(times[name]) for name in floor}},
-        "rounds": rounds,
-        "providers": found,
+        "time_s": spread(step),
+        "ratio": spread([a / b for a, b in zip(step, seconds[best], strict=True)]),
+        "floor": {"best": best, **{name: spread(values) for name, values in seconds.items()}},
     }
+
+
+# ---------------------------------------------------------------------------------------------------- injected faults
+
+
+class LostDevice(Device):
+    """One on which a kernel fails after its launch, and which then answers nothing any more."""
+
+    is_lost = False
+
+    def synchronize(self) -> None:
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def empty_cache(self) -> None:
+        self.synchronize()
+
+
+def _crash(problem: Problem) -> Any:
+    ctypes.string_at(0)
+
+
+def _leave(problem: Problem) -> Any:
+    os._exit(3)
+
+
+def _hang(problem: Problem) -> Any:
+    time.sleep(3600)
+
+
+def _lose(problem: Problem) -> Any:
+    LostDevice.is_lost = True
+    return PEERS[NAIVE].run(problem)
+
+
+def _run_out(problem: Problem) -> Any:
+    raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+
+FAULTS = {
+    "crash": Provider(label="a segmentation fault", run=_crash),
+    "exit": Provider(label="a process that leaves", run=_leave),
+    "hang": Provider(label="a hang", run=_hang),
+    "late_error": Provider(label="an error after the launch", run=_lose),
+    "oom": Provider(label="out of memory", run=_run_out),
+}
+"""Providers for the test of this script: whatever they do, the others are measured."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the suite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Item:
+    case: Case
+    name: str
+    provider: Provider
+
+    @property
+    def title(self) -> str:
+        return f"{self.case.name}/{self.name}"
+
+
+def items(arguments: argparse.Namespace) -> Iterator[Item]:
+    """The first case with all providers, then ours on the others, then what is left of them."""
+    known = {OURS: ours("triton" if arguments.dry_run else arguments.impl), **PEERS, **FAULTS}
+    wanted = [OURS, NAIVE] if arguments.smoke else arguments.providers
+    names = [HEADLINE] if arguments.smoke else arguments.only or list(CASES)
+    cases = [dataclasses.replace(CASES[n], **TINY) if arguments.dry_run else CASES[n] for n in names]
+    first = [OURS, NAIVE] if arguments.dry_run else wanted  # a peer in the interpreter's company is no news
+    plan = [(cases[0], name) for name in wanted[:2] + arguments.inject + wanted[2:]]
+    plan += [(case, name) for case in cases[1:] for name in wanted[:1]]
+    plan += [(case, name) for case in cases[1:] for name in wanted[1:] if name in first]
+    yield from (Item(case=case, name=name, provider=known[name]) for case, name in plan)
+
+
+def run(item: Item, device: Device, rounds: int, limit_s: float) -> dict[str, Any]:
+    """An item's entry, from a process of its own."""
+    entry: dict[str, Any] = {"label": item.provider.label, "status": "no result"}
+    package = item.provider.package
+    if reason := item.provider.unsupported(item.case):
+        return entry | {"status": reason, "is_final": True}
+    if package is not None and importlib.util.find_spec(package) is None:
+        return entry | {"status": f"not installed: {package}", "is_final": True}
+
+    def work(say: Say) -> None:
+        measure(item.case, item.provider, device, rounds, limit_s, say)
+
+    start = time.monotonic()
+    if (ended := in_child(work, entry.update, limit_s=limit_s)) is not None:
+        entry["status"] = ended
+    is_final = entry["status"] == "ok" or entry["status"].startswith("not installed")
+    return entry | {"wall_s": time.monotonic() - start, "is_final": is_final}
+
+
+def facts_of(device: Device) -> dict[str, Any]:
+    """Of the GPU, asked in a child; empty where there is none."""
+    found: dict[str, Any] = {}
+
+    def ask(say: Say) -> None:
+        if not isinstance(device, Cuda) or torch.cuda.is_available():
+            say({"device": device.name, **device.facts()})
+
+    if (ended := in_child(ask, found.update, limit_s=60)) is not None:
+        print(f"the device does not answer: {ended}", file=sys.stderr)
+    return found
+
+
+class Record:
+    """The results, on disk after every change."""
+
+    def __init__(self, out: Path, arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
+        self.out, self.start = out, time.monotonic()
+        self.data: dict[str, Any] = {"is_dry_run": arguments.dry_run, "goals": GPU_GOALS, "runs": [], "rows": []}
+        earlier = json.loads(out.read_text()) if arguments.resume and out.exists() else {}
+        if "runs" in earlier and earlier["is_dry_run"] == arguments.dry_run:
+            self.data = earlier
+        self.data["runs"].append({
+            "command": " ".join(["python benchmarks/gpu_suite.py", *sys.argv[1:]]),
+            "commit": arguments.commit or commit(),
+            "machine": machine() | facts,
+            "versions": versions(*PACKAGES),
+            "rounds": arguments.rounds,
+        })  # fmt: skip
+        self.write()
+
+    def entry(self, item: Item) -> dict[str, Any] | None:
+        row = next((row for row in self.data["rows"] if row["case"]["name"] == item.case.name), None)
+        return None if row is None else row["providers"].get(item.name)
+
+    def add(self, item: Item, entry: dict[str, Any]) -> None:
+        rows = self.data["rows"]
+        row = next((row for row in rows if row["case"]["name"] == item.case.name), None)
+        if row is None:
+            row = {"case": dataclasses.asdict(item.case) | {"products": item.case.products, "tflop": tflop(item.case)},
+                   "providers": {}}  # fmt: skip
+            rows.append(row)
+            rows.sort(key=lambda row: list(CASES).index(row["case"]["name"]))
+        row["providers"][item.name] = entry | {"run": len(self.data["runs"]) - 1}
+        self.write()
+
+    def write(self) -> None:
+        self.data["runs"][-1]["wall_s"] = time.monotonic() - self.start
+        write_json(self.out, self.data)
 
 
 def tflop(case: Case) -> float:
     return case.products * 2 * (2 * case.pairs * case.completion) * case.dim * case.vocab / 1e12
 
 
-def check(provider: Provider, problem: Problem, truth: Truth, device: str) -> dict[str, Any]:
-    """Errors of a first step, then the memory of a second one, when everything is compiled and tuned."""
-    start = time.perf_counter()
-    result = attempt(provider, problem)
-    if isinstance(result, str):
-        return {"status": result}
-    first_s = time.perf_counter() - start
-    found: dict[str, Any] = {"status": "ok", "first_s": first_s, "errors": errors(result, truth)}
-    if provider.is_ours:
-        found["misses"] = misses(found["errors"])
-    del result
-    if device != "cuda":
-        return found
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    result = attempt(provider, problem)
-    if isinstance(result, str):
-        return {"status": result}
-    torch.cuda.synchronize()
-    found["extra_mib"] = (torch.cuda.max_memory_allocated() - before - result.grad_bytes) / 2**20
-    found["grad_mib"] = result.grad_bytes / 2**20
-    return found
-
-
-class ContextLostError(RuntimeError):
-    """A kernel's illegal access, say: no later CUDA call in this process can succeed."""
-
-    def __init__(self, provider: str, status: str) -> None:
-        super().__init__(status)
-        self.provider = provider
-
-
-def is_context_lost(device: str) -> bool:
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-        torch.ones(1, device=device).item()
-    except torch.OutOfMemoryError:
-        return False
-    except RuntimeError:
-        return True
-    return False
-
-
-def gpu() -> dict[str, Any]:
-    facts: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "gpu_count": torch.cuda.device_count()}
-    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    try:
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"],
-                              capture_output=True, text=True, timeout=30)  # fmt: skip
-        facts |= dict(zip(query.split(","), map(str.strip, done.stdout.split(",")), strict=False))
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    return facts
+def run_all(arguments: argparse.Namespace, record: Record, device: Device) -> None:
+    """Every item that is not done, those that failed before last; none that could end after the budget."""
+    todo = []
+    for item in items(arguments):
+        earlier = record.entry(item)
+        if earlier is None or not earlier.get("is_final"):
+            todo.append((earlier is not None and "wall_s" in earlier, item))
+    for _, item in sorted(todo, key=lambda pair: pair[0]):
+        left_s = arguments.budget_s - (time.monotonic() - record.start)
+        if left_s < LEAST_S:
+            if record.entry(item) is None:
+                record.add(item, {"label": item.provider.label, "status": "not reached"})
+            print(f"{item.title}: not reached", flush=True)
+            continue
+        entry = run(item, device, arguments.rounds, min(arguments.limit_s, left_s))
+        record.add(item, entry)
+        print(line(item, entry), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
+def line(item: Item, entry: dict[str, Any]) -> str:
+    if entry["status"] != "ok":
+        return f"{item.title}: {entry['status']}"
+    ms, ratio, mib, margin, gradient = cells(entry)
+    return (f"{item.title}: {ms} ms, {ratio} of the floor, {mib} MiB, margin {margin}, gradient {gradient} "
+            f"[{entry['first_s']:.0f} s the first time, {entry['wall_s']:.0f} s in all]")  # fmt: skip
+
+
 def cells(entry: dict[str, Any]) -> list[str]:
     """ms, ratio, extra MiB, errors."""
     if entry["status"] != "ok":
-        return [entry["status"][:80], "", "", "", ""]
+        found = error_cells(entry) if "errors" in entry else ["", ""]
+        return [entry["status"][:80], "", f"{entry['extra_mib']:,.0f}" if "extra_mib" in entry else "", *found]
     ratio = entry["ratio"]
     return [
         f"{1e3 * entry['time_s']['median']:.1f}",
@@ -216,117 +342,93 @@ def cells(entry: dict[str, Any]) -> list[str]:
     ]
 
 
+def floor_s(row: dict[str, Any]) -> float:
+    """Median of the floor beside ours, or where ours has none beside the first that has; NaN: nobody has."""
+    found = [row["providers"].get(OURS, {}), *row["providers"].values()]
+    floor = next((entry["floor"] for entry in found if "floor" in entry), None)
+    return math.nan if floor is None else float(floor[floor["best"]]["median"])
+
+
 def section(row: dict[str, Any]) -> str:
-    case, floor = row["case"], row["floor"]
-    best_s = floor[floor["best"]]["median"]
+    case, best_s = row["case"], floor_s(row)
     title = (f"{case['what']} (D {case['dim']}, V {case['vocab']}, {case['dtype']}): {case['products']:g} products, "
              f"{1e3 * best_s:.1f} ms, {case['tflop'] / best_s:.0f} TFLOP/s")  # fmt: skip
     header = ["", "ms", "time / floor (quartiles)", "extra MiB", "margin error, nat", "gradient error"]
     return f"**{title}**\n\n" + table(header, [[e["label"], *cells(e)] for e in row["providers"].values()])
 
 
-def readme(record: dict[str, Any]) -> str:
+def what(case: dict[str, Any]) -> str:
+    return case["what"] + ("" if case["dtype"] == "bfloat16" else f", {case['dtype']}")
+
+
+def readme(data: dict[str, Any]) -> str:
     first = table(
         ["case", "floor, ms", "ours, ms", "time / floor (quartiles)", "extra MiB", "margin error, nat",
          "gradient error"],
-        [[row["case"]["what"], f"{1e3 * row['floor'][row['floor']['best']]['median']:.1f}",
-          *cells(row["providers"][OURS])] for row in record["rows"] if OURS in row["providers"]],
+        [[what(row["case"]), f"{1e3 * floor_s(row):.1f}", *cells(row["providers"][OURS])]
+         for row in data["rows"] if OURS in row["providers"]],
     )  # fmt: skip
-    facts, found = record["machine"], ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    foot = (f"{facts.get('gpu', facts['processor'])}, driver {facts.get('driver_version', '-')}; {found}; commit "
-            f"{record['commit']}; medians (quartiles) of {record['settings']['rounds']} interleaved rounds. Goals for "
-            f"errors: margin ≤ {GOALS['margin_nat']:g} nat, gradients ≤ {GOALS['dhidden']:g}. `{record['command']}`"
-            )  # fmt: skip
-    return "\n\n".join([first, *map(section, record["rows"][:1]), foot])
+    last = data["runs"][-1]
+    gpus, commits = (dict.fromkeys(found) for found in zip(*(
+        (f"{run['machine'].get('gpu', run['machine']['processor'])}, driver "
+         f"{run['machine'].get('driver_version', '-')}", run["commit"]) for run in data["runs"]), strict=True
+    ))  # fmt: skip
+    foot = (f"{'; '.join(gpus)}; {', '.join(f'{name} {version}' for name, version in last['versions'].items())}; "
+            f"commit {', '.join(commits)}; medians (quartiles) of {last['rounds']} interleaved rounds. Goals for "
+            f"errors: margin ≤ {GOALS['margin_nat']:g} nat, gradient of hidden states ≤ {GPU_GOALS['dhidden']:g} and "
+            f"of the head ≤ {GPU_GOALS['dweight']:g}. `{last['command']}`")  # fmt: skip
+    return "\n\n".join([first, *map(section, data["rows"][:1]), foot])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everyone = [OURS, NAIVE, *PEER_NAMES]
+    parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--providers", nargs="+", default=everyone, choices=[OURS, *PEERS], metavar="PROVIDER",
+                        help=f"of {', '.join([OURS, *PEERS])}, in this order")  # fmt: skip
+    parser.add_argument("--smoke", action="store_true", help="first case, ours and plain torch, in a minute")
+    parser.add_argument("--impl", default="triton", help="of ours")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget_s", type=float, default=430, help="everything ends before")
+    parser.add_argument("--limit_s", type=float, default=90, help="the most that one provider of a case may take")
+    parser.add_argument("--out", type=Path, help=f"default: {OUT}; of a dry run: a temporary file")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds and add what it lacks")
+    parser.add_argument("--commit", help="for the results, where the checkout has no .git")
+    parser.add_argument("--dry_run", action="store_true", help="tiny shapes in Triton's interpreter on the CPU")
+    parser.add_argument("--readme", action="store_true", help="print the README's tables from --out and exit")
+    parser.add_argument("--inject", nargs="+", default=[], choices=list(FAULTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.rounds, arguments.budget_s = min(arguments.rounds, 3), min(arguments.budget_s, 56)
+        arguments.limit_s = min(arguments.limit_s, 40)
+    return arguments
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=[OURS, *PEERS], metavar="PROVIDER",
-                        help=f"of {', '.join([OURS, *PEERS])}")  # fmt: skip
-    parser.add_argument("--impl", default="triton", help="of ours")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--budget_s", type=float, default=540, help="no row or provider starts later than this")
-    parser.add_argument("--out", type=Path, help=f"default: {OUT}; of a dry run: a temporary file")
-    parser.add_argument("--resume", action="store_true", help="keep the rows of --out and add the others")
-    parser.add_argument("--without", nargs="*", default=[], metavar="PROVIDER", help="leave out, after a crash")
-    parser.add_argument("--commit", help="for the results, where the checkout has no .git")
-    parser.add_argument("--dry_run", action="store_true", help="tiny shapes on the CPU, impl=reference")
-    parser.add_argument("--readme", action="store_true", help="print the README's tables from --out and exit")
-    arguments = parser.parse_args()
+    arguments = parse()
     warnings.filterwarnings("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
     out = arguments.out or (Path(tempfile.mkdtemp()) / "gpu_suite.json" if arguments.dry_run else OUT)
     if arguments.readme:
-        record = json.loads(out.read_text()) if out.exists() else {"is_dry_run": True}
-        print("not measured" if record["is_dry_run"] else readme(record))
+        data = json.loads(out.read_text()) if out.exists() else {"is_dry_run": True}
+        print("not measured" if data["is_dry_run"] or not data["rows"] else readme(data))
         return 0
-    if not (arguments.dry_run or torch.cuda.is_available()):
+    device = LostDevice() if arguments.dry_run else Cuda()
+    facts = facts_of(device)
+    if not facts:
         print("gpu_suite: needs an NVIDIA GPU that torch can see; nothing was measured (--dry_run tries the code)")
         return 0
-
-    start = time.monotonic()
-    device, impl = ("cpu", "reference") if arguments.dry_run else ("cuda", arguments.impl)
-    record = {
-        "command": " ".join(["python benchmarks/gpu_suite.py", *sys.argv[1:]]),
-        "is_dry_run": arguments.dry_run,
-        "commit": arguments.commit or commit(),
-        "machine": machine() | ({} if arguments.dry_run else gpu()),
-        "versions": versions(*PACKAGES) | ({"cuda": torch.version.cuda} if torch.version.cuda else {}),
-        "settings": {"rounds": arguments.rounds, "impl": impl, "providers": arguments.providers},
-        "goals": {"errors": GOALS},
-        "rows": [],
-        "crashes": {},
-        "skipped": [],
-    }
-    if arguments.resume and out.exists():
-        earlier = json.loads(out.read_text())
-        record |= {"rows": earlier["rows"], "crashes": earlier["crashes"]}
-    done = {row["case"]["name"] for row in record["rows"]}
-    providers = {name: ours(impl) if name == OURS else PEERS[name]
-                 for name in arguments.providers if name not in arguments.without}  # fmt: skip
-    for name in arguments.only or CASES:
-        if name in done:
-            continue
-        if time.monotonic() - start > arguments.budget_s:
-            record["skipped"].append(name)
-            print(f"{name}: no time left", flush=True)
-            continue
-        case = CASES[name]
-        if arguments.dry_run:
-            case = dataclasses.replace(case, what=f"dry run of: {case.what}", **TINY)
-        try:
-            row = measure(case, providers, device, arguments.rounds, start + arguments.budget_s)
-        except ContextLostError as error:
-            record["crashes"][error.provider] = str(error)
-            print(f"{name}: {error.provider} broke the CUDA context ({error}); starting again without it", flush=True)
-            write_json(out, record)
-            left_s = arguments.budget_s - (time.monotonic() - start)
-            again = [*sys.argv, "--resume", "--budget_s", f"{left_s:.0f}", "--without", *arguments.without,
-                     error.provider]  # fmt: skip
-            os.execv(sys.executable, [sys.executable, *again])
-        except torch.OutOfMemoryError as error:
-            record["skipped"].append(name)
-            print(f"{name}: the problem itself does not fit: {' '.join(str(error).split())[:200]}", flush=True)
-            continue
-        finally:
-            gc.collect()
-        record["rows"].append(row)
-        record["wall_s"] = time.monotonic() - start
-        write_json(out, record)
-        print(f"\n{section(row)}\n\n{record['wall_s']:.0f} s", flush=True)
-    record["wall_s"] = time.monotonic() - start
-    write_json(out, record)
-    print(f"\n{readme(record)}\n\n{record['wall_s']:.0f} s, written to {out}")
-
-    wrong = [f"{row['case']['name']}: {'; '.join(entry.get('misses') or [entry['status']])}"
-             for row in record["rows"] if (entry := row["providers"].get(OURS)) is not None
-             and (entry["status"] != "ok" or entry["misses"])]  # fmt: skip
-    if OURS in record["crashes"]:
-        wrong.append(f"crashed: {record['crashes'][OURS]}")
-    for line in wrong:
-        print(f"wrong: {line}", file=sys.stderr)
+    record = Record(out, arguments, facts)
+    run_all(arguments, record, device)
+    record.write()
+    rows = record.data["rows"]
+    print("\n" + "\n\n".join([*map(section, rows[1:]), readme(record.data)]))
+    print(f"\n{record.data['runs'][-1]['wall_s']:.0f} s, written to {out}")
+    wrong = [f"{row['case']['name']}: {'; '.join(entry.get('misses') or [entry['status']])}" for row in rows
+             if (entry := row["providers"].get(OURS)) and (entry["status"] != "ok" or entry["misses"])]  # fmt: skip
+    for text in wrong:
+        print(f"wrong: {text}", file=sys.stderr)
     return 1 if wrong else 0
 
 
