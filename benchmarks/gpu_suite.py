@@ -91,7 +91,7 @@ CASES = {case.name: case for case in [
     Case(name="float16", what="Llama-3-8B, 8 pairs of 2 x 1024", dtype="float16", **LLAMA),
 ]}  # fmt: skip
 HEADLINE = next(iter(CASES))
-TINY = {"pairs": 2, "length": 8, "dim": 24, "vocab": 67}
+TINY = {"pairs": 2, "length": 12, "dim": 24, "vocab": 67}
 OURS, NAIVE = "tso-fast", "naive"
 PEER_NAMES = ["trl", "liger_scaled", "cce", "liger_compiled", "quack", "cce_kahan", "liger", "torch_lce"]
 LEAST_S = 15
