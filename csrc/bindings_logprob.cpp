@@ -52,7 +52,7 @@ struct CheckedHead {
 
     CheckedHead(const py::array& hidden_TD, const py::array& weight_VD, const std::optional<py::array>& bias_V,
                 const Array<int64_t>& targets_T, const std::string& dtype_name, double softcap, double scale, int num_threads,
-                const std::string& isa)
+                const std::string& isa, bool is_shard)
         : targets(targets_T.data(), targets_T.data() + targets_T.size()) {
         if (hidden_TD.ndim() != 2 || weight_VD.ndim() != 2) throw py::value_error("hidden must be [T, D], weight [V, D]");
         head.dtype = named(kDtypes, dtype_name);
@@ -64,7 +64,7 @@ struct CheckedHead {
         head.bias_V = data_of(bias_V, "bias", head.V, size);
         if (static_cast<int64_t>(targets.size()) != head.T) throw py::value_error("targets must be [T]");
         for (const int64_t target : targets)
-            if (target < 0 || target >= head.V) throw py::value_error("targets must be in [0, V)");
+            if (target < (is_shard ? -1 : 0) || target >= head.V) throw py::value_error("targets must be in [0, V)");
         head.targets_T = targets.data();
         head.softcap = softcap, head.scale = scale, head.num_threads = num_threads;
     }
@@ -72,17 +72,25 @@ struct CheckedHead {
 
 py::tuple logprob_forward(const py::array& hidden_TD, const py::array& weight_VD, const std::optional<py::array>& bias_V,
                           const Array<int64_t>& targets_T, const std::string& dtype, double softcap, double scale,
-                          int num_threads, const std::string& isa, std::optional<py::array> exps) {
-    const CheckedHead checked(hidden_TD, weight_VD, bias_V, targets_T, dtype, softcap, scale, num_threads, isa);
+                          int num_threads, const std::string& isa, std::optional<py::array> exps, const py::object& reduce) {
+    const CheckedHead checked(hidden_TD, weight_VD, bias_V, targets_T, dtype, softcap, scale, num_threads, isa,
+                              !reduce.is_none());
     const tso::Head& head = checked.head;
     void* exps_ = writable(exps, "exps", tso::exps_stride(*head.ops, head.T) * head.V * head.ops->element_size, 1);
     Array<double> logprob_T(head.T);
     Array<double> rows({static_cast<py::ssize_t>(head.T), kRowFields});
     double* logprob = logprob_T.mutable_data();
     tso::Row* row_T = reinterpret_cast<tso::Row*>(rows.mutable_data());
+    tso::Reduce over_ranks;
+    if (!reduce.is_none())
+        over_ranks = [&reduce](double* values, int64_t count, bool find_max) {
+            const py::gil_scoped_acquire acquire;
+            // A view of our memory, as it has an owner.
+            reduce(py::array_t<double>(count, values, py::capsule(values, [](void*) {})), find_max);
+        };
     {
         const py::gil_scoped_release release;
-        tso::logprob_forward(head, logprob, row_T, exps_);
+        tso::logprob_forward(head, over_ranks, logprob, row_T, exps_);
     }
     return py::make_tuple(logprob_T, rows);
 }
@@ -93,7 +101,7 @@ void logprob_backward(const py::array& hidden_TD, const py::array& weight_VD, co
                       std::optional<py::array> dhidden_TD, const std::string& dhidden_dtype,
                       std::optional<py::array> dweight_VD, std::optional<py::array> dweight_rest_VD,
                       std::optional<py::array> dbias_V, bool is_first, bool is_last) {
-    const CheckedHead checked(hidden_TD, weight_VD, bias_V, targets_T, dtype, softcap, scale, num_threads, isa);
+    const CheckedHead checked(hidden_TD, weight_VD, bias_V, targets_T, dtype, softcap, scale, num_threads, isa, true);
     const tso::Head& head = checked.head;
     if (dlogprob_T.size() != head.T || rows.size() != head.T * kRowFields)
         throw py::value_error("dlogprob and rows must be those of [T] tokens");
@@ -104,8 +112,7 @@ void logprob_backward(const py::array& hidden_TD, const py::array& weight_VD, co
     gradients.dhidden_TD = writable(dhidden_TD, "dhidden", head.T * head.D, tso::dtype_size(gradients.dhidden_dtype));
     gradients.dweight_VD = writable(dweight_VD, "dweight", head.V * head.D, tso::dtype_size(head.dtype));
     const bool is_half = head.dtype == tso::Dtype::bf16 || head.dtype == tso::Dtype::f16;
-    gradients.dweight_rest_VD = writable(dweight_rest_VD, "dweight_rest", head.V * head.D,
-                                         tso::rest_size(head.dtype));
+    gradients.dweight_rest_VD = writable(dweight_rest_VD, "dweight_rest", head.V * head.D, 1);
     if (is_half && dweight_VD && !dweight_rest_VD && !(is_first && is_last))
         throw py::value_error("a sum of several chunks in half precision needs dweight_rest");
     gradients.dbias_V = static_cast<double*>(writable(dbias_V, "dbias", head.V, sizeof(double)));
@@ -123,7 +130,8 @@ void bind_logprob(py::module_& m) {
     m.def("logprob_exps_bytes", &logprob_exps_bytes, py::arg("T"), py::arg("V"), py::arg("dtype"), py::arg("isa"));
     m.def("logprob_forward", &logprob_forward, py::arg("hidden_TD"), py::arg("weight_VD"), py::arg("bias_V"),
           py::arg("targets_T").noconvert(), py::arg("dtype"), py::arg("softcap"), py::arg("scale"), py::arg("num_threads"),
-          py::arg("isa"), py::arg("exps"));
+          py::arg("isa"), py::arg("exps"), py::arg("reduce") = py::none(),
+          "reduce(values [n] float64, find_max): replaces the numbers by their sum or maximum over ranks");
     m.def("logprob_backward", &logprob_backward, py::arg("hidden_TD"), py::arg("weight_VD"), py::arg("bias_V"),
           py::arg("targets_T").noconvert(), py::arg("dtype"), py::arg("softcap"), py::arg("scale"), py::arg("num_threads"),
           py::arg("isa"), py::arg("exps"), py::arg("rows").noconvert(), py::arg("dlogprob_T").noconvert(),

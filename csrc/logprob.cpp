@@ -196,7 +196,7 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
                      const Gradients& gradients) {
     const Ops& ops = *head.ops;
     const int64_t stride = exps_stride(ops, head.T), acc = ops.acc_size, size = ops.element_size;
-    const int64_t source = dtype_size(head.dtype), half = rest_size(head.dtype);
+    const int64_t source = dtype_size(head.dtype);
     Packed hidden(ops, head.D, stride / ops.group);
     parallel_for(hidden.num_panels(), head.num_threads, [&](int64_t panel) {
         ops.pack_rows(offset_bytes(head.hidden_TD, panel * kPanel * source), head.dtype, head.D, head.T, hidden.count(panel),
@@ -209,10 +209,10 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
             const int64_t at = v * head.D + panel * kPanel;
             void* total = offset_bytes(gradients.dweight_VD, at * source);
             void* rest = gradients.dweight_rest_VD;
-            if (rest != nullptr) rest = offset_bytes(rest, at * half);
+            if (rest != nullptr) rest = offset_bytes(rest, at);
             if (!gradients.is_first) {  // on their way while the product is computed
                 prefetch_rows(total, count, kPanel * source, head.D * source);
-                if (rest != nullptr) prefetch_rows(rest, count, kPanel * half, head.D * half);
+                if (rest != nullptr) prefetch_rows(rest, count, kPanel, head.D);
             }
             if (ranges.empty()) std::memset(tile.get(), 0, kVocabTile * kPanel * acc);
             for (const Range& range : ranges)
@@ -291,7 +291,7 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
 
 int64_t exps_stride(const Ops& ops, int64_t T) { return round_up(T, std::max(ops.row_align, ops.lanes)); }
 
-void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps) {
+void logprob_forward(const Head& head, const Reduce& reduce, double* logprob_T, Row* row_T, void* exps) {
     const Ops& ops = *head.ops;
     const int64_t source = dtype_size(head.dtype), stride = exps_stride(ops, head.T);
     const std::vector<char> bias = widen_bias(head);
@@ -306,24 +306,29 @@ void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps
                          hidden.panel(panel));
         for (int64_t t = panel * kPanel; t < panel * kPanel + hidden.count(panel); ++t) {
             const int64_t target = head.targets_T[t];
+            row_T[t].target_slope = 1.0;
+            target_T[t] = 0.0;
+            if (target < 0) continue;
             double z = ops.dot(offset_bytes(head.hidden_TD, t * head.D * source),
                                offset_bytes(head.weight_VD, target * head.D * source), head.dtype, head.D);
             if (!bias.empty()) z += load_acc(ops, bias.data(), target);
-            row_T[t].target_slope = 1.0;
             if (head.softcap != 0) {
                 const double tanh = std::tanh(z / head.softcap);
                 z = head.softcap * tanh;
                 row_T[t].target_slope = 1.0 - tanh * tanh;
             }
             target_T[t] = z * head.scale * kLog2e;
-            store_acc(ops, offset.get(), t, target_T[t]);
         }
     });
+    if (reduce) reduce(target_T.data(), head.T, false);  // 0 from all ranks but one
+    for (int64_t t = 0; t < head.T; ++t) store_acc(ops, offset.get(), t, target_T[t]);
 
     std::vector<int64_t> panels;
     for (int64_t panel = 0; panel < hidden.num_panels(); ++panel) panels.push_back(panel);
     sweep(head, hidden, panels, bias, offset.get(), false, exps, totals_T.data());
+    if (reduce) reduce(totals_T.data(), head.T, false);
 
+    // All ranks see the same totals, so all of them go on the same way.
     const auto is_safe = [&](int64_t t) { return totals_T[t] > 1 / kSafeSum && totals_T[t] < kSafeSum; };
     panels.clear();
     for (int64_t t = 0; t < head.T; ++t)
@@ -331,10 +336,15 @@ void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps
     if (!panels.empty()) {
         std::vector<double> maxima_T(head.T);
         sweep(head, hidden, panels, bias, offset.get(), true, nullptr, maxima_T.data());
+        if (reduce) reduce(maxima_T.data(), head.T, true);
         for (const int64_t panel : panels)
             for (int64_t t = panel * kPanel; t < panel * kPanel + hidden.count(panel); ++t)
                 if (!is_safe(t)) store_acc(ops, offset.get(), t, maxima_T[t]);  // the others keep their bits
-        sweep(head, hidden, panels, bias, offset.get(), false, exps, totals_T.data());
+        std::vector<double> again_T(head.T);
+        sweep(head, hidden, panels, bias, offset.get(), false, exps, again_T.data());
+        if (reduce) reduce(again_T.data(), head.T, false);
+        for (const int64_t panel : panels)
+            std::copy_n(again_T.data() + panel * kPanel, hidden.count(panel), totals_T.data() + panel * kPanel);
     }
     for (int64_t t = 0; t < head.T; ++t) {
         Row& row = row_T[t];
@@ -353,7 +363,7 @@ void logprob_backward(const Head& head, const double* dlogprob_T, const Row* row
     for (int64_t t = 0; t < stride; ++t) {
         const bool is_active = t < head.T && dlogprob_T[t] != 0;
         store_acc(ops, factor.get(), t, is_active ? -dlogprob_T[t] * head.scale / row_T[t].sum : 0.0);
-        if (is_active)
+        if (is_active && head.targets_T[t] >= 0)
             ops.store_exp(exps, head.targets_T[t] * stride + t, (row_T[t].target_exp - row_T[t].sum) * row_T[t].target_slope);
     }
     if (gradients.dbias_V != nullptr)

@@ -5,6 +5,7 @@
 // dot product a row, where a running maximum would rescale what is stored. Rows where it is far off are redone with their maximum.
 #pragma once
 #include <cstdint>
+#include <functional>
 
 #include "ops.h"
 
@@ -17,7 +18,7 @@ struct Head {
     const void* hidden_TD;
     const void* weight_VD;
     const void* bias_V;  // null: none
-    const int64_t* targets_T;
+    const int64_t* targets_T;  // -1: another rank has the target, see Reduce
     int64_t T, D, V;
     double softcap;  // 0: none
     double scale;    // 1 / temperature
@@ -35,8 +36,12 @@ struct Row {
 // Columns of the stored exponentials [V, stride]: T rounded up.
 int64_t exps_stride(const Ops& ops, int64_t T);
 
-// exps [V, exps_stride(T)] elements of ops, or null. logprob_T: double.
-void logprob_forward(const Head& head, double* logprob_T, Row* row_T, void* exps);
+// Replaces numbers, [count], by their sum or maximum over the ranks that hold a head together; the same bits on every rank.
+using Reduce = std::function<void(double* values, int64_t count, bool find_max)>;
+
+// exps [V, exps_stride(T)] elements of ops, or null. logprob_T: double. reduce: the ranks that hold the head together, each
+// some of its rows and all of these tokens; empty: this one has all of it.
+void logprob_forward(const Head& head, const Reduce& reduce, double* logprob_T, Row* row_T, void* exps);
 
 struct Gradients {
     void* dhidden_TD;  // null: not wanted
@@ -48,7 +53,8 @@ struct Gradients {
     bool is_last;     // the sum is rounded into dweight_VD
 };
 
-// Destroys exps. Rows with dlogprob_T = 0 enter no product, up to the alignment of ops.
+// Destroys exps. Rows with dlogprob_T = 0 enter no product, up to the alignment of ops. Of a rank that has a part of the head
+// dhidden_TD is a part of the sum over ranks.
 void logprob_backward(const Head& head, const double* dlogprob_T, const Row* row_T, void* exps, const Gradients& gradients);
 
 }  // namespace tso

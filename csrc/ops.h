@@ -14,9 +14,6 @@ namespace tso {
 enum class Dtype { f64, f32, bf16, f16 };
 
 constexpr int64_t dtype_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-// Of an element of `rest` in Ops::add.
-constexpr int64_t rest_size(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
-
 constexpr int64_t kPanel = 64;
 
 struct SoftmaxTile {
@@ -62,9 +59,9 @@ struct Ops {
     // dst[r, c] = row_scale[r] * src[r, c], from accumulators.
     void (*store)(const void* src, int64_t ld_src, const void* row_scale, int64_t rows, int64_t columns, void* dst, Dtype dtype,
                   int64_t ld_dst);
-    // Adds a tile of accumulators to a sum kept in total and rest (dtype: of the inputs), in float or better: f32 and f64 in total; bf16 as the upper
-    // half of a float in total and the lower one in rest; f16 as a float in rest. is_first: what they hold is overwritten.
-    // is_last: the sum is rounded into total. rest may be null where the tile is first and last.
+    // Adds a tile of accumulators to a sum kept in total and rest (dtype: of the inputs): f32 and f64 in total; bf16 and f16
+    // as a float of 24 bits, the upper 16 in the memory of total and 8 more in rest, a byte each. is_first: what they hold is
+    // overwritten. is_last: the sum is rounded into total. rest may be null where the tile is first and last.
     void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t columns, void* total, void* rest, Dtype dtype, int64_t ld,
                 bool is_first, bool is_last);
     // sum_r exps[r] * factor[r]

@@ -192,24 +192,45 @@ inline void store_words(uint16_t* p, __m256i x, int64_t count) {
         _mm256_mask_storeu_epi16(p, first(count), x);
 }
 
-// kPanel or fewer columns of a sum whose upper half is total and whose lower half is rest.
+inline __m128i load_bytes(const uint8_t* p, int64_t count) {
+    return count >= 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : _mm_maskz_loadu_epi8(first(count), p);
+}
+inline void store_bytes(uint8_t* p, __m128i x, int64_t count) {
+    if (count >= 16)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x);
+    else
+        _mm_mask_storeu_epi8(p, first(count), x);
+}
+// upper_24_bits of 16 floats.
+inline __m512i upper_24_bits(__m512 x) {
+    const __m512i bits = (__m512i)x, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 8), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7f)), odd), 8);
+    const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    return _mm512_mask_mov_epi32(_mm512_set1_epi32(0x7fc000), is_number, rounded);
+}
+
+// kPanel or fewer columns of a sum of 24 bits: see Ops::add.
 void add_tile_bf16(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest_, Dtype, int64_t ld,
                    bool is_first, bool is_last) {
     const float* src = static_cast<const float*>(src_);
     Bf16* total = static_cast<Bf16*>(total_);
-    uint16_t* rest = static_cast<uint16_t*>(rest_);
+    uint8_t* rest = static_cast<uint8_t*>(rest_);
     for (int64_t r = 0; r < rows; ++r, src += ld_src, total += ld)
         for (int64_t c = 0; c < columns; c += 16) {
             const int64_t left = columns - c;
-            uint16_t* low = rest == nullptr ? nullptr : rest + r * ld + c;
+            uint8_t* low = rest == nullptr ? nullptr : rest + r * ld + c;
             __m512 x = _mm512_maskz_loadu_ps(first(left), src + c);
-            if (!is_first)
-                x = _mm512_add_ps(x, (__m512)words(load_bf16(reinterpret_cast<Bf16*>(low), left), load_bf16(total + c, left)));
+            if (!is_first) {
+                const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bf16(total + c, left)), 16);
+                const __m512i lower = _mm512_slli_epi32(_mm512_cvtepu8_epi32(load_bytes(low, left)), 8);
+                x = _mm512_add_ps(x, (__m512)_mm512_or_si512(upper, lower));
+            }
             if (is_last) {
                 store_words(&total[c].bits, to_bf16(x), left);
             } else {
-                store_words(&total[c].bits, _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)), left);
-                store_words(low, _mm512_cvtepi32_epi16((__m512i)x), left);
+                const __m512i bits = upper_24_bits(x);
+                store_words(&total[c].bits, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 8)), left);
+                store_bytes(low, _mm512_cvtepi32_epi8(bits), left);
             }
         }
 }

@@ -320,22 +320,29 @@ inline void add_row(const T* src, int64_t columns, Total* total, void*, bool is_
     else
         for (int64_t c = 0; c < columns; ++c) round_to(src[c] + total[c], total + c);
 }
-template <bool kIsFirst, bool kIsLast, typename T>
-inline void add_halves(const T* src, int64_t columns, Bf16* total, uint16_t* rest) {
+// A float rounded to nearest even at 24 bits, in the lower 24 of the result. The bits of a NaN may be all ones, which a carry
+// would make a zero.
+inline uint32_t upper_24_bits(float x) {
+    const uint32_t bits = as_bits(x);
+    return x == x ? (bits + 0x7fu + ((bits >> 8) & 1u)) >> 8 : 0x7fc000u;
+}
+template <bool kIsFirst, bool kIsLast, typename T, typename Half>
+inline void add_halves(const T* src, int64_t columns, Half* total, uint8_t* rest) {
     for (int64_t c = 0; c < columns; ++c) {
         float x = static_cast<float>(src[c]);
-        if (!kIsFirst) x += as_float(static_cast<uint32_t>(total[c].bits) << 16 | rest[c]);
+        if (!kIsFirst) x += as_float(static_cast<uint32_t>(total[c].bits) << 16 | static_cast<uint32_t>(rest[c]) << 8);
         if (kIsLast) {
             round_to(x, total + c);
         } else {
-            total[c].bits = static_cast<uint16_t>(as_bits(x) >> 16);
-            rest[c] = static_cast<uint16_t>(as_bits(x));
+            const uint32_t bits = upper_24_bits(x);
+            total[c].bits = static_cast<uint16_t>(bits >> 8);
+            rest[c] = static_cast<uint8_t>(bits);
         }
     }
 }
-template <typename T>
-inline void add_row(const T* src, int64_t columns, Bf16* total, void* rest_, bool is_first, bool is_last) {
-    uint16_t* rest = static_cast<uint16_t*>(rest_);
+template <typename T, typename Half>
+inline void add_half_row(const T* src, int64_t columns, Half* total, void* rest_, bool is_first, bool is_last) {
+    uint8_t* rest = static_cast<uint8_t*>(rest_);
     if (is_first && is_last)
         add_halves<true, true>(src, columns, total, rest);
     else if (is_first)
@@ -346,15 +353,12 @@ inline void add_row(const T* src, int64_t columns, Bf16* total, void* rest_, boo
         add_halves<false, false>(src, columns, total, rest);
 }
 template <typename T>
-inline void add_row(const T* src, int64_t columns, F16* total, void* rest_, bool is_first, bool is_last) {
-    float* rest = static_cast<float*>(rest_);
-    for (int64_t c = 0; c < columns; ++c) {
-        const float x = static_cast<float>(src[c]) + (is_first ? 0.f : rest[c]);
-        if (is_last)
-            round_to(x, total + c);
-        else
-            rest[c] = x;
-    }
+inline void add_row(const T* src, int64_t columns, Bf16* total, void* rest, bool is_first, bool is_last) {
+    add_half_row(src, columns, total, rest, is_first, is_last);
+}
+template <typename T>
+inline void add_row(const T* src, int64_t columns, F16* total, void* rest, bool is_first, bool is_last) {
+    add_half_row(src, columns, total, rest, is_first, is_last);
 }
 
 template <typename T>
@@ -366,7 +370,7 @@ void add_tile(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, v
         Total* total = static_cast<Total*>(total_);
         for (int64_t r = 0; r < rows; ++r)
             add_row(src + r * ld_src, columns, total + r * ld,
-                    rest == nullptr ? nullptr : static_cast<char*>(rest) + r * ld * rest_size(dtype), is_first, is_last);
+                    rest == nullptr ? nullptr : static_cast<char*>(rest) + r * ld, is_first, is_last);
     });
 }
 
