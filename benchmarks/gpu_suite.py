@@ -13,6 +13,8 @@ numpy; a peer is measured if its folder can be imported):
     ln -sfn ../kernels tso_fast/kernels
     PYTHONPATH=. python benchmarks/gpu_suite.py
 
+On a fresh machine `first_contact.py` first: it fills Triton's cache from many processes at once.
+
 A step is the loss and its backward, from hidden states to the gradients of hidden states and head, host time
 included. The floor is its matrix products alone, `torch.mm` on the completion rows. Times are CUDA events around
 interleaved steps with the L2 cache overwritten in between; a ratio is that of a round, shown as median and quartiles.
