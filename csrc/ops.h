@@ -81,7 +81,7 @@ const Ops* avx2_ops(Dtype dtype);
 const Ops* avx512_ops(Dtype dtype);
 const Ops* avx512_bf16_ops();
 const Ops* amx_ops();
-const Ops* amx_emulated_ops();  // AMX without AMX, for tests: slow
+const Ops* amx_emulated_ops();  // AMX without AMX, for tests
 #endif
 
 }  // namespace tso
