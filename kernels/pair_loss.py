@@ -38,9 +38,10 @@ def dual_clip_kernel(
     logprob_ptr, ref_logprob_ptr, pairs_ptr, scale_ptr, soft_label_ptr, margin_ptr, weight_sum_ptr,
     losses_ptr, dpair_ptr,
     N,
-    beta, clip_chosen, clip_rejected,
+    beta: tl.float64, clip_chosen: tl.float64, clip_rejected: tl.float64,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    # The annotations keep what is a float64 in Python from becoming a float32 on its way.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs_n < N
     chosen = tl.load(pairs_ptr + 2 * offs_n, mask=mask, other=0)

@@ -52,7 +52,7 @@ def test_the_packages_of_this_process_are_what_it_names(here: dict[str, Any]) ->
 
     from tso_fast.answering import resolve_generator
     from tso_fast.config import TrainConfig
-    from tso_fast.logprob import _choose_impl
+    from tso_fast.logprob.impls import choose
     from tso_fast.policy import resolve_attention
 
     parts = {part["name"]: part for part in here["parts"]}
@@ -65,7 +65,7 @@ def test_the_packages_of_this_process_are_what_it_names(here: dict[str, Any]) ->
     }
     has_gpu = torch.cuda.is_available()
     assert parts["GPU"]["state"] == ("usable" if has_gpu else "not usable here")
-    assert here["auto"]["log-probs"] == _choose_impl("cuda" if has_gpu else "cpu", torch.bfloat16)[0]
+    assert here["auto"]["log-probs"] == choose("cuda" if has_gpu else "cpu", torch.bfloat16)[0]
     assert here["auto"]["attention"] == resolve_attention("auto", "cuda" if has_gpu else "cpu", "bfloat16")
     assert here["auto"]["generator"] == resolve_generator(TrainConfig(output_dir="", prompts="", cells=[]))
     for package in environment.PACKAGES:

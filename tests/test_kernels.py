@@ -10,29 +10,34 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from tso_fast.kernels import linear_logprob, pair_loss
+import triton.language as tl
+from tso_fast.kernels import autotune, linear_logprob, linear_logprob_backward, pair_loss, tiles
+from tso_fast.kernels.blocks import INTERPRETED
+from tso_fast.kernels.tiles import CANDIDATES
 
 from tso_fast import logprob
+from tso_fast.logprob import impls
 from tso_fast.logprob import triton as backend
-from tso_fast.logprob.fused import WeightSum
+from tso_fast.logprob.gradients import WeightSum
+from tso_fast.logprob.plan import Shape
 from tso_fast.losses import dual_clip
 from tso_fast.types import PairLogprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not linear_logprob.INTERPRETED.value, reason="no GPU, and triton was imported uninterpreted"
+    DEVICE == "cpu" and not INTERPRETED.value, reason="no GPU, and triton was imported uninterpreted"
 )
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on what is not finite
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
@@ -98,28 +103,33 @@ def fused(p: Problem, **head: Any) -> list[torch.Tensor]:
     return [logprob, *gradients(p, saved)]
 
 
-def gradients(p: Problem, saved: linear_logprob.Saved) -> list[torch.Tensor]:
+def gradients(p: Problem, saved: linear_logprob.Saved, may_skip: bool = True) -> list[torch.Tensor]:
     grads = nan_like(p.hidden), nan_like(p.weight), nan_like(p.bias, F32)
     backend.backward(saved, p.upstream, dhidden_TD=grads[0], dweight_VD=grads[1], dweight_rest_VD=None,
-                     dbias_V=grads[2], is_first=True, is_last=True)  # fmt: skip
+                     dbias_V=grads[2], is_first=True, is_last=True, may_skip=may_skip)  # fmt: skip
     return [x for x in grads if x is not None]
 
 
-def assert_as_good_as_torch(p: Problem, got: list[torch.Tensor], **head: Any) -> None:
-    """Log-probs as good as float32's whatever the dtype, gradients as good as the dtype's, plus a hair."""
+def assert_as_good_as_torch(p: Problem, got: list[torch.Tensor], luck: float = 1.0, **head: Any) -> None:
+    """Log-probs as good as float32's whatever the dtype, gradients as good as the dtype's, plus a hair.
+
+    ``luck``: how much less torch may err by chance where few roundings decide.
+    """
     exact, in_dtype, in_f32 = plain(p, F64, **head), plain(p, p.hidden.dtype, **head), plain(p, F32, **head)
     error = (got[0] - exact[0]).abs().max()
     assert got[0].dtype == F32
-    assert error <= (in_f32[0] - exact[0]).abs().max() + 1e-6 * (1 + exact[0].abs().max()), error
+    # Tensor cores cut off what they add: over thousands of terms a little more than float32's rounding.
+    hair = 1e-5 if DEVICE != "cpu" and p.hidden.dtype != F32 else 1e-6
+    assert error <= (in_f32[0] - exact[0]).abs().max() + hair * (1 + exact[0].abs().max()), error
     for mine, true, torchs in zip(got[1:], exact[1:], in_dtype[1:], strict=True):
         # In float32 both err by a few roundings, in another order.
         hair = torch.finfo(p.hidden.dtype).eps * true.abs().max() * (3 if p.hidden.dtype == F32 else 0.5)
-        assert (mine - true).abs().max() <= (torchs - true).abs().max() + hair
+        assert (mine - true).abs().max() <= luck * (torchs - true).abs().max() + hair
         # Over few elements it is chance which rounding errs less.
         hair = (
             torch.finfo(p.hidden.dtype).eps * true.norm() * (0.1 if true.numel() > 500 and p.hidden.dtype != F32 else 1)
         )
-        assert (mine - true).norm() <= (torchs - true).norm() + hair
+        assert (mine - true).norm() <= luck * (torchs - true).norm() + hair
 
 
 # ------------------------------------------------------------------------------------------------------- log-probs
@@ -169,16 +179,6 @@ def test_more_than_2_to_31_logits() -> None:
     )
 
 
-@needs_gpu
-def test_autotune(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TSO_FAST_AUTOTUNE", "1")
-    linear_logprob.tiles.cache_clear()
-    p = problem(301, 32000, 2048)
-    assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
-    assert linear_logprob.tiles.cache_info().currsize == 1
-    linear_logprob.tiles.cache_clear()
-
-
 @needs_kernels
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(keep: bool) -> None:
@@ -203,7 +203,8 @@ def test_targets_out_of_reach(dtype: torch.dtype, head: str) -> None:
     p.hidden[:16] *= torch.linspace(2, 400, 16, device=DEVICE)[:, None].to(dtype)
     p.targets[:16] = (p.hidden[:16].to(F64) @ p.weight.to(F64).T + p.bias.to(F64)).argmin(1)
     got = fused(p, **HEADS[head])
-    assert_as_good_as_torch(p, got, **HEADS[head])
+    # Near a softcap's bounds dW of a target is the rounding of one logit, of a size where float32 has few digits left.
+    assert_as_good_as_torch(p, got, **HEADS[head], luck=2.0 if head == "both" else 1.0)
     if head == "plain":  # a softcap keeps all targets within reach
         assert (got[0][:16] < -linear_logprob.REACH.value).sum() > 8
     torch.testing.assert_close(got[0], backend.forward(*p.inputs, **HEADS[head], room=None)[0], rtol=1e-5, atol=1e-5)
@@ -220,10 +221,12 @@ def test_float16_logits_of_10_000_and_upstream_gradients_of_1e_9() -> None:
     p = problem(23, 131, 40, F16)
     exact = plain(p, F64, **HEADS["plain"])
     _, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
-    dhidden, dweight = nan_like(p.hidden, F32), nan_like(p.weight, F32)
-    backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_VD=torch.empty_like(p.weight),
-                     dweight_rest_VD=dweight, dbias_V=None, is_first=True, is_last=False)  # fmt: skip
-    for mine, true in ((dhidden, exact[1]), (dweight, exact[2])):
+    dhidden, dweight = nan_like(p.hidden, F32), WeightSum(p.weight, 2)
+    backend.backward(saved, p.upstream * 1e-9, dhidden_TD=dhidden, dweight_VD=dweight.total_VD,
+                     dweight_rest_VD=dweight.rest_VD, dbias_V=None, is_first=True, is_last=False)  # fmt: skip
+    upper = dweight.total_VD.view(torch.int16).to(torch.int32) << 16  # of a float32, and 8 bits more
+    total = (upper | (dweight.rest_VD.to(torch.int32) << 8)).view(F32)
+    for mine, true in ((dhidden, exact[1]), (total, exact[2])):
         assert (mine * 1e9 - true).norm() < 1e-3 * true.norm()
 
 
@@ -235,7 +238,7 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
     dweight, dbias = WeightSum(p.weight, 3), nan_like(p.bias, F64)
     for x in (dweight.total_VD, dweight.rest_VD):
         if x is not None:
-            x.fill_(-1 if x.dtype == torch.int16 else math.nan)
+            x.fill_(255 if x.dtype == torch.uint8 else math.nan)
     dhidden = torch.full((60, 40), math.nan, dtype=F32, device=DEVICE)
     bounds = [0, 17, 18, 50]
     for start, end in itertools.pairwise(bounds):
@@ -345,7 +348,7 @@ def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     p = problem(23, 131, 40)
     _, dhidden, dweight = fused(p, **HEADS["plain"])
     called = []
-    monkeypatch.setattr(linear_logprob, "scaled_hidden", lambda *args: called.append("scaled_hidden"))
+    monkeypatch.setattr(linear_logprob_backward, "scaled_hidden", lambda *args: called.append("scaled_hidden"))
     given: dict[str, Any] = {"dweight_rest_VD": None, "dbias_V": None, "is_first": True, "is_last": True}
     _, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
     out = nan_like(p.hidden)
@@ -353,12 +356,237 @@ def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(out, dhidden)
     assert not called
     monkeypatch.undo()
-    monkeypatch.setattr(linear_logprob, "dhidden", lambda *args: called.append("dhidden"))
+    monkeypatch.setattr(linear_logprob_backward, "dhidden", lambda *args: called.append("dhidden"))
     _, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
     out = nan_like(p.weight)
     backend.backward(saved, p.upstream, dhidden_TD=None, dweight_VD=out, **given)
     assert torch.equal(out, dweight)
     assert not called
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_dhidden_by_torch_is_that_by_tiles(dtype: torch.dtype) -> None:
+    p = problem(50, 131, 40, dtype)
+    p.hidden[7] = math.inf  # without a gradient, so it must not show
+    p.upstream[7] = 0
+    got = []
+    for may_skip in (True, False):
+        _, saved = backend.forward(*p.inputs, **HEADS["both"], room=room(p))
+        got.append(gradients(p, saved, may_skip)[0])
+    assert not got[1][p.upstream == 0].any()
+    torch.testing.assert_close(*got, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@needs_kernels
+def test_dhidden_by_torch_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(50, 131, 40)
+    want = gradients(p, backend.forward(*p.inputs, **HEADS["plain"], room=room(p))[1], may_skip=False)[0]
+    monkeypatch.setattr(linear_logprob_backward, "DHIDDEN_ROWS", 16)
+    got = gradients(p, backend.forward(*p.inputs, **HEADS["plain"], room=room(p))[1], may_skip=False)[0]
+    torch.testing.assert_close(got, want, rtol=0.01, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_a_sum_of_24_bits(dtype: torch.dtype) -> None:
+    """Ten chunks of 16 rows: as good as a float32 sum, which bf16 alone is not; a NaN stays one."""
+    p = problem(160, 131, 40, dtype)
+    p.upstream[:] = torch.linspace(0.5, 1.5, 160)
+    exact = plain(p, F64, **HEADS["plain"])[2]
+    once = fused(p, **HEADS["plain"])[2]
+    dweight, rounded = WeightSum(p.weight, 10), torch.zeros_like(p.weight)
+    for start in range(0, 160, 16):
+        rows = slice(start, start + 16)
+        inputs = p.hidden[rows], p.weight, None, p.targets[rows]
+        given: dict[str, Any] = {"dhidden_TD": None, "dbias_V": None, "may_skip": False}
+        _, saved = backend.forward(*inputs, **HEADS["plain"], room=room(p))
+        backend.backward(saved, p.upstream[rows], dweight_VD=dweight.total_VD, dweight_rest_VD=dweight.rest_VD,
+                         is_first=start == 0, is_last=start == 144, **given)  # fmt: skip
+        _, saved = backend.forward(*inputs, **HEADS["plain"], room=room(p))
+        part = torch.empty_like(p.weight)
+        backend.backward(saved, p.upstream[rows], dweight_VD=part, dweight_rest_VD=None, is_first=True, is_last=True,
+                         **given)  # fmt: skip
+        rounded += part
+    error, whole, plain_sum = ((x - exact).norm() / exact.norm() for x in (dweight.total_VD, once, rounded))
+    assert error <= 1.01 * whole
+    assert dtype == F16 or plain_sum > 1.2 * error
+    # What the first chunk leaves is within 2^-17 of its float32, and NaN stays NaN, whose bits a carry would turn to 0.
+    exp = torch.ones(16, 64, dtype=dtype, device=DEVICE)
+    scaled = torch.full((16, 8), 1.2345, dtype=dtype, device=DEVICE)
+    scaled[:, 3] = math.nan
+    blocks = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.ones((), dtype=torch.int32, device=DEVICE)
+    total, rest = torch.empty(64, 8, dtype=dtype, device=DEVICE), torch.empty(64, 8, dtype=torch.uint8, device=DEVICE)
+    tile = tiles.tiles(8, 64, dtype, total.device).dweight
+    args = exp, scaled, None, blocks, total, rest, tile
+    linear_logprob_backward.dweight(*args, is_first=True, is_last=False)
+    bits = (total.view(torch.int16).to(torch.int32) << 16) | (rest.to(torch.int32) << 8)
+    want = 16 * scaled[:1].float().expand(64, 8)
+    torch.testing.assert_close(bits.view(F32), want, rtol=2**-17, atol=0, equal_nan=True)
+    linear_logprob_backward.dweight(*args, is_first=False, is_last=True)
+    torch.testing.assert_close(total.float(), 2 * want, rtol=2**-8, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_scaling_in_place(dtype: torch.dtype) -> None:
+    x = torch.randn(20_001, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    third = torch.tensor(1 / 3, device=DEVICE)
+    want = (x.double() * third.double()).to(dtype)
+    scaled = x.clone()
+    backend.scale(scaled, third)
+    torch.testing.assert_close(scaled, want, rtol=0, atol=0)
+    same = x.clone()
+    same[3] = math.nan  # 1 reads and writes nothing
+    backend.scale(same, torch.ones((), device=DEVICE))
+    assert torch.equal(same[4:], x[4:])
+    backend.scale(same, torch.tensor(math.nan, device=DEVICE))
+    assert same.isnan().all()
+    backend.scale(x.new_empty(0), third)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="emulates in the interpreter what a GPU does by itself")
+def test_tensor_cores_that_round_toward_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Confident tokens: logits near 20 from 4096 terms, added 16 at a time and cut off, as tensor cores do.
+
+    The bias of the log-sum-exp is also the target logit's, bit for bit, so it does not show in the log-prob; taken from
+    a target's logit that is exact it would.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def truncated(x: np.ndarray) -> np.ndarray:
+        """float64 to float32, toward zero."""
+        nearest = x.astype(np.float32)
+        return np.where(np.abs(nearest.astype(np.float64)) > np.abs(x), np.nextafter(nearest, np.float32(0)), nearest)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        acc = d.data.astype(np.float32)
+        for k in range(0, a.data.shape[1], 16):
+            part = a.data[:, k : k + 16].astype(np.float64) @ b.data[k : k + 16].astype(np.float64)
+            acc = truncated(acc + part)
+        return TensorHandle(acc, d.dtype.scalar)
+
+    T, V, D = 24, 128, 4096
+    p = problem(T, V, D, std=0.0)
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(V, D, generator=g) * D**-0.5
+    p = p._replace(weight=weight.to(BF16), hidden=(20 * weight[p.targets]).to(BF16) + p.hidden)  # x[y] = 20 +- 1
+    monkeypatch.setattr(tiles, "default_tiles", lambda *args: tiles.Tiles(*[tiles.Tile(16, 64, 64, 4, 1)] * 4))
+    tiles.tiles.cache_clear()
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    logprob_T, saved = backend.forward(*p.inputs, **HEADS["plain"], room=room(p))
+    exact = plain(p, F64, **HEADS["plain"])[0]
+    z = (p.hidden.to(F64) * p.weight.to(F64)[p.targets]).sum(1)
+    assert 15 < z.mean() < 25
+    lost = z - saved.target_logit_T
+    assert (lost > 2e-5).all()  # what the truncation took from every logit
+    assert (logprob_T - exact).abs().max() < 0.2 * lost.mean()
+    # E at the target is exp(0), exactly, as its logit has the same bits on both ways.
+    assert (saved.exp_TV[torch.arange(T), p.targets] == 1).all()
+    tiles.tiles.cache_clear()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="emulates in the interpreter what a GPU does by itself")
+@pytest.mark.parametrize("has_scalars", [False, True])
+def test_arguments_that_become_float32(monkeypatch: pytest.MonkeyPatch, has_scalars: bool) -> None:
+    """A Python float reaches a kernel on a GPU as float32 unless its annotation says float64; here it never would."""
+    from triton.runtime import interpreter
+
+    call = interpreter.GridExecutor.__call__
+    annotations = pair_loss.dual_clip_kernel.fn.__annotations__
+    rounded = []
+
+    def on_a_gpu(self: Any, *args: Any, **kw: Any) -> Any:
+        names = self.fn.__code__.co_varnames
+        if self.fn.__name__ == "dual_clip_kernel":
+            is_double = [annotations.get(name) in ("tl.float64", tl.float64) for name in names[: len(args)]]
+            rounded.extend(n for n, x, d in zip(names, args, is_double, strict=False) if isinstance(x, float) and not d)
+            args = tuple(
+                float(np.float32(x)) if isinstance(x, float) and not d else x
+                for x, d in zip(args, is_double, strict=True)
+            )
+        return call(self, *args, **kw)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", on_a_gpu)
+    test_dual_clip_agrees_with_the_loss((0.7, 0.3), has_scalars)
+    assert not rounded
+
+
+@needs_kernels
+def test_a_matrix_whose_rows_overlap_is_copied() -> None:
+    """The copy engine is not asked to fetch rows that are 0 bytes apart."""
+    p = problem(1, 131, 40)
+    same = p.hidden.expand(23, -1)
+    assert same.stride(0) == 0
+    targets = torch.arange(23, device=DEVICE)
+    copied = linear_logprob._aligned(same)
+    assert copied.is_contiguous()
+    logprob_T = backend.forward(same, p.weight, None, targets, **HEADS["plain"], room=None)[0]
+    assert torch.equal(logprob_T, backend.forward(copied, p.weight, None, targets, **HEADS["plain"], room=None)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.fixture
+def tile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("TSO_FAST_TILES", str(tmp_path / "tiles.json"))
+    tiles.tiles.cache_clear()
+    yield tmp_path / "tiles.json"
+    tiles.tiles.cache_clear()
+
+
+@needs_kernels
+def test_autotune_writes_a_file_that_decides(
+    tile_files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TSO_FAST_AUTOTUNE", "1")
+    slow, quick = tiles.Tile(32, 64, 32, 4, 1), tiles.Tile(32, 32, 32, 4, 1)
+    table = {"logits": [slow, quick], "dhidden": [None, quick], "dweight": [quick, slow]}
+    if DEVICE == "cpu":
+        monkeypatch.setitem(tiles.CANDIDATES, "interpreter", table)
+        monkeypatch.setattr(autotune, "time_ms", lambda call: (call(), 1.0 + (call.args[0] != quick))[1])
+    monkeypatch.setattr(autotune.autotune, "__kwdefaults__", {"rows": 32 if DEVICE == "cpu" else 4096})
+    p = problem(37, 131, 40) if DEVICE == "cpu" else problem(301, 32000, 2048)
+    with caplog.at_level("INFO", logger="tso_fast.kernels"):
+        assert_as_good_as_torch(p, fused(p, **HEADS["plain"]), **HEADS["plain"])
+    ((key, entry),) = json.loads(tile_files.read_text()).items()
+    assert key.endswith(f"bfloat16, D {p.weight.shape[1]}, V {p.weight.shape[0]}")
+    assert entry["ms"].keys() == {"logits", "dhidden", "dhidden_skipping", "dweight"}
+    if DEVICE == "cpu":
+        chosen = tiles.tiles(40, 131, BF16, p.hidden.device)
+        assert chosen == tiles.Tiles(quick, quick, quick, quick)
+    assert f"from {tile_files}: logits" in caplog.text
+    before = tile_files.stat().st_mtime_ns
+    fused(p, **HEADS["plain"])  # nothing is timed twice
+    assert tile_files.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "tiles.json is no JSON .*delete it, it is made again"), ("[]", "must hold a JSON object .*got list"),
+     ('{"KEY": {"logits": {"rows": 12}}}', r"KEY: logits is \{'rows': 12\}; expected 'cublas' or an object of rows"),
+     ('{"KEY": {"dweight": "cublas"}}', "KEY: only dhidden may be 'cublas'"),
+     ('{"KEY": {"logits": {"rows": 12, "cols": 64, "inner": 32, "num_warps": 4, "num_stages": 1}}}', "powers of 2")],
+)  # fmt: skip
+def test_a_damaged_file_of_tiles_is_refused(tile_files: Path, text: str, message: str) -> None:
+    device = torch.device(DEVICE)
+    tile_files.write_text(text.replace("KEY", tiles.key_of(40, 131, BF16, device)))
+    with pytest.raises(ValueError, match=message.replace("KEY", ".*")):
+        tiles.tiles(40, 131, BF16, device)
+
+
+def test_the_table_has_a_choice_for_every_architecture() -> None:
+    versions = {(0, 0): "interpreter", (8, 0): "ampere", (8, 6): "consumer", (8, 7): "ampere", (8, 9): "consumer",
+                (9, 0): "hopper", (10, 0): "blackwell", (10, 3): "blackwell", (12, 0): "consumer"}  # fmt: skip
+    for version, kind in versions.items():
+        assert tiles.architecture(version) == kind
+        for dtype in (F32, BF16, F16):
+            chosen = tiles.default_tiles(4096, dtype, version)
+            # float32 by torch's product could be TF32.
+            assert (chosen.dhidden is None) == (dtype != F32 and tiles.has_float32_product())
+            products = CANDIDATES.get(kind, {})
+            assert dtype == F32 or all(chosen.logits in products[name] for name in products)
 
 
 @needs_kernels
@@ -368,12 +596,28 @@ def test_memory_of_a_row() -> None:
         for head in HEADS.values():
             _, saved = backend.forward(*p.inputs, **head, room=room(p))
             kept = [saved.exp_TV, saved.sumexp_T, saved.offset_T, saved.target_logit_T]
+            kept += [] if saved.slope_T is None else [saved.slope_T]
             assert sum(x.nbytes for x in kept) <= 23 * backend.bytes_per_row(p.weight) <= 23 * (256 + V) * 8
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no torch.float64; use impl='reference'"):
         backend.forward(*problem(2, 5, 3, F64).inputs, **HEADS["plain"], room=None)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton.tools.tensor_descriptor", None)
+        with pytest.raises(ValueError, match=r"needs triton >= 3.4, which comes with torch >= 2.8, and found 3\."):
+            backend.check_available()
+        if DEVICE == "cpu":  # auto goes on without it, and says why
+            impls.backend.cache_clear()
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            chosen, reason = impls.choose("cuda", BF16)
+            assert chosen == "reference"
+            assert "needs triton >= 3.4" in reason
+            impls.backend.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.4")
+        with pytest.raises(ValueError, match="this torch is built for AMD GPUs"):
+            backend.check_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(backend, "IS_INTERPRETED", False)
     with pytest.raises(ValueError, match="torch sees no CUDA device; install"):
@@ -463,6 +707,13 @@ def test_losses_far_out() -> None:
 # --------------------------------------------------------------------------------------------------- through the ops
 
 
+def budget_mib(weight: torch.Tensor, rows: int) -> float:
+    """What several chunks of so many rows take."""
+    V, D = weight.shape
+    shape = Shape(backend=backend, dim=D, vocab=V, dtype=weight.dtype, component_rows=[rows], device_type=DEVICE)
+    return sum(backend.memory(shape, rows, 2).values()) / 2**20
+
+
 @needs_kernels
 @pytest.mark.parametrize("loss", ["dual_clip", "dpo"])
 @pytest.mark.parametrize("rows", [1000, 40, 16])
@@ -487,7 +738,7 @@ def test_the_ops_agree_with_the_reference(loss: str, rows: int) -> None:
     results = []
     try:
         for impl in ("reference", "triton"):
-            logprob.set_memory_budget_mib(rows * backend.bytes_per_row(leaves[1]) / 2**20, DEVICE)
+            logprob.set_memory_budget_mib(budget_mib(leaves[1], rows), DEVICE)
             head = {"bias": leaves[2], "impl": impl}
             out = logprob.preference_loss(
                 *leaves[:2], targets, loss=loss, softcap=8.0, temperature=1.2, **head, **options
@@ -523,51 +774,3 @@ def test_nothing_waits_for_the_device_once_work_began(monkeypatch: pytest.Monkey
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert hidden.grad.isfinite().all()
-
-
-# ---------------------------------------------------------------------------------------------------------- compiling
-
-SHARED_KB = {"80": 163, "90": 227, "100": 227}
-
-
-# Every product tile that is launched; the heads whose epilogue takes registers; every architecture and dtype.
-CASES = [
-    "90-bfloat16-4096-plain", "80-bfloat16-4096-bias", "90-float32-4096-plain",
-    "100-bfloat16-4096-plain", "90-bfloat16-1024-softcap", "90-float16-4096-bias",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    """One row a kernel, compiled in processes of their own: this one may hold triton in its interpreter mode."""
-    command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    runs = [subprocess.Popen([*command, *cases], env=env, **pipes) for cases in (CASES[:3], CASES[3:])]
-    rows = []
-    for run in runs:
-        out, err = run.communicate(timeout=600)
-        assert run.returncode == 0, err[-3000:]
-        rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return rows
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_fit_without_spills(case: str, compiled: list[dict[str, Any]]) -> None:
-    capability, dtype, _, head = case.split("-")
-    rows = [row for row in compiled if row["case"] == case]
-    products = {"sumexp_kernel", "exp_kernel", "redo_kernel", "dhidden_kernel", "dweight_kernel"}
-    assert products <= {row["kernel"] for row in rows}
-    assert head != "bias" or "dbias_kernel" in {row["kernel"] for row in rows}
-    for row in rows:
-        assert row["spills"] == 0, row
-        assert row["shared"] <= SHARED_KB[capability] * 1024, row
-        if row["kernel"] in products and dtype != "float32":
-            assert row["product"] == {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma"}[capability], row
-            is_tma = capability != "80" and row["kernel"] != "redo_kernel"
-            assert row["loads"] == ("cp.async.bulk.tensor" if is_tma else "cp.async"), row
-
-
-def test_every_kernel_is_compiled(compiled: list[dict[str, Any]]) -> None:
-    kernels = {name for module in (linear_logprob, pair_loss) for name in vars(module) if name.endswith("_kernel")}
-    assert {row["kernel"] for row in compiled} == kernels

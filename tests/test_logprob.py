@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tso_fast import LOSSES, linear_logprobs, logprob, preference_loss
-from tso_fast.logprob import fused, reference
+from tso_fast.logprob import fused, impls, reference
 from tso_fast.types import PairLogprobs
 
 F64 = torch.float64
@@ -32,12 +33,15 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     Tiles are small, so that small shapes have several of them, the last one short.
     """
     name, _, memory = request.param.partition("-")
-    monkeypatch.setattr(logprob, "_choose_impl", lambda device, dtype: (name, ""))
+    monkeypatch.setattr(impls, "choose", lambda device, dtype: (name, ""))
     monkeypatch.setattr(reference, "ROWS", 5)
     monkeypatch.setattr(reference, "VOCAB", 32)
     if memory:
-        per_row = logprob._backend("cpu").bytes_per_row(torch.zeros(67, 1, dtype=F64))
-        monkeypatch.setattr(fused, "_single_chunk_limit", lambda *args: fused._row_limit(*args[:2]))
+        per_row = impls.backend("cpu").bytes_per_row(torch.zeros(67, 1, dtype=F64))
+        limits = impls.backend("cpu").limits
+        monkeypatch.setattr(
+            impls.backend("cpu"), "limits", lambda *args: dataclasses.replace(made := limits(*args), single=made.rows)
+        )
         logprob.set_memory_budget_mib({"chunks": 20, "again": 1}[memory] * per_row / fused.MIB, "cpu")
     yield name
     logprob.set_memory_budget_mib(None, "cpu")
@@ -277,27 +281,16 @@ def test_no_grad_and_frozen_parts() -> None:
 @pytest.mark.parametrize("frozen", ["weight", "hidden"])
 def test_a_frozen_part_is_not_computed(frozen: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     computed = set()
-    if impl == "reference":
-        real = reference.LinearLogprobs.backward
+    backend = impls.backend(impl)
+    real = backend.backward
 
-        def watch(ctx: Any, *grads: torch.Tensor) -> Any:
-            out = real(ctx, *grads)
-            computed.update(name for name, g in zip(("hidden", "weight"), out, strict=False) if g is not None)
-            return out
+    def spy(*args: Any, **kw: Any) -> None:
+        computed.update(
+            name for name in ("hidden", "weight") if kw[f"d{name}_{'TD' if name == 'hidden' else 'VD'}"] is not None
+        )
+        real(*args, **kw)
 
-        monkeypatch.setattr(reference.LinearLogprobs, "backward", staticmethod(watch))
-    else:
-        backend = logprob._backend(impl)
-        real = backend.backward
-
-        def spy(*args: Any, **kw: Any) -> None:
-            if kw["dhidden_TD"] is not None:
-                computed.add("hidden")
-            if kw["dweight_VD"] is not None:
-                computed.add("weight")
-            real(*args, **kw)
-
-        monkeypatch.setattr(backend, "backward", spy)
+    monkeypatch.setattr(backend, "backward", spy)
     args, kw, ref = batch()
     args[{"hidden": 0, "weight": 1}[frozen]].requires_grad_(False)
     linear_logprobs(*args, **kw).sum().backward()
@@ -582,7 +575,10 @@ LP = torch.zeros(4)
         ({"weight": torch.zeros(8)}, r"weight must be \[V, D\]"),
         ({"hidden": torch.tensor(1.0)}, r"weight must be \[V, D\] with D = \?"),
         ({"weight": W.bfloat16()}, "weight is torch.bfloat16 but hidden is torch.float32"),
-        ({"weight": W.to("meta")}, "weight is on meta but hidden is on cpu"),
+        ({"weight": W.to("meta")}, "weight is on the meta device and holds no numbers; load the weights"),
+        ({"weight": W[:0]}, "weight has no rows; is it a parameter that is sharded or offloaded"),
+        ({"weight": W.to(torch.float8_e4m3fn)}, r"weight is quantised \(torch.float8_e4m3fn\), and the op reads"),
+        ({"weight": W.to(torch.int8)}, r"weight is quantised \(torch.int8\).*leave the output head out"),
         ({"bias": torch.zeros(10)}, r"bias must be \[11\] on cpu, got \(10,\)"),
         ({"bias": torch.zeros(11, device="meta")}, r"bias must be \[11\] on cpu, got \(11,\) on meta"),
         ({"targets": T.int()}, "targets must be int64, got torch.int32"),
@@ -656,8 +652,8 @@ def test_bad_cu_seqlens(cu_seqlens: Any) -> None:
 
 
 def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture, impl: str) -> None:
-    logprob._log_choice.cache_clear()
-    with caplog.at_level("INFO", logger="tso_fast.logprob"):
+    impls._log_choice.cache_clear()
+    with caplog.at_level("INFO", logger="tso_fast.logprob.impls"):
         linear_logprobs(H, W, T)
         linear_logprobs(H, W, T)
     assert [r.getMessage() for r in caplog.records] == [

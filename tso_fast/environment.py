@@ -237,10 +237,10 @@ def _vllm() -> Part:
 def _logprob() -> Part:
     import torch
 
-    from tso_fast import logprob
+    from tso_fast.logprob import impls
 
     device = "cuda" if _has_gpu() else "cpu"
-    impl, reason = logprob._choose_impl(device, torch.bfloat16)
+    impl, reason = impls.choose(device, torch.bfloat16)
     return Part(name="log-probs", state="usable", version=impl, note=f"bfloat16 on {device}{reason}")
 
 

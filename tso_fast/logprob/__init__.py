@@ -5,65 +5,16 @@ hidden, head -> linear_logprobs -> sums per sequence -> PairLogprobs -> loss
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
 from typing import Any
 
 import torch
 
-from tso_fast.logprob import checks, fused, reference
-from tso_fast.logprob.fused import memory_budget_mib as memory_budget_mib
-from tso_fast.logprob.fused import set_memory_budget_mib as set_memory_budget_mib
-from tso_fast.losses import Loss, clipped_sides, loss_options, resolve_loss, scaled_mean
+from tso_fast.logprob import checks, compiled, fused, impls
+from tso_fast.logprob.plan import memory_budget_mib as memory_budget_mib
+from tso_fast.logprob.plan import set_memory_budget_mib as set_memory_budget_mib
+from tso_fast.logprob.prepare import Call, prepare
+from tso_fast.losses import Loss, clipped_sides
 from tso_fast.types import PreferenceOutput
-
-logger = logging.getLogger(__name__)
-
-IMPLS = ("reference", "cpu", "triton")
-
-
-@functools.cache
-def _log_choice(device: str, dtype: torch.dtype, chosen: str, reason: str) -> None:
-    logger.info("linear_logprobs: impl='auto' chose %r for %s tensors on %s%s", chosen, dtype, device, reason)
-
-
-def _resolve_impl(impl: str, hidden: torch.Tensor) -> Any:
-    """The backend's module, or None for the reference."""
-    device, dtype = hidden.device.type, hidden.dtype
-    if impl == "auto":
-        impl, reason = _choose_impl(device, dtype)
-        _log_choice(device, dtype, impl, reason)
-    if impl == "reference":
-        return None
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}; known: auto, {', '.join(IMPLS)}")
-    backend = _backend(impl)
-    if device not in backend.DEVICES:
-        raise ValueError(f"impl={impl!r} is for tensors on {backend.DEVICES[0]}, got hidden on {hidden.device}; "
-                         "use impl='auto'")  # fmt: skip
-    if dtype not in backend.DTYPES:
-        raise ValueError(f"impl={impl!r} has no {dtype}; use impl='reference'")
-    return backend
-
-
-def _choose_impl(device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The best implementation for a device and dtype, and why it is not a faster one."""
-    fastest = {"cpu": "cpu", "cuda": "triton"}.get(device)
-    if fastest is None:
-        return "reference", ""
-    try:
-        has_dtype = dtype in _backend(fastest).DTYPES
-    except ValueError as error:
-        return "reference", f": {error}"
-    return (fastest, "") if has_dtype else ("reference", f": impl={fastest!r} has no {dtype}")
-
-
-@functools.cache
-def _backend(name: str) -> Any:
-    backend = importlib.import_module(f"tso_fast.logprob.{name}")
-    backend.check_available()
-    return backend
 
 
 def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -108,30 +59,25 @@ def linear_logprobs(
         ValueError: shapes, dtypes or devices that do not fit, a target outside [0, V), an ``impl`` not available.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)  # type: ignore[assignment]
+    needs = _needs(hidden, weight, bias)
+    if torch.compiler.is_compiling():
+        return compiled.linear_logprobs(hidden, weight, targets, bias, softcap, temperature, ignore_index, impl, needs)
     checks.check_head(hidden, weight, bias)
     checks.check_scalars(softcap, temperature)
     checks.check_targets(targets, hidden)
-    backend = _resolve_impl(impl, hidden)
-    (targets_host,) = checks.to_host(targets)
-    assert targets_host is not None
-    is_valid = checks.valid_targets(targets_host, weight.shape[0], ignore_index)
-    rows = is_valid.reshape(-1).nonzero()[:, 0].to(hidden.device, non_blocking=True)
-    hidden_TD, targets_T = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if backend is None:
-            logprobs_R = reference.linear_logprobs(
-                hidden_TD[rows], weight, targets_T[rows], bias_V=bias, softcap=softcap, temperature=temperature
-            )
-        else:
-            head = _head(backend, softcap, temperature)
-            logprobs_R = fused.linear_logprobs(hidden_TD, weight, bias, targets_T, rows, head)
+    backend = impls.resolve(impl, hidden.device, hidden.dtype)
+    rows = checks.valid_rows(targets, weight.shape[0], ignore_index)
+    head = fused.Head(backend=backend, softcap=softcap, temperature=temperature, needs=needs)
+    logprobs_R = fused.linear_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), rows, head
+    )
     return logprobs_R.new_zeros(targets.numel()).index_copy(0, rows, logprobs_R).reshape(targets.shape)
 
 
-def _head(backend: Any, softcap: float | None, temperature: float) -> fused.Head:
-    return fused.Head(
-        backend=backend, softcap=softcap, temperature=temperature, is_grad_enabled=torch.is_grad_enabled()
-    )
+def _needs(*tensors: torch.Tensor | None) -> tuple[bool, bool, bool]:
+    """Whether hidden, weight and bias need gradients."""
+    hidden, weight, bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+    return hidden, weight, bias
 
 
 def preference_loss(
@@ -155,11 +101,14 @@ def preference_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     impl: str = "auto",
+    vocab_group: Any = None,
+    sequence_group: Any = None,
     **loss_options: Any,
 ) -> PreferenceOutput:
     """A preference loss from hidden states: policy log-probs, reference log-probs and the loss in one call.
 
-    Padded input has one sequence a row; packed input has all tokens in a row, bounded by ``cu_seqlens``.
+    Padded input has one sequence a row; packed input has all tokens in a row, bounded by ``cu_seqlens``. Inside
+    ``torch.compile`` this is one node of the graph; the loss must then be a name.
 
     Args:
         hidden: [S, L, D] padded or [T, D] packed, of the policy.
@@ -173,6 +122,13 @@ def preference_loss(
         loss: a name in ``LOSSES`` or a function from ``PairLogprobs`` to [N] losses.
         scale: [N] >= 0, weight of a pair; default 1. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
         token_weights: shape of ``targets``, weight of a token inside its sequence's sum, for policy and reference.
+        vocab_group: process group whose ranks hold the head together: ``weight``, ``bias``, ``ref_weight`` and
+            ``ref_bias`` are this rank's rows of it, in the order of the ranks; everything else is the same on all of
+            them. Every rank gets the whole loss and the whole gradient of ``hidden``, and that of its own rows.
+        sequence_group: process group whose ranks hold the tokens of every sequence together: ``hidden``, ``targets``,
+            ``ref_hidden`` and ``token_weights`` are this rank's tokens of the same sequences; everything else is the
+            same on all of them. Every rank gets the whole loss; the gradient of ``weight`` is that of its own tokens,
+            to be summed over the group (a wrapper that averages gradients asks for the loss times its size).
         loss_options: options of the loss, e.g. ``beta=0.1``, ``clip_chosen``, ``clip_rejected`` of ``dual_clip``.
 
     Returns:
@@ -185,119 +141,38 @@ def preference_loss(
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = _autocast(  # type: ignore[assignment]
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias
     )
-    device = hidden.device
-    checks.check_head(hidden, weight, bias)
-    checks.check_scalars(softcap, temperature)
-    checks.check_targets(targets, hidden)
-    loss_function = resolve_loss(loss, loss_options)
-    if token_weights is not None and token_weights.shape != targets.shape:
-        raise ValueError(f"token_weights must be {tuple(targets.shape)}, got {tuple(token_weights.shape)}")
-    if token_weights is not None and token_weights.device != device:
-        raise ValueError(f"token_weights are on {token_weights.device} but hidden is on {device}")
-    if (ref_logprobs is None) == (ref_hidden is None):
-        raise ValueError("give exactly one of ref_logprobs and ref_hidden: "
-                         + ("neither was given" if ref_logprobs is None else "both were given"))  # fmt: skip
-    if ref_hidden is not None:
-        if ref_weight is None:
-            ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-        checks.check_head(ref_hidden, ref_weight, ref_bias, "ref_")
-        if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-            raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')} like hidden, "
-                             f"got {tuple(ref_hidden.shape)}")  # fmt: skip
-        if ref_hidden.device != device:
-            raise ValueError(f"ref_hidden is on {ref_hidden.device} but hidden is on {device}")
-    elif ref_weight is not None or ref_bias is not None:
-        raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave them out")
-    backend = _resolve_impl(impl, hidden)
+    call = Call(
+        hidden=hidden, weight=weight, targets=targets, pairs=pairs, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
+        ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, bias=bias, loss=loss,
+        loss_options=loss_options, scale=scale, soft_label=soft_label, margin=margin, token_weights=token_weights,
+        softcap=softcap, temperature=temperature, ignore_index=ignore_index, impl=impl, vocab_group=vocab_group,
+        sequence_group=sequence_group, needs=_needs(hidden, weight, bias),
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return _output(call, *compiled.preference_loss(call))
+    made = prepare(call)
+    total, losses, logprobs, ref_logprobs = fused.preference_loss(
+        made.hidden_TD, weight, bias, reference=made.reference, batch=made.batch, head=made.head
+    )
+    return _output(call, total, losses, logprobs, ref_logprobs, made.num_tokens_S, made.pairs_N2)
 
-    host = checks.to_host(targets, cu_seqlens, pairs, scale, soft_label, margin)
-    assert host[0] is not None
-    vocab = min(weight.shape[0], weight.shape[0] if ref_weight is None else ref_weight.shape[0])
-    layout = checks.layout(host[0], vocab, ignore_index, host[1], host[2])
-    num_pairs, num_sequences = layout.pairs.shape[0], len(layout.num_tokens)
-    checks.check_pair_scalars("scale", host[3], num_pairs, 0.0, None)
-    checks.check_pair_scalars("soft_label", host[4], num_pairs, 0.0, 1.0)
-    checks.check_pair_scalars("margin", host[5], num_pairs, 0.0, None)
-    if ref_logprobs is not None and ref_logprobs.shape != (num_sequences,):
-        raise ValueError(f"ref_logprobs must be [{num_sequences}], one sum a sequence, got {tuple(ref_logprobs.shape)}")
 
-    def upload(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values.detach().to(device, non_blocking=True)
-
-    pairs = layout.pairs.to(device, non_blocking=True)
-    num_tokens = torch.tensor(layout.num_tokens).to(device, non_blocking=True)
-    scale, soft_label, margin, ref_logprobs = map(upload, (scale, soft_label, margin, ref_logprobs))
-    with torch.autocast(hidden.device.type, enabled=False):
-        if backend is None:
-            index, sequence = layout.index.to(device), layout.sequence.to(device)
-            targets_R = targets.reshape(-1)[index]
-            weights_R = None if token_weights is None else token_weights.reshape(-1)[index]
-
-            def sums(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-                hidden_RD = hidden.reshape(-1, hidden.shape[-1])[index]
-                values = reference.linear_logprobs(
-                    hidden_RD, weight, targets_R, bias_V=bias, softcap=softcap, temperature=temperature
-                )
-                if weights_R is not None:
-                    values = values * weights_R
-                # In float64: a margin is the small difference of large sums.
-                out = torch.zeros(num_sequences, dtype=torch.float64, device=device)
-                return out.index_add(0, sequence, values.double())
-
-            if ref_hidden is not None and ref_weight is not None:
-                with torch.no_grad():
-                    ref_logprobs = sums(ref_hidden, ref_weight, ref_bias)
-            logprobs = sums(hidden, weight, bias)
-            assert ref_logprobs is not None
-            ref_logprobs = ref_logprobs.to(logprobs)
-            losses = fused.pair_losses(
-                loss_function, logprobs, ref_logprobs, num_tokens, pairs[:, 0], pairs[:, 1], soft_label, margin
-            )
-            total = scaled_mean(losses, scale)
-        else:
-            batch = fused.Batch(
-                targets_T=targets.reshape(-1),
-                index=layout.index.to(device, non_blocking=True),
-                num_tokens=layout.num_tokens,
-                pairs=layout.pairs.tolist(),
-                token_weights_T=None if token_weights is None else token_weights.detach().reshape(-1),
-                scale_N=scale,
-                soft_label_N=soft_label,
-                margin_N=margin,
-                loss=loss_function,
-                is_per_pair=isinstance(loss, str),
-                dual_clip=_reward_options(loss, loss_options) if loss == "dual_clip" else None,
-            )
-            total, losses, logprobs, ref_logprobs = fused.preference_loss(
-                hidden.reshape(-1, hidden.shape[-1]),
-                weight,
-                bias,
-                ref_logprob_S=ref_logprobs,
-                ref_hidden_TD=None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1]),
-                ref_weight_VD=ref_weight,
-                ref_bias_V=ref_bias,
-                batch=batch,
-                head=_head(backend, softcap, temperature),
-            )
-
-    dtype = fused.acc_dtype(hidden.dtype)
-    chosen, rejected = pairs[:, 0], pairs[:, 1]
-    log_ratio = (logprobs - ref_logprobs).detach()
-    options = _reward_options(loss, loss_options)
-    chosen_rewards, rejected_rewards = options["beta"] * log_ratio[chosen], options["beta"] * log_ratio[rejected]
+def _output(
+    call: Call, total: torch.Tensor, losses: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor,
+    num_tokens: torch.Tensor, pairs: torch.Tensor,
+) -> PreferenceOutput:  # fmt: skip
+    dtype = fused.acc_dtype(call.hidden.dtype)
+    options = call.reward_options()
+    rewards = options["beta"] * (logprobs - ref_logprobs)
+    chosen_rewards, rejected_rewards = rewards[pairs[:, 0]], rewards[pairs[:, 1]]
     clips = {name: options[name] for name in ("clip_chosen", "clip_rejected") if name in options}
     return PreferenceOutput(
         loss=total.to(dtype),
-        losses=losses.detach().to(dtype),
-        logprobs=logprobs.detach().to(dtype),
+        losses=losses.to(dtype),
+        logprobs=logprobs.to(dtype),
         ref_logprobs=ref_logprobs.to(dtype),
         num_tokens=num_tokens,
         chosen_rewards=chosen_rewards.to(dtype),
         rejected_rewards=rejected_rewards.to(dtype),
         clipped=clipped_sides(chosen_rewards, rejected_rewards, **clips),
     )
-
-
-def _reward_options(loss: str | Loss, given: dict[str, Any]) -> dict[str, Any]:
-    """Options that the reported rewards and clips depend on; a loss without ``beta`` reports rewards at its default."""
-    return {"beta": 0.1, **loss_options(loss), **given}

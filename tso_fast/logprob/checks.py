@@ -10,7 +10,32 @@ import dataclasses
 import torch
 
 
+def check_plain(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for a tensor whose memory is not the [.., ..] of numbers that the op reads.
+
+    Sharded parameters, and heads that torchao or bitsandbytes quantised. A float32 copy of them made in silence would
+    take the memory that they were made to save.
+    """
+    is_packed = hasattr(tensor, "quant_state") or hasattr(tensor, "SCB") or tensor.dtype.itemsize == 1
+    if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+        raise ValueError(f"{name} is a DTensor, of which this rank holds a part; gather it once a step with "
+                         f"{name}.full_tensor(), or, where its rows are sharded, give {name}.to_local() and "
+                         "vocab_group=the group of that mesh dimension")  # fmt: skip
+    if is_packed or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        kind = type(tensor).__name__ if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else str(tensor.dtype)
+        if name.endswith("hidden"):
+            raise ValueError(f"{name} must be a plain floating-point tensor, got {kind}")
+        raise ValueError(f"{name} is quantised ({kind}), and the op reads float16, bfloat16, float32 or float64; leave "
+                         "the output head out of the quantisation (llm_int8_skip_modules=['lm_head'] of bitsandbytes, "
+                         "filter_fn of torchao), or give its dequantised weight")  # fmt: skip
+    if tensor.is_meta and name.endswith("weight"):
+        raise ValueError(f"{name} is on the meta device and holds no numbers; load the weights before the step")
+
+
 def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = "") -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_plain(prefix + name, tensor)
     if not hidden.is_floating_point():
         raise ValueError(f"{prefix}hidden must be a floating-point tensor, got {hidden.dtype}")
     if weight.dim() != 2 or hidden.dim() < 1 or weight.shape[1] != hidden.shape[-1]:
@@ -18,6 +43,9 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
             f"{prefix}weight must be [V, D] with D = {hidden.shape[-1] if hidden.dim() else '?'} "
             f"as in {prefix}hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
+    if not weight.shape[0]:
+        raise ValueError(f"{prefix}weight has no rows; is it a parameter that is sharded or offloaded at this moment? "
+                         "Gather it, or call the op where its module's forward runs")  # fmt: skip
     if weight.dtype != hidden.dtype:
         raise ValueError(f"{prefix}weight is {weight.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them")
     if weight.device != hidden.device:
@@ -59,6 +87,18 @@ def valid_targets(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch
     return is_valid
 
 
+def valid_rows(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
+    """Rows of the flattened targets that count, on their device; on a GPU this waits once for the device.
+
+    Raises:
+        ValueError: a target outside of [0, V).
+    """
+    (host,) = to_host(targets)
+    assert host is not None
+    is_valid = valid_targets(host, vocab, ignore_index)
+    return is_valid.reshape(-1).nonzero()[:, 0].to(targets.device, non_blocking=True)
+
+
 def check_scalars(softcap: float | None, temperature: float) -> None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be > 0 or None, got {softcap!r}")
@@ -72,8 +112,6 @@ class Layout:
 
     index: torch.Tensor
     """[R] int64: rows of the flattened input that count."""
-    sequence: torch.Tensor
-    """[R] int64: their sequences."""
     num_tokens: list[int]
     pairs: torch.Tensor
     """[N, 2] int64"""
@@ -85,7 +123,7 @@ def layout(
     """The layout of arguments on the host.
 
     Raises:
-        ValueError: shapes that do not fit, targets or pairs outside their range, a pair with an empty sequence.
+        ValueError: shapes that do not fit, targets or pairs outside their range.
     """
     is_valid = valid_targets(targets, vocab, ignore_index)
     lengths = _lengths(targets, cu_seqlens)
@@ -94,11 +132,15 @@ def layout(
     index = is_valid.reshape(-1).nonzero()[:, 0]
     sequence = torch.arange(num_sequences).repeat_interleave(lengths)[index]
     num_tokens = torch.bincount(sequence, minlength=num_sequences)
-    if (is_empty := num_tokens[pairs.reshape(-1)] == 0).any():
-        empty = pairs.reshape(-1)[is_empty][0].item()
+    return Layout(index=index, num_tokens=num_tokens.tolist(), pairs=pairs)
+
+
+def check_no_empty_sequence(num_tokens_S: torch.Tensor, pairs_N2: torch.Tensor, ignore_index: int) -> None:
+    """Raises ValueError when a sequence of a pair has no completion token."""
+    if (is_empty := num_tokens_S[pairs_N2.reshape(-1)] == 0).any():
+        empty = pairs_N2.reshape(-1)[is_empty][0].item()
         raise ValueError(f"sequence {empty} belongs to a pair but has no completion token: "
                          f"every target is ignore_index ({ignore_index})")  # fmt: skip
-    return Layout(index=index, sequence=sequence, num_tokens=num_tokens.tolist(), pairs=pairs)
 
 
 def _lengths(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

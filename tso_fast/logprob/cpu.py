@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 from typing import Any
 
 import torch
 
-from tso_fast.logprob.fused import bits
+from tso_fast.logprob.groups import VocabShard
+from tso_fast.logprob.plan import Limits, Shape
+from tso_fast.logprob.reference import segment_sum as segment_sum
+from tso_fast.logprob.rows import bits
 
 ISA = os.environ.get("TSO_FAST_CPU_ISA", "")
 """Instruction set to use, e.g. ``avx2``; empty: the best that this machine has."""
@@ -51,6 +55,31 @@ def bytes_per_row(weight_VD: torch.Tensor) -> int:
     return _exps_bytes(64, weight_VD) // 64
 
 
+def limits(shape: Shape, budget: int) -> Limits:
+    """Rows whose exponentials fill a budget of so many bytes; see ``plan.Planner``.
+
+    Half of it is filled with pairs, as more of them would leave the cache; only a pair that is longer takes more. A
+    single chunk may also take what the sum of the weight's gradient over chunks would, in 16 bits an element.
+    """
+    per_row = bytes_per_row(torch.empty(shape.vocab, shape.dim, dtype=shape.dtype, device="meta"))
+    fit = max(16, budget // per_row)
+    rows = fit // 16 * 16 if fit < 32 else fit // 32 * 32
+    half = shape.vocab * shape.dim * 2 if shape.needs_dweight and shape.dtype.itemsize == 2 else 0
+    return Limits(single=rows // 2 + half // per_row, group=rows // 2, rows=rows)
+
+
+def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
+    """Bytes of the large parts of a step; see ``plan.Planner``."""
+    vocab = -(-shape.vocab // shape.num_ranks)
+    head = torch.empty(vocab, shape.dim, dtype=shape.dtype, device="meta")
+    is_summed = shape.needs_dweight and num_chunks > 1 and shape.dtype.itemsize == 2
+    return {
+        "exponentials": _exps_bytes(num_rows, head),
+        "rows of hidden states and of their gradient": 2 * num_rows * shape.dim * shape.dtype.itemsize,
+        "sum of dweight": vocab * shape.dim if is_summed else 0,
+    }
+
+
 def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
     """Memory for what ``forward`` keeps of up to so many rows, as bytes."""
     return torch.empty(_exps_bytes(num_rows, weight_VD), dtype=torch.uint8)
@@ -65,9 +94,12 @@ def forward(
     softcap: float | None,
     temperature: float,
     room: torch.Tensor | None,
+    shard: VocabShard | None = None,
 ) -> tuple[torch.Tensor, Saved | None]:
     """Log-probs [T] float64 of checked, contiguous arguments, and with ``room`` what ``backward`` needs."""
     name = _name(hidden_TD.dtype)
+    if shard is not None:
+        targets_T = shard.local_targets(targets_T)
     head = (
         _numpy(hidden_TD),
         _numpy(weight_VD),
@@ -80,7 +112,8 @@ def forward(
         _isa(name),
     )
     exps = None if room is None else room[: _exps_bytes(targets_T.numel(), weight_VD)]
-    logprobs, rows = _extension().logprob_forward(*head, None if exps is None else exps.numpy())
+    reduce = None if shard is None else functools.partial(_reduce, shard)
+    logprobs, rows = _extension().logprob_forward(*head, None if exps is None else exps.numpy(), reduce)
     return torch.from_numpy(logprobs), None if exps is None else Saved(head=head, rows=rows, exps=exps)
 
 
@@ -94,6 +127,7 @@ def backward(
     dbias_V: torch.Tensor | None,
     is_first: bool,
     is_last: bool,
+    may_skip: bool = True,
 ) -> None:
     """Writes the gradients of one chunk; see ``fused.Backend``."""
     upstream = dlogprobs_T.to(torch.float64).contiguous()
@@ -112,12 +146,15 @@ def backward(
     )
 
 
-def segment_sum(values_R: torch.Tensor, weights_R: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sums [S] float64 over the rows of every sequence; see ``fused.Backend``."""
-    values = values_R.double() if weights_R is None else values_R.double() * weights_R
-    lengths = cu_seqlens.diff()
-    segments = torch.arange(lengths.numel()).repeat_interleave(lengths)
-    return values.new_zeros(lengths.numel()).index_add_(0, segments, values)
+def _reduce(shard: VocabShard, values: Any, find_max: bool) -> None:
+    """Replaces numbers by their sum or maximum over the ranks of a head."""
+    ranks = shard.gather(torch.from_numpy(values))
+    values[:] = (ranks.amax(0) if find_max else ranks.sum(0)).numpy()
+
+
+def scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiplies a gradient by a scalar tensor, in place."""
+    gradient.mul_(factor.item())
 
 
 dual_clip_epilogue = None

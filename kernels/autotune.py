@@ -1,0 +1,110 @@
+"""Times the tile candidates of a head on this device and writes the fastest into the cache file of ``tiles.py``."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from tso_fast.kernels import linear_logprob as forward
+from tso_fast.kernels import linear_logprob_backward as backward
+from tso_fast.kernels import tiles as table
+from tso_fast.kernels.blocks import INTERPRETED, capability
+from tso_fast.kernels.tiles import CANDIDATES, CUBLAS, Tile
+
+logger = logging.getLogger(__name__)
+
+Step = Callable[[Tile | None], object]
+
+
+def steps(D: int, V: int, dtype: torch.dtype, device: torch.device, rows: int) -> Iterator[tuple[str, Step]]:
+    """Each product of a chunk of ``rows`` rows on random data, as a function of its tile: name, step."""
+    hidden_TD = torch.randn(rows, D, dtype=dtype, device=device)
+    weight_VD = torch.randn(V, D, dtype=dtype, device=device) * D**-0.5
+    row_T = torch.zeros(rows, device=device)
+    head: dict[str, Any] = {"softcap": None, "temperature": 1.0}
+    widest = max(tile.cols for tile in candidates("logits", D, dtype, device) if tile is not None)
+    room = torch.rand(rows * triton.cdiv(V, widest) * widest, dtype=dtype, device=device)
+    yield (
+        "logits",
+        lambda tile: forward.exponentials(
+            hidden_TD, weight_VD, None, row_T, row_T.clone(), room, **head, tile=_given(tile)
+        ),
+    )
+    exp_TV = room.view(rows, -1)
+    dhidden_TD = torch.empty_like(hidden_TD)
+    yield "dhidden", lambda tile: backward.dhidden(exp_TV, weight_VD, row_T + 1, dhidden_TD, tile)
+    yield "dhidden_skipping", lambda tile: backward.dhidden(exp_TV, weight_VD, row_T + 1, dhidden_TD, _given(tile))
+    total_VD = torch.empty_like(weight_VD)
+    rest_VD = None if dtype == torch.float32 else torch.empty_like(weight_VD, dtype=torch.uint8)
+
+    def add(tile: Tile | None) -> None:
+        blocks = torch.arange(triton.cdiv(rows, _given(tile).inner), dtype=torch.int32, device=device)
+        active = blocks, blocks.new_full((), blocks.numel())
+        backward.dweight(
+            exp_TV, hidden_TD, None, active, total_VD, rest_VD, _given(tile), is_first=False, is_last=False
+        )
+
+    total_VD.zero_()
+    if rest_VD is not None:
+        rest_VD.zero_()
+    yield "dweight", add
+
+
+def _given(tile: Tile | None) -> Tile:
+    assert tile is not None
+    return tile
+
+
+def candidates(product: str, D: int, dtype: torch.dtype, device: torch.device) -> list[Tile | None]:
+    """The tiles to time for a product; the one of the table where there is no choice."""
+    version = capability(device)
+    known = CANDIDATES.get(table.architecture(version))
+    if known is None or dtype == torch.float32 or D % 8:
+        return [getattr(table.default_tiles(D, dtype, version), product)]
+    if product == "dhidden_skipping":
+        return [tile for tile in known["dhidden"] if tile is not None]
+    return [tile for tile in known[product] if tile is not None or table.has_float32_product()]
+
+
+def time_ms(call: Callable[[], object]) -> float:
+    """Median milliseconds of a call on a GPU; those of a single one in the interpreter."""
+    if INTERPRETED:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    median: float = triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+    return median
+
+
+def autotune(D: int, V: int, dtype: torch.dtype, device: torch.device, *, rows: int = 4096) -> dict[str, Any]:
+    """The entry of a head for the cache file: the fastest tile of each product, and the time of each candidate in ms.
+
+    Takes under a minute, most of it compiling, and as much memory as a chunk of ``rows`` rows and a second head.
+    """
+    entry: dict[str, Any] = {"rows": rows, "triton": triton.__version__, "torch": torch.__version__, "ms": {}}
+    for product, step in steps(D, V, dtype, device, rows):
+        times: dict[Tile | None, float] = {}
+        for tile in candidates(product, D, dtype, device):
+            try:
+                times[tile] = time_ms(functools.partial(step, tile))
+            except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError) as error:
+                logger.warning("autotune: %s with %s left out: %s", product, tile, error)
+        best = min(times, key=lambda tile: times[tile])
+        entry[product] = table.to_json(best)
+        entry["ms"][product] = {CUBLAS if tile is None else "x".join(map(str, tile)): ms for tile, ms in times.items()}
+    return entry
+
+
+def ensure(D: int, V: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Times a head that no file has yet, and writes the cache file."""
+    key = table.key_of(D, V, dtype, device)
+    if any(key in table.read(file) for file in (table.cache_file(), table.SHIPPED)):
+        return
+    logger.info("autotune: timing the tiles of %s", key)
+    table.write(table.cache_file(), key, autotune(D, V, dtype, device))
+    table.tiles.cache_clear()

@@ -1,0 +1,206 @@
+"""A call of ``preference_loss`` from its arguments to what the passes take: checked on the host, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import torch
+
+from tso_fast.logprob import checks, fused, impls
+from tso_fast.logprob.groups import SequenceShard, VocabShard, is_shared
+from tso_fast.losses import Loss, loss_options, resolve_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """The arguments of ``tso_fast.preference_loss``, whose docstring explains them."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    targets: torch.Tensor
+    pairs: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+    ref_hidden: torch.Tensor | None
+    ref_weight: torch.Tensor | None
+    ref_bias: torch.Tensor | None
+    bias: torch.Tensor | None
+    loss: str | Loss
+    loss_options: dict[str, Any]
+    scale: torch.Tensor | None
+    soft_label: torch.Tensor | None
+    margin: torch.Tensor | None
+    token_weights: torch.Tensor | None
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    impl: str
+    vocab_group: Any
+    sequence_group: Any
+    needs: tuple[bool, bool, bool]
+    """Whether hidden, weight and bias need gradients."""
+
+    def reward_options(self) -> dict[str, Any]:
+        """Options that the reported rewards and clips depend on; a loss without ``beta`` reports rewards at 0.1."""
+        return {"beta": 0.1, **loss_options(self.loss), **self.loss_options}
+
+    def with_reference_head(self) -> Call:
+        """The call with the reference's head filled in: the policy's where none is given."""
+        if self.ref_hidden is None or self.ref_weight is not None:
+            return self
+        ref_bias = self.bias if self.ref_bias is None else self.ref_bias
+        return dataclasses.replace(self, ref_weight=self.weight, ref_bias=ref_bias)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What the passes take."""
+
+    hidden_TD: torch.Tensor
+    reference: fused.Reference
+    batch: fused.Batch
+    head: fused.Head
+    pairs_N2: torch.Tensor
+    """on the device"""
+    num_tokens_S: torch.Tensor
+    """on the device, of all ranks"""
+
+
+def prepare(call: Call) -> Prepared:
+    """Checks a call and lays out its batch; on a GPU this waits once for the device.
+
+    Raises:
+        ValueError: arguments that do not fit, see ``tso_fast.preference_loss``.
+    """
+    call = call.with_reference_head()
+    _check_tensors(call)
+    loss = resolve_loss(call.loss, call.loss_options)
+    backend = impls.resolve(call.impl, call.hidden.device, call.hidden.dtype)
+    device = call.hidden.device
+    host = checks.to_host(call.targets, call.cu_seqlens, call.pairs, call.scale, call.soft_label, call.margin)
+    targets, cu_seqlens, pairs, *scalars = host
+    assert targets is not None
+    shard = VocabShard(call.vocab_group, call.weight.shape[0], device) if _is_vocab_shared(call) else None
+    vocab = _vocab(call) if shard is None else shard.vocab
+    sequence_shard = SequenceShard(call.sequence_group) if is_shared(call.sequence_group, "sequence_group") else None
+    layout = checks.layout(targets, vocab, call.ignore_index, cu_seqlens, pairs)
+    facts = _facts(call, layout, scalars)
+    rows = {"the hidden dimension": call.hidden.shape[-1], "targets": _checksum(targets)}
+    if shard is not None:
+        shard.agree(facts | rows, device, "vocab_group")
+    planned = total = torch.tensor(layout.num_tokens)
+    if sequence_shard is not None:
+        sequence_shard.agree(facts, device, "sequence_group")
+        counts = sequence_shard.gather(planned.to(device)).cpu()
+        planned, total = counts.amax(0), counts.sum(0)
+    checks.check_no_empty_sequence(total, layout.pairs, call.ignore_index)
+    num_pairs = layout.pairs.shape[0]
+    for name, values, high in zip(("scale", "soft_label", "margin"), scalars, (None, 1.0, None), strict=True):
+        checks.check_pair_scalars(name, values, num_pairs, 0.0, high)
+    if call.ref_logprobs is not None and call.ref_logprobs.shape != total.shape:
+        raise ValueError(f"ref_logprobs must be [{total.numel()}], one sum a sequence, "
+                         f"got {tuple(call.ref_logprobs.shape)}")  # fmt: skip
+
+    def upload(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values.detach().to(device, non_blocking=True)
+
+    options = call.reward_options() if call.loss == "dual_clip" else None
+    batch = fused.Batch(
+        targets_T=call.targets.reshape(-1),
+        index=layout.index.to(device, non_blocking=True),
+        num_tokens=layout.num_tokens,
+        planned_tokens=planned.tolist(),
+        total_tokens=total.tolist(),
+        pairs=layout.pairs.tolist(),
+        token_weights_T=None if call.token_weights is None else call.token_weights.detach().reshape(-1),
+        scale_N=upload(call.scale),
+        soft_label_N=upload(call.soft_label),
+        margin_N=upload(call.margin),
+        loss=loss,
+        is_per_pair=isinstance(call.loss, str),
+        dual_clip=options,
+        sequence_shard=sequence_shard,
+    )
+    has_unused_pairs = scalars[0] is not None and bool((scalars[0] == 0).any())
+    has_clips = options is not None and min(options["clip_chosen"], options["clip_rejected"]) < math.inf
+    return Prepared(
+        hidden_TD=call.hidden.reshape(-1, call.hidden.shape[-1]),
+        reference=fused.make_reference(
+            upload(call.ref_logprobs), None if call.ref_hidden is None else call.ref_hidden.flatten(0, -2),
+            call.ref_weight, call.ref_bias,
+        ),
+        batch=batch,
+        head=fused.Head(
+            backend=backend, softcap=call.softcap, temperature=call.temperature, needs=call.needs,
+            may_skip=has_clips or has_unused_pairs, shard=shard,
+        ),
+        pairs_N2=layout.pairs.to(device, non_blocking=True),
+        num_tokens_S=total.to(device, non_blocking=True),
+    )  # fmt: skip
+
+
+def _check_tensors(call: Call) -> None:
+    """Shapes, dtypes and devices."""
+    hidden, weight, device = call.hidden, call.weight, call.hidden.device
+    checks.check_head(hidden, weight, call.bias)
+    checks.check_scalars(call.softcap, call.temperature)
+    checks.check_targets(call.targets, hidden)
+    if call.token_weights is not None and call.token_weights.shape != call.targets.shape:
+        raise ValueError(f"token_weights must be {tuple(call.targets.shape)}, got {tuple(call.token_weights.shape)}")
+    if call.token_weights is not None and call.token_weights.device != device:
+        raise ValueError(f"token_weights are on {call.token_weights.device} but hidden is on {device}")
+    if (call.ref_logprobs is None) == (call.ref_hidden is None):
+        raise ValueError("give exactly one of ref_logprobs and ref_hidden: "
+                         + ("neither was given" if call.ref_logprobs is None else "both were given"))  # fmt: skip
+    if call.ref_hidden is None:
+        if call.ref_weight is not None or call.ref_bias is not None:
+            raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave "
+                             "them out")  # fmt: skip
+        return
+    assert call.ref_weight is not None
+    checks.check_head(call.ref_hidden, call.ref_weight, call.ref_bias, "ref_")
+    if call.ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')} like hidden, "
+                         f"got {tuple(call.ref_hidden.shape)}")  # fmt: skip
+    if call.ref_hidden.device != device:
+        raise ValueError(f"ref_hidden is on {call.ref_hidden.device} but hidden is on {device}")
+
+
+def _is_vocab_shared(call: Call) -> bool:
+    if not is_shared(call.vocab_group, "vocab_group"):
+        return False
+    if call.ref_weight is not None and call.ref_weight.shape[0] != call.weight.shape[0]:
+        raise ValueError(f"with vocab_group ref_weight must hold the same rows of its head as weight, "
+                         f"{call.weight.shape[0]}, got {call.ref_weight.shape[0]}")  # fmt: skip
+    return True
+
+
+def _vocab(call: Call) -> int:
+    """Classes that policy and reference both have."""
+    vocab: int = call.weight.shape[0]
+    return vocab if call.ref_weight is None else min(vocab, call.ref_weight.shape[0])
+
+
+def _checksum(values: torch.Tensor | None) -> int:
+    return 0 if values is None else zlib.crc32(values.contiguous().numpy().tobytes())
+
+
+def _facts(call: Call, layout: checks.Layout, scalars: list[torch.Tensor | None]) -> dict[str, int]:
+    """What all ranks of a group must have in common, as numbers."""
+    names = "scale", "soft_label", "margin"
+    options = sorted(call.loss_options.items())
+    head = call.loss if isinstance(call.loss, str) else "a function", options, call.softcap, call.temperature
+    return {
+        "the number of sequences": len(layout.num_tokens),
+        "the number of pairs": layout.pairs.shape[0],
+        "pairs": _checksum(layout.pairs),
+        **{name: _checksum(values) for name, values in zip(names, scalars, strict=True)},
+        "loss, options, softcap and temperature": zlib.crc32(repr(head).encode()),
+        "whether reference log-probs are given": int(call.ref_logprobs is not None),
+        "whether hidden needs a gradient": int(call.needs[0]),
+        "whether anything needs a gradient": int(any(call.needs)),
+        "the memory budget": int(fused.memory_budget_mib(call.hidden.device.type) * fused.MIB),
+    }

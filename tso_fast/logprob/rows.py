@@ -1,0 +1,41 @@
+"""Some rows of tensors, taken and put back without a copy where they are adjacent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def bits(values: torch.Tensor) -> Any:
+    """The tensor's own memory as a numpy array; numpy has no bfloat16, whose bits pass as int16."""
+    values = values.detach()
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+class Rows:
+    """Some rows of [T, D] tensors: an index, and where the rows are adjacent their span as well."""
+
+    def __init__(self, index: torch.Tensor, span: tuple[int, int] | None) -> None:
+        self.index, self.span = index, span
+
+    def part(self, start: int, end: int) -> Rows:
+        """The rows of these from ``start`` to ``end``."""
+        span = None if self.span is None else (self.span[0] + start, self.span[0] + end)
+        return Rows(self.index[start:end], span)
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        if self.span is not None:
+            return values[self.span[0] : self.span[1]].contiguous()
+        if values.device.type == "cpu":  # not by threads of torch, which would go on spinning beside those of the op
+            return torch.from_numpy(bits(values)[self.index.numpy()]).view(values.dtype)
+        return values.index_select(0, self.index)
+
+    def put(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        """Writes the rows back to where they were taken from."""
+        if self.span is not None:
+            out[self.span[0] : self.span[1]] = values
+        elif values.device.type == "cpu":
+            bits(out)[self.index.numpy()] = bits(values)
+        else:
+            out.index_copy_(0, self.index, values)
