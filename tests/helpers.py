@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 Row = dict[str, Any]
 
 
@@ -24,7 +27,6 @@ def read_rows(path: Path) -> list[Row]:
 
 def make_adapter(base: Path, folder: Path, seed: int = 0, rank: int = 4, strength: int = 2) -> Path:
     """A LoRA adapter of random weights, made by peft; ``strength`` is lora_alpha / rank."""
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -33,3 +35,16 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, rank: int = 4, strengt
                         init_lora_weights=False, task_type="CAUSAL_LM")  # fmt: skip
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
     return folder
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.nbytes)
+        return out

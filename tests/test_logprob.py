@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import LargestTensor
 
 from tso_fast import LOSSES, linear_logprobs, logprob, preference_loss
 from tso_fast.logprob import fused, impls, reference
@@ -307,19 +307,6 @@ def test_autocast_does_not_round_the_logits() -> None:
         slopes = gradients(out, args, kw)
     assert torch.equal(out, want)
     assert all(torch.equal(a, b) for a, b in zip(slopes, gradients(want, args, kw), strict=True))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation makes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.nbytes)
-        return out
 
 
 def test_full_logits_never_exist(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,10 +72,11 @@ def _preference_loss(
         needs=(need_dhidden, need_dweight, need_dbias),
     )  # fmt: skip
     made = prepare(call)
-    total, sums, gradients = fused.run_pass(
-        made.hidden_TD, weight.contiguous(), None if bias is None else bias.contiguous(), made.reference, made.batch,
-        made.head,
-    )  # fmt: skip
+    with _autograd_inside():
+        total, sums, gradients = fused.run_pass(
+            made.hidden_TD, weight.contiguous(), None if bias is None else bias.contiguous(), made.reference,
+            made.batch, made.head,
+        )  # fmt: skip
     dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
     if need_dhidden:
         dhidden = dhidden.view(hidden.shape)
@@ -83,8 +84,17 @@ def _preference_loss(
     return total, *sums, num_tokens, index, dhidden, dweight, dbias
 
 
+def _autograd_inside() -> Any:
+    """A context in which autograd records again, for the derivative of the loss: torch runs an operator below it."""
+    left_out = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("Other", "CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1"):
+        left_out = left_out.remove(getattr(torch._C.DispatchKey, f"Autograd{name}"))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), left_out)
+
+
 def _own(result: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-    """A result of an operator, which must not be one of its arguments."""
+    """A result of an operator: contiguous, as its fake kernel says, and never one of its arguments."""
+    result = result.contiguous()
     return result.clone() if given is not None and result.data_ptr() == given.data_ptr() else result
 
 

@@ -1,0 +1,117 @@
+"""The ops inside ``torch.compile``: one node of a whole graph, and the numbers of the eager ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from tso_fast import LOSSES, linear_logprobs, preference_loss
+
+S, L, D, V = 4, 9, 16, 67
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    targets = torch.randint(V, (S, L), generator=g)
+    targets[:, :2] = -100
+    return {
+        "hidden": torch.randn(S, L, D, generator=g).to(dtype).requires_grad_(),
+        "weight": (torch.randn(V, D, generator=g) / 2).to(dtype).requires_grad_(),
+        "targets": targets,
+        "bias": torch.randn(V, generator=g).to(dtype).requires_grad_(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("kind", ["padded", "packed", "frozen"])
+def test_what_torch_asks_of_an_operator(impl: str, kind: str) -> None:
+    """Schema, autograd registration, fake kernel and tracing with dynamic shapes, by torch's own checks."""
+    given = inputs()
+    needs = [kind != "frozen", True, kind == "padded"]
+    if kind == "packed":
+        lengths = torch.tensor([0, 9, 14, 27, 36])
+        given["hidden"] = given["hidden"].detach().flatten(0, 1).requires_grad_()
+        given |= {"targets": given["targets"].flatten(), "cu_seqlens": lengths}
+        given["pairs"] = torch.tensor([[0, 1], [3, 2], [0, 2]])
+    rows, head = (given["hidden"], given["weight"], given["targets"]), (5.0, 1.2, -100, impl)
+    of_pairs = given.get("pairs"), given.get("cu_seqlens"), torch.full((S,), -20.0), None, None, None, given["bias"]
+    loss = "dual_clip", "beta,clip_chosen", [0.2, 0.4], None, None, None, None
+    opcheck(torch.ops.tso_fast.preference_loss.default, (*rows, *of_pairs, *loss, *head, "", "", needs))
+    opcheck(torch.ops.tso_fast.linear_logprobs.default, (*rows, given["bias"], *head, needs))
+
+
+class Model(torch.nn.Module):
+    """A surrounding model whose last layer's output the ops take."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = torch.nn.Linear(D, D, dtype=dtype)
+
+    def forward(self, hidden: torch.Tensor, head: dict[str, Any], options: dict[str, Any]) -> Any:
+        hidden = self.layer(hidden).tanh()
+        out = preference_loss(hidden, **head, ref_hidden=hidden.detach() * 1.1, **options)
+        tokens = linear_logprobs(hidden, head["weight"], head["targets"], softcap=5.0)
+        return 1.5 * out.loss + 0.1 * tokens.mean(), out
+
+
+def run(model: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.Tensor]:
+    given = inputs(dtype)
+    hidden = given.pop("hidden")
+    total, out = model(hidden, given, options)
+    parameters = [hidden, given["weight"], given["bias"], *model.parameters()]
+    return [total.detach(), *(x.detach() for x in vars(out).values()), *torch.autograd.grad(total, parameters)]
+
+
+# One of them through inductor, the others without its C++ compiler.
+@pytest.mark.parametrize(
+    ("backend", "dtype", "options"),
+    [
+        ("inductor", torch.float32, {"loss": "dual_clip", "beta": 0.2, "clip_chosen": 0.3}),
+        ("aot_eager", torch.bfloat16, {"loss": "dpo", "scale": torch.tensor([1.0, 2.0])}),
+        ("aot_eager", torch.float32, {"loss": "sft", "impl": "reference"}),
+    ],
+)
+def test_a_whole_model_compiles(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    model = Model(dtype)
+    want = run(model, dtype, options)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for got, exact in zip(run(compiled, dtype, options), want, strict=True):
+        torch.testing.assert_close(got, exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_other_shapes_and_no_gradients_compile() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda hidden, weight, targets: preference_loss(hidden, weight, targets, ref_logprobs=hidden.new_zeros(S)).loss,
+        fullgraph=True, backend="aot_eager", dynamic=True,
+    )  # fmt: skip
+    given = inputs()
+    for length in (9, 7, 5):
+        cut = given["hidden"][:, :length], given["weight"], given["targets"][:, :length]
+        with torch.no_grad():
+            out = compiled(*cut)
+            want = preference_loss(*cut, ref_logprobs=torch.zeros(S)).loss
+        assert not out.requires_grad
+        torch.testing.assert_close(out, want)
+
+
+def test_what_is_refused_inside_a_compiled_function() -> None:
+    torch.compiler.reset()
+    given = inputs()
+
+    def loss(**options: Any) -> torch.Tensor:
+        return preference_loss(**given, ref_logprobs=torch.zeros(S), **options).loss
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="unknown loss 'kto'"):
+        compiled(loss="kto")
+    with pytest.raises(Exception, match="the loss must be a name: a function cannot be part of an operator"):
+        compiled(loss=LOSSES["dpo"])
+    given["targets"] = given["targets"] + V  # what only the numbers show is said when the operator runs
+    with pytest.raises(ValueError, match="expected 0 <= target < 67"):
+        compiled(loss="dpo")
