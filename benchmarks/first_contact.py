@@ -50,8 +50,6 @@ from tso_fast.kernels.blocks import load_tile, operand
 SPEED_GOAL, MEMORY_GOAL_MIB = 1.2, 2048
 LOGITS_GOAL_TFLOPS = 640
 """Below it cuBLAS and a pass over its float32 logits are as fast."""
-DHIDDEN_GAIN_MS = 0.5
-"""What torch's product must win before it is preferred to tiles, which can leave rows out."""
 WORKERS = 12
 
 Measurement = Callable[[], dict[str, Any]]
@@ -101,7 +99,7 @@ class Operands:
         self.tile = tiles.tiles(lab.dim, lab.vocab, lab.dtype, lab.where)
         columns = forward.padded_vocab(lab.dim, lab.vocab, lab.dtype, lab.where)
         self.room = torch.empty(rows * columns, dtype=lab.dtype, device=lab.where)
-        self.target_logit = forward.target_logits(self.hidden, self.weight, None, self.targets, **HEAD)
+        self.target_logit = forward.target_logits(self.hidden, self.weight, None, self.targets, **HEAD)[0]
         self.exp = self.exponentials()[2]
 
     def exponentials(self, bias: torch.Tensor | None = None, target_logit: torch.Tensor | None = None) -> Any:
@@ -149,7 +147,7 @@ def same_bits(lab: Lab) -> dict[str, Any]:
         bias = torch.full((lab.vocab,), float("-inf"), device=lab.where)
         bias[target] = 0
         targets = torch.full_like(x.targets, target)
-        logit = forward.target_logits(x.hidden, x.weight, bias, targets, **HEAD)
+        logit = forward.target_logits(x.hidden, x.weight, bias, targets, **HEAD)[0]
         _, sumexp, exp = x.exponentials(bias, logit)
         sums.append(torch.stack([sumexp, exp[:, target].float()]))
     sums_2T = torch.cat(sums, 1)
@@ -455,9 +453,9 @@ def dhidden_choice(found: dict[str, dict[str, Any]], middle: int) -> str:
     )
     if math.inf in (by_torch, by_tiles):
         return "dhidden: not measured."
-    choice = "cuBLAS" if by_tiles - by_torch > DHIDDEN_GAIN_MS else "tiles"
+    choice = "cuBLAS" if by_tiles - by_torch > autotune.CUBLAS_GAIN_MS else "tiles"
     return (f"dhidden: by {choice}, at {middle} rows {by_torch:.2f} ms by cuBLAS and {by_tiles:.2f} ms by tiles "
-            f"(cuBLAS must win by {DHIDDEN_GAIN_MS} ms).")  # fmt: skip
+            f"(cuBLAS must win by {autotune.CUBLAS_GAIN_MS} ms).")  # fmt: skip
 
 
 def logits_choice(found: dict[str, dict[str, Any]], middle: int) -> str:
@@ -522,7 +520,7 @@ def tile_lines(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     facts, by_torch = found["device"], ms_of(found, f"tile dhidden {tiles.CUBLAS}")
     entry = {name: x["tile"] for name, x in chosen.items() if x is not None}
     entry["dhidden_skipping"] = entry["dhidden"]
-    if chosen["dhidden"] and chosen["dhidden"]["ms"] - by_torch > DHIDDEN_GAIN_MS:
+    if chosen["dhidden"] and chosen["dhidden"]["ms"] - by_torch > autotune.CUBLAS_GAIN_MS:
         entry["dhidden"] = tiles.CUBLAS
     times: dict[str, dict[str, float]] = {}
     for name, x in found.items():

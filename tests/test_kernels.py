@@ -556,6 +556,8 @@ def test_autotune_writes_a_file_that_decides(
     if DEVICE == "cpu":
         chosen = tiles.tiles(40, 131, BF16, p.hidden.device)
         assert chosen == tiles.Tiles(quick, quick, quick, quick)
+        assert autotune.fastest({None: 1.0, quick: 1.4, slow: 2.0}) == quick
+        assert autotune.fastest({None: 1.0, quick: 1.6, slow: 2.0}) is None
     assert f"from {tile_files}: logits" in caplog.text
     before = tile_files.stat().st_mtime_ns
     fused(p, **HEADS["plain"])  # nothing is timed twice
