@@ -24,7 +24,7 @@ class _Group:
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """[ranks, *shape]: the tensors of all ranks in their order, the same bits on each."""
         out = values.new_empty(self.num_ranks, *values.shape)
-        dist.all_gather_into_tensor(out, values.contiguous()[None], group=self.group)
+        dist.all_gather(list(out.unbind(0)), values.contiguous(), group=self.group)
         return out
 
     def add(self, values: torch.Tensor) -> None:
