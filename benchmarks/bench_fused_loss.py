@@ -372,8 +372,8 @@ def main() -> int:
     record: dict[str, Any] = {
         "command": " ".join(["python benchmarks/bench_fused_loss.py", *sys.argv[1:]]),
         "commit": commit(),
-        "machine": machine()
-        | {
+        "machine": {
+            **machine(),
             "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "isa_used": isa_used(),
         },

@@ -1,14 +1,20 @@
 #include "logprob.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "parallel.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace tso {
 namespace {
@@ -20,6 +26,8 @@ constexpr int64_t kVocabTile = 96;
 constexpr int64_t kTilesPerTask = 4;
 // Rows of W that one pass of dh's product goes over.
 constexpr int64_t kVocabBlock = 384;
+// Rows of W that a thread takes at a time in dh's product.
+constexpr int64_t kStepRows = 2 * kVocabBlock;
 // Parts of the vocabulary that dh is summed over separately, whatever the number of threads: W and the exponentials are packed
 // once for a block of rows and columns, which a split of that block among the threads would make each of them do.
 constexpr int64_t kVocabParts = 4;
@@ -47,6 +55,19 @@ class Buffer {
   private:
     void* data_;
 };
+
+// Memory that is written for the first time costs a fault a page. Asks for pages of 2 MiB instead of 4 KiB where the system
+// gives them to those who ask; only such that lie in the buffer as a whole, so that it takes no more memory.
+void ask_for_large_pages(void* p, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t kSize = 1 << 21;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kSize - 1) / kSize * kSize;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kSize * kSize;
+    if (p != nullptr && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
 
 // Accumulators are float or double, as ops say.
 double load_acc(const Ops& ops, const void* p, int64_t i) {
@@ -198,6 +219,10 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
     const int64_t stride = exps_stride(ops, head.T), acc = ops.acc_size, size = ops.element_size;
     const int64_t source = dtype_size(head.dtype);
     Packed hidden(ops, head.D, stride / ops.group);
+    if (gradients.is_first) {
+        ask_for_large_pages(gradients.dweight_VD, head.V * head.D * source);
+        ask_for_large_pages(gradients.dweight_rest_VD, head.V * head.D);
+    }
     parallel_for(hidden.num_panels(), head.num_threads, [&](int64_t panel) {
         ops.pack_rows(offset_bytes(head.hidden_TD, panel * kPanel * source), head.dtype, head.D, head.T, hidden.count(panel),
                       factor_T, hidden.num_groups, hidden.width(panel), hidden.panel(panel));
@@ -254,26 +279,41 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
     const int64_t num_parts = divide_up(head.V, part_rows), num_blocks = blocks.size();
     const Buffer sums(num_parts * part_bytes);
     const Ops& plain = *portable_ops(acc == 8 ? Dtype::f64 : Dtype::f32);
-    parallel_for(num_blocks * num_column_blocks * num_parts, head.num_threads, [&](int64_t task) {
-        const int64_t part = task % num_parts, block = task / num_parts;
-        const Range range = blocks[block / num_column_blocks];
-        const int64_t d = block % num_column_blocks * columns, num_columns = std::min(columns, head.D - d);
-        const int64_t M = range.end - range.begin, num_groups = padded_groups(ops, kVocabBlock);
-        Packed weight(ops, num_columns, num_groups);
-        const Buffer operand(num_groups * ops.group * ops.element_size * (M + 32));
-        const int64_t begin = part * part_rows, end = std::min(head.V, begin + part_rows);
-        for (int64_t v = begin; v < end; v += kVocabBlock) {
-            const int64_t count = std::min(kVocabBlock, end - v), groups = padded_groups(ops, count);
-            int64_t row_stride, group_stride;
-            const void* A = ops.vocab_operand(offset_bytes(exps, (v * stride + range.begin) * ops.element_size), stride, count,
-                                              M, groups, operand.get(), &row_stride, &group_stride);
-            for (int64_t panel = 0; panel < weight.num_panels(); ++panel) {
-                ops.pack_rows(offset_bytes(head.weight_VD, (v * head.D + d + panel * kPanel) * source), head.dtype, head.D,
-                              count, weight.count(panel), nullptr, groups, weight.width(panel), weight.panel(panel));
-                ops.gemm(A, row_stride, group_stride, weight.panel(panel), weight.width(panel),
-                         sums.at(part * part_bytes + range.begin * row_bytes + (d + panel * kPanel) * acc), ld, M, groups,
-                         v > begin);
+    // A chain is a part of the vocabulary for a block of tokens and columns, whose sums grow step by step. All chains make their
+    // first step, then all their second: threads that run at unequal speed are done at the same time, but for a step.
+    const int64_t num_chains = num_blocks * num_column_blocks * num_parts;
+    const int64_t num_steps = num_chains * divide_up(part_rows, kStepRows);
+    std::atomic<int64_t> next{0};
+    std::vector<std::atomic<int64_t>> steps_done(num_chains);
+    const int64_t num_workers = std::min<int64_t>(std::max(head.num_threads, 1), num_chains);
+    parallel_for(num_workers, num_workers, [&](int64_t) {
+        const int64_t num_groups = padded_groups(ops, kVocabBlock);
+        Packed weight(ops, columns, num_groups);
+        const Buffer operand(num_groups * ops.group * ops.element_size * (tokens + 32));
+        for (int64_t step; (step = next.fetch_add(1)) < num_steps;) {
+            const int64_t chain = step % num_chains, part = chain % num_parts, block = chain / num_parts;
+            const Range range = blocks[block / num_column_blocks];
+            const int64_t d = block % num_column_blocks * columns, M = range.end - range.begin;
+            const int64_t num_panels = divide_up(std::min(columns, head.D - d), kPanel);
+            const int64_t first = part * part_rows, begin = first + step / num_chains * kStepRows;
+            const int64_t end = std::min({head.V, first + part_rows, begin + kStepRows});
+            // Whoever has the step before took it earlier, so that it will be done.
+            while (steps_done[chain].load(std::memory_order_acquire) != step / num_chains) std::this_thread::yield();
+            for (int64_t v = begin; v < end; v += kVocabBlock) {
+                const int64_t count = std::min(kVocabBlock, end - v), groups = padded_groups(ops, count);
+                int64_t row_stride, group_stride;
+                const void* A = ops.vocab_operand(offset_bytes(exps, (v * stride + range.begin) * ops.element_size), stride,
+                                                  count, M, groups, operand.get(), &row_stride, &group_stride);
+                for (int64_t panel = 0; panel < num_panels; ++panel) {
+                    const int64_t column = d + panel * kPanel, num_columns = std::min(kPanel, head.D - column);
+                    const int64_t width = round_up(num_columns, ops.lanes);
+                    ops.pack_rows(offset_bytes(head.weight_VD, (v * head.D + column) * source), head.dtype, head.D, count,
+                                  num_columns, nullptr, groups, width, weight.panel(panel));
+                    ops.gemm(A, row_stride, group_stride, weight.panel(panel), width,
+                             sums.at(part * part_bytes + range.begin * row_bytes + column * acc), ld, M, groups, v > first);
+                }
             }
+            steps_done[chain].store(step / num_chains + 1, std::memory_order_release);
         }
     });
     parallel_for(num_blocks, head.num_threads, [&](int64_t block) {
@@ -295,6 +335,7 @@ void logprob_forward(const Head& head, const Reduce& reduce, double* logprob_T, 
     const Ops& ops = *head.ops;
     const int64_t source = dtype_size(head.dtype), stride = exps_stride(ops, head.T);
     const std::vector<char> bias = widen_bias(head);
+    ask_for_large_pages(exps, head.V * stride * ops.element_size);
 
     Packed hidden(ops, head.T, padded_groups(ops, head.D));
     Buffer offset(stride * ops.acc_size);
