@@ -26,14 +26,16 @@ FOLDERS = {"installed": None, "3.6.0": Path(sys.prefix) / "triton-3.6.0"}
 BOTH = [
     "90-bfloat16-4096-plain-products", "90-bfloat16-4096-softcap-heaviest", "90-bfloat16-1024-softcap-heaviest",
     "90-float32-4096-plain-heaviest", "89-bfloat16-4096-plain-heaviest", "120-bfloat16-4096-softcap-heaviest",
-    "80-float16-4096-plain-heaviest",
+    "80-float16-4096-plain-heaviest", "100-bfloat16-4096-softcap-heaviest",
 ]  # fmt: skip
 CASES = {
     "installed": [
         *BOTH, "80-bfloat16-4096-plain-heaviest", "100-bfloat16-4096-bias-all",
         "100-bfloat16-1024-plain-heaviest", "90-bfloat16-4100-plain-heaviest",
     ],
-    "3.6.0": [*BOTH, "80-bfloat16-4096-bias-all", "100-bfloat16-4096-plain-products"],
+    "3.6.0": [
+        *BOTH, "80-bfloat16-4096-bias-all", "100-bfloat16-4096-plain-products", "80-bfloat16-4100-plain-heaviest",
+    ],
 }  # fmt: skip
 CAPABILITIES = (80, 89, 90, 100, 120)
 SHARED_KB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # that one program may have
@@ -60,9 +62,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
             [*command, *CASES[version]], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )  # fmt: skip
     rows = {}
-    for version, run in runs.items():
-        out, err = run.communicate(timeout=600)
-        assert run.returncode == 0, err[-3000:]
+    outputs = {version: run.communicate(timeout=600) for version, run in runs.items()}
+    for version, (out, err) in outputs.items():
+        assert runs[version].returncode == 0, err[-3000:]
         rows[version] = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     return rows
 
