@@ -32,8 +32,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from tso_fast.kernels.blocks import dot, has_tma_layout, load_tile, operand, round_to, tanh, tile_of, tma_fits
-from tso_fast.kernels.tiles import Tile, tiles
+from tso_fast.kernels.blocks import (
+    capability,
+    dot,
+    has_tma_layout,
+    load_tile,
+    operand,
+    round_to,
+    tanh,
+    tile_of,
+    tma_fits,
+)
+from tso_fast.kernels.tiles import Tile, tiles, under_softcap
 
 REACH = tl.constexpr(40.0)  # nats that an offset may be wrong by
 CLAMP = tl.constexpr(80.0)  # e^80 is finite in bf16, and a row that has one is flagged
@@ -335,7 +345,7 @@ def target_logits(
     T, D = hidden_TD.shape
     out_T = hidden_TD.new_empty(T, dtype=torch.float32)
     slope_T = None if softcap is None else torch.empty_like(out_T)
-    rows, inner = (32, 16) if hidden_TD.dtype == torch.float32 else (64, 64)
+    rows, inner = (32, 16) if hidden_TD.dtype == torch.float32 else (64, 64 if D % 8 == 0 else 32)
     target_logit_kernel[(triton.cdiv(T, rows),)](
         hidden_TD, weight_VD, bias_V, targets_T, out_T, slope_T,
         T, D,
@@ -475,6 +485,8 @@ def linear_logprob_forward(
     bias_V = None if bias_V is None else bias_V.contiguous()
     V, D = weight_VD.shape
     tile = tiles(D, V, hidden_TD.dtype, hidden_TD.device).logits
+    if softcap is not None:
+        tile = under_softcap(tile, capability(hidden_TD.device))
     head: dict[str, Any] = {"softcap": softcap, "temperature": temperature}
     options: dict[str, Any] = head | {"tile": tile, "gather": gather}
     target_logit_T, slope_T = target_logits(hidden_TD, weight_VD, bias_V, targets_T, **head)

@@ -88,11 +88,19 @@ def default_tiles(D: int, dtype: torch.dtype, version: tuple[int, int]) -> Tiles
     if dtype == torch.float32:  # no tensor cores: input_precision="ieee"; torch's product may use TF32
         tile = Tile(64, 64, 16, 8, 2)
         return Tiles(tile, tile, tile, tile)
-    if kind == "consumer":
+    if D % 8:  # element loads, which take registers
+        tile = Tile(64, 128, 32, 8, 2)
+    elif kind == "consumer":
         tile = SMALL._replace(inner=32)
-    else:  # two programs a multiprocessor for small D; element loads take registers
-        tile = SMALL if kind == "ampere" or D < 2048 or D % 8 else LARGE
+    else:  # two programs a multiprocessor for small D
+        tile = SMALL if kind == "ampere" or D < 2048 else LARGE
     return Tiles(tile, None if has_float32_product() else tile, tile, tile)
+
+
+def under_softcap(tile: Tile, version: tuple[int, int]) -> Tile:
+    """The tile of logits under a softcap, whose hyperbolic tangents would spill a large one on Blackwell."""
+    is_large = tile.rows * tile.cols > SMALL.rows * SMALL.cols
+    return SMALL if is_large and architecture(version) == "blackwell" else tile
 
 
 @functools.cache

@@ -136,7 +136,7 @@ def compiling(capability: int, kernels: Collection[str] | None) -> Iterator[list
 
 def pretend(capability: int, tile: Tile | None = None) -> None:
     """Lets the launchers see a device of ``capability``, and choose ``tile`` for everything if it is given."""
-    blocks.capability = tiles.capability = lambda device: divmod(capability, 10)
+    blocks.capability = tiles.capability = linear_logprob.capability = lambda device: divmod(capability, 10)
     tiles.default_tiles = default_tiles if tile is None else lambda *head: Tiles(*[tile] * len(Tiles._fields))
     tiles.tiles.cache_clear()
 
