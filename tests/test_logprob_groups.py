@@ -247,8 +247,8 @@ def test_both_in_parts(world: list[dict[str, Any]], impl: str) -> None:
     for name in OUTPUTS:
         compare(name, ranks[3][name], one[name])
     compare("dhidden", torch.cat([ranks[0]["dhidden"], ranks[2]["dhidden"]], 1), one["dhidden"])
-    compare("dweight", torch.cat([ranks[0]["dweight"] + ranks[2]["dweight"], ranks[1]["dweight"] + ranks[3]["dweight"]]),
-            one["dweight"])  # fmt: skip
+    of_heads = [ranks[0]["dweight"] + ranks[2]["dweight"], ranks[1]["dweight"] + ranks[3]["dweight"]]
+    compare("dweight", torch.cat(of_heads), one["dweight"])
 
 
 def test_what_is_refused(world: list[dict[str, Any]]) -> None:

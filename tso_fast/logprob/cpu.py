@@ -129,7 +129,7 @@ def backward(
     is_last: bool,
     may_skip: bool = True,
 ) -> None:
-    """Writes the gradients of one chunk; see ``fused.Backend``."""
+    """Writes the gradients of one chunk; see ``backend.Backend``."""
     upstream = dlogprobs_T.to(torch.float64).contiguous()
     _extension().logprob_backward(
         *saved.head,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from tso_fast.logprob.backend import Head
 from tso_fast.logprob.plan import tiles
 from tso_fast.logprob.rows import Rows
-
-if TYPE_CHECKING:
-    from tso_fast.logprob.fused import Head
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -53,7 +53,7 @@ def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
 
 @functools.cache
 def backend(name: str) -> Any:
-    """The backend of a name, a module that is a ``fused.Backend``. Raises ValueError where it is not available."""
+    """The backend of a name, a module that is a ``backend.Backend``. Raises ValueError where it is not available."""
     module = importlib.import_module(f"tso_fast.logprob.{name}")
     module.check_available()
     return module

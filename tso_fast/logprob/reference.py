@@ -139,7 +139,7 @@ def backward(
     is_last: bool,
     may_skip: bool = True,
 ) -> None:
-    """Writes the gradients; see ``fused.Backend``. Rows without a gradient are left out."""
+    """Writes the gradients; see ``backend.Backend``. Rows without a gradient are left out."""
     dtype = saved.lse_T.dtype
     assert is_first
     assert is_last
@@ -183,7 +183,7 @@ def scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
 
 
 def segment_sum(values_R: torch.Tensor, weights_R: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sums [S] float64 over the rows of every sequence; see ``fused.Backend``."""
+    """Sums [S] float64 over the rows of every sequence; see ``backend.Backend``."""
     values = values_R.double() if weights_R is None else values_R.double() * weights_R
     lengths = cu_seqlens.diff()
     sequences = torch.arange(lengths.numel(), device=lengths.device)

@@ -119,7 +119,7 @@ def backward(
     is_last: bool,
     may_skip: bool = True,
 ) -> None:
-    """Writes the gradients of one chunk; ``saved`` is used up. See ``fused.Backend``."""
+    """Writes the gradients of one chunk; ``saved`` is used up. See ``backend.Backend``."""
     with torch.cuda.device_of(dlogprob_T):
         _kernels("linear_logprob_backward").linear_logprob_backward(
             saved,
@@ -141,7 +141,7 @@ def scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
 
 
 def segment_sum(values_R: torch.Tensor, weights_R: torch.Tensor | None, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sums [S] float64 over the rows of every sequence; see ``fused.Backend``."""
+    """Sums [S] float64 over the rows of every sequence; see ``backend.Backend``."""
     with torch.cuda.device_of(values_R):
         sum_S: torch.Tensor = _kernels("pair_loss").segment_sum(values_R, weights_R, cu_seqlens)
     return sum_S
