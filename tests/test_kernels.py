@@ -513,6 +513,35 @@ def test_arguments_that_become_float32(monkeypatch: pytest.MonkeyPatch, has_scal
 
 
 @needs_kernels
+@pytest.mark.parametrize("factor", [1.0, -3.0])
+def test_gradients_are_scaled_where_they_are(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass makes no second gradient, unless the graph is kept for another walk."""
+    g = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*shape, generator=g).to(DEVICE, BF16).requires_grad_() for shape in ((2, 20, 40), (131, 40))]
+    targets = torch.randint(131, (2, 20), generator=g).to(DEVICE)
+    made, given = [], logprob.fused.Gradients.finished
+    monkeypatch.setattr(logprob.fused.Gradients, "finished", lambda self: made.append(given(self)) or made[-1])
+    results = []
+    for keeps in (False, True):
+        loss = logprob.preference_loss(*leaves, targets, ref_logprobs=torch.zeros(2, device=DEVICE), impl="triton").loss
+        grads = torch.autograd.grad(factor * loss, leaves, retain_graph=keeps)
+        shares = [a.data_ptr() == b.data_ptr() for a, b in zip(grads, made[-1], strict=False)]
+        assert shares == [not keeps] * 2
+        results.append(grads)
+        if keeps:
+            for again, first in zip(torch.autograd.grad(factor * loss, leaves), grads, strict=True):
+                assert torch.equal(again, first)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    once = torch.autograd.grad(
+        logprob.preference_loss(*leaves, targets, ref_logprobs=torch.zeros(2, device=DEVICE), impl="triton").loss,
+        leaves,
+    )
+    for a, b in zip(once, results[0], strict=True):
+        torch.testing.assert_close((factor * a.float()).to(BF16), b, rtol=0, atol=0)
+
+
+@needs_kernels
 def test_a_matrix_whose_rows_overlap_is_copied() -> None:
     """The copy engine is not asked to fetch rows that are 0 bytes apart."""
     p = problem(1, 131, 40)
@@ -576,6 +605,23 @@ def test_a_damaged_file_of_tiles_is_refused(tile_files: Path, text: str, message
     tile_files.write_text(text.replace("KEY", tiles.key_of(40, 131, BF16, device)))
     with pytest.raises(ValueError, match=message.replace("KEY", ".*")):
         tiles.tiles(40, 131, BF16, device)
+
+
+def test_a_slow_shape_is_said_once(
+    tile_files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    with caplog.at_level("INFO", logger="tso_fast.kernels"):
+        for D in (4096, 4100, 4100):
+            tiles.tiles(D, 32000, BF16, torch.device("cuda"))
+    words = [record.getMessage() for record in caplog.records]
+    assert words[0].startswith(
+        "triton tiles of NVIDIA H200, bfloat16, D 4096, V 32000 from the table: logits 128x256x64"
+    )
+    assert "dhidden cublas" in words[0]
+    assert [text for text in words if "no multiple of 8" in text] == words[2:3]
+    assert len(words) == 3
 
 
 def test_the_table_has_a_choice_for_every_architecture() -> None:
