@@ -108,6 +108,7 @@ def autotune(D: int, V: int, dtype: torch.dtype, device: torch.device, *, rows: 
     return entry
 
 
+@functools.cache
 def ensure(D: int, V: int, dtype: torch.dtype, device: torch.device) -> None:
     """Times a head that no file has yet, and writes the cache file."""
     key = table.key_of(D, V, dtype, device)

@@ -560,6 +560,7 @@ def test_a_matrix_whose_rows_overlap_is_copied() -> None:
 @pytest.fixture
 def tile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TSO_FAST_TILES", str(tmp_path / "tiles.json"))
+    autotune.ensure.cache_clear()
     tiles.tiles.cache_clear()
     yield tmp_path / "tiles.json"
     tiles.tiles.cache_clear()

@@ -9,6 +9,8 @@ import dataclasses
 
 import torch
 
+from tso_fast.logprob.rows import repeated
+
 
 def check_plain(name: str, tensor: torch.Tensor) -> None:
     """Raises ValueError for a tensor whose memory is not the [.., ..] of numbers that the op reads.
@@ -130,7 +132,7 @@ def layout(
     num_sequences = lengths.numel()
     pairs = _pairs(pairs, num_sequences)
     index = is_valid.reshape(-1).nonzero()[:, 0]
-    sequence = torch.arange(num_sequences).repeat_interleave(lengths)[index]
+    sequence = repeated(torch.arange(num_sequences), lengths, targets.numel())[index]
     num_tokens = torch.bincount(sequence, minlength=num_sequences)
     return Layout(index=index, num_tokens=num_tokens.tolist(), pairs=pairs)
 

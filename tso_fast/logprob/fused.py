@@ -23,7 +23,7 @@ from tso_fast.logprob.groups import SequenceShard
 from tso_fast.logprob.plan import MIB as MIB
 from tso_fast.logprob.plan import Group, Shape, plan, tiles
 from tso_fast.logprob.plan import memory_budget_mib as memory_budget_mib
-from tso_fast.logprob.rows import Rows
+from tso_fast.logprob.rows import Rows, repeated
 from tso_fast.types import PairLogprobs
 
 
@@ -359,7 +359,7 @@ class _Pass:
             weight_R = torch.cat(parts).to(torch.float64)
         self._sum(sequences, lengths, weight_R, logprob_R, ref_logprob_R)
         dlogprob_S = self._losses(group, sequences)
-        dlogprob_R = dlogprob_S.repeat_interleave(lengths, output_size=group.num_rows)
+        dlogprob_R = repeated(dlogprob_S, lengths, group.num_rows)
         if weight_R is not None:
             dlogprob_R = dlogprob_R * weight_R
         if self.gradients is None:

@@ -85,54 +85,21 @@ def prepare(call: Call) -> Prepared:
     assert targets is not None
     shard = VocabShard(call.vocab_group, call.weight.shape[0], device) if _is_vocab_shared(call) else None
     vocab = _vocab(call) if shard is None else shard.vocab
-    sequence_shard = SequenceShard(call.sequence_group) if is_shared(call.sequence_group, "sequence_group") else None
     layout = checks.layout(targets, vocab, call.ignore_index, cu_seqlens, pairs)
-    facts = _facts(call, layout, scalars)
-    rows = {"the hidden dimension": call.hidden.shape[-1], "targets": _checksum(targets)}
-    if shard is not None:
-        shard.agree(facts | rows, device, "vocab_group")
-    planned = total = torch.tensor(layout.num_tokens)
-    if sequence_shard is not None:
-        sequence_shard.agree(facts, device, "sequence_group")
-        counts = sequence_shard.gather(planned.to(device)).cpu()
-        planned, total = counts.amax(0), counts.sum(0)
-    checks.check_no_empty_sequence(total, layout.pairs, call.ignore_index)
-    num_pairs = layout.pairs.shape[0]
-    for name, values, high in zip(("scale", "soft_label", "margin"), scalars, (None, 1.0, None), strict=True):
-        checks.check_pair_scalars(name, values, num_pairs, 0.0, high)
-    if call.ref_logprobs is not None and call.ref_logprobs.shape != total.shape:
-        raise ValueError(f"ref_logprobs must be [{total.numel()}], one sum a sequence, "
-                         f"got {tuple(call.ref_logprobs.shape)}")  # fmt: skip
-
-    def upload(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values.detach().to(device, non_blocking=True)
-
-    options = call.reward_options() if call.loss == "dual_clip" else None
-    batch = fused.Batch(
-        targets_T=call.targets.reshape(-1),
-        index=layout.index.to(device, non_blocking=True),
-        num_tokens=layout.num_tokens,
-        planned_tokens=planned.tolist(),
-        total_tokens=total.tolist(),
-        pairs=layout.pairs.tolist(),
-        token_weights_T=None if call.token_weights is None else call.token_weights.detach().reshape(-1),
-        scale_N=upload(call.scale),
-        soft_label_N=upload(call.soft_label),
-        margin_N=upload(call.margin),
-        loss=loss,
-        is_per_pair=isinstance(call.loss, str),
-        dual_clip=options,
-        sequence_shard=sequence_shard,
-    )
+    sequence_shard = SequenceShard(call.sequence_group) if is_shared(call.sequence_group, "sequence_group") else None
+    planned, total = _token_counts(call, layout, targets, scalars, shard, sequence_shard)
+    _check_numbers(call, layout, scalars, total)
+    batch = _batch(call, layout, loss, sequence_shard)
     has_unused_pairs = scalars[0] is not None and bool((scalars[0] == 0).any())
-    has_clips = options is not None and min(options["clip_chosen"], options["clip_rejected"]) < math.inf
+    clips = batch.dual_clip
+    has_clips = clips is not None and min(clips["clip_chosen"], clips["clip_rejected"]) < math.inf
     return Prepared(
         hidden_TD=call.hidden.reshape(-1, call.hidden.shape[-1]),
         reference=fused.make_reference(
-            upload(call.ref_logprobs), None if call.ref_hidden is None else call.ref_hidden.flatten(0, -2),
+            _upload(call.ref_logprobs, device), None if call.ref_hidden is None else call.ref_hidden.flatten(0, -2),
             call.ref_weight, call.ref_bias,
         ),
-        batch=batch,
+        batch=dataclasses.replace(batch, planned_tokens=planned.tolist(), total_tokens=total.tolist()),
         head=fused.Head(
             backend=backend, softcap=call.softcap, temperature=call.temperature, needs=call.needs,
             may_skip=has_clips or has_unused_pairs, shard=shard,
@@ -140,6 +107,59 @@ def prepare(call: Call) -> Prepared:
         pairs_N2=layout.pairs.to(device, non_blocking=True),
         num_tokens_S=total.to(device, non_blocking=True),
     )  # fmt: skip
+
+
+def _token_counts(
+    call: Call, layout: checks.Layout, targets: torch.Tensor, scalars: list[torch.Tensor | None],
+    shard: VocabShard | None, sequence_shard: SequenceShard | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The most completion tokens of each sequence that a rank has, and those of all ranks, which must agree first."""
+    device, mine = call.hidden.device, torch.tensor(layout.num_tokens)
+    if shard is not None:
+        rows = {"the hidden dimension": call.hidden.shape[-1], "targets": _checksum(targets)}
+        shard.agree(_facts(call, layout, scalars) | rows, device, "vocab_group")
+    if sequence_shard is None:
+        return mine, mine
+    sequence_shard.agree(_facts(call, layout, scalars), device, "sequence_group")
+    counts = sequence_shard.gather(mine.to(device)).cpu()
+    return counts.amax(0), counts.sum(0)
+
+
+def _check_numbers(
+    call: Call, layout: checks.Layout, scalars: list[torch.Tensor | None], num_tokens_S: torch.Tensor
+) -> None:
+    """What only the numbers show, on the host."""
+    checks.check_no_empty_sequence(num_tokens_S, layout.pairs, call.ignore_index)
+    for name, values, high in zip(("scale", "soft_label", "margin"), scalars, (None, 1.0, None), strict=True):
+        checks.check_pair_scalars(name, values, layout.pairs.shape[0], 0.0, high)
+    if call.ref_logprobs is not None and call.ref_logprobs.shape != num_tokens_S.shape:
+        raise ValueError(f"ref_logprobs must be [{num_tokens_S.numel()}], one sum a sequence, "
+                         f"got {tuple(call.ref_logprobs.shape)}")  # fmt: skip
+
+
+def _batch(call: Call, layout: checks.Layout, loss: Loss, sequence_shard: SequenceShard | None) -> fused.Batch:
+    """The batch of this rank alone."""
+    device = call.hidden.device
+    return fused.Batch(
+        targets_T=call.targets.reshape(-1),
+        index=layout.index.to(device, non_blocking=True),
+        num_tokens=layout.num_tokens,
+        planned_tokens=layout.num_tokens,
+        total_tokens=layout.num_tokens,
+        pairs=layout.pairs.tolist(),
+        token_weights_T=None if call.token_weights is None else call.token_weights.detach().reshape(-1),
+        scale_N=_upload(call.scale, device),
+        soft_label_N=_upload(call.soft_label, device),
+        margin_N=_upload(call.margin, device),
+        loss=loss,
+        is_per_pair=isinstance(call.loss, str),
+        dual_clip=call.reward_options() if call.loss == "dual_clip" else None,
+        sequence_shard=sequence_shard,
+    )
+
+
+def _upload(values: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if values is None else values.detach().to(device, non_blocking=True)
 
 
 def _check_tensors(call: Call) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from tso_fast.logprob.groups import VocabShard
 from tso_fast.logprob.plan import Limits, Shape, tiles
+from tso_fast.logprob.rows import repeated
 
 ROWS, VOCAB = 1024, 8192  # one float32 tile is at most 32 MiB
 DEVICES: tuple[str, ...] = ()
@@ -186,8 +187,7 @@ def segment_sum(values_R: torch.Tensor, weights_R: torch.Tensor | None, cu_seqle
     """Sums [S] float64 over the rows of every sequence; see ``backend.Backend``."""
     values = values_R.double() if weights_R is None else values_R.double() * weights_R
     lengths = cu_seqlens.diff()
-    sequences = torch.arange(lengths.numel(), device=lengths.device)
-    segments = sequences.repeat_interleave(lengths, output_size=values.numel())
+    segments = repeated(torch.arange(lengths.numel(), device=lengths.device), lengths, values.numel())
     return values.new_zeros(lengths.numel()).index_add_(0, segments, values)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -11,6 +12,16 @@ def bits(values: torch.Tensor) -> Any:
     """The tensor's own memory as a numpy array; numpy has no bfloat16, whose bits pass as int16."""
     values = values.detach()
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def repeated(values_S: torch.Tensor, counts_S: torch.Tensor, total: int) -> torch.Tensor:
+    """Every value as often as its count says, [total], without waiting for a GPU.
+
+    On a CPU by numpy: torch would start its threads for it, which go on spinning beside those of the op.
+    """
+    if values_S.device.type == "cpu":
+        return torch.from_numpy(np.repeat(values_S.numpy(), counts_S.numpy()))
+    return values_S.repeat_interleave(counts_S, output_size=total)
 
 
 class Rows:
