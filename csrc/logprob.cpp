@@ -12,10 +12,6 @@
 
 #include "parallel.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace tso {
 namespace {
 
@@ -55,19 +51,6 @@ class Buffer {
   private:
     void* data_;
 };
-
-// Memory that is written for the first time costs a fault a page. Asks for pages of 2 MiB instead of 4 KiB where the system
-// gives them to those who ask; only such that lie in the buffer as a whole, so that it takes no more memory.
-void ask_for_large_pages(void* p, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t kSize = 1 << 21;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kSize - 1) / kSize * kSize;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kSize * kSize;
-    if (p != nullptr && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)p, (void)bytes;
-#endif
-}
 
 // Accumulators are float or double, as ops say.
 double load_acc(const Ops& ops, const void* p, int64_t i) {
@@ -219,10 +202,6 @@ void weight_gradient(const Head& head, const std::vector<Range>& ranges, const v
     const int64_t stride = exps_stride(ops, head.T), acc = ops.acc_size, size = ops.element_size;
     const int64_t source = dtype_size(head.dtype);
     Packed hidden(ops, head.D, stride / ops.group);
-    if (gradients.is_first) {
-        ask_for_large_pages(gradients.dweight_VD, head.V * head.D * source);
-        ask_for_large_pages(gradients.dweight_rest_VD, head.V * head.D);
-    }
     parallel_for(hidden.num_panels(), head.num_threads, [&](int64_t panel) {
         ops.pack_rows(offset_bytes(head.hidden_TD, panel * kPanel * source), head.dtype, head.D, head.T, hidden.count(panel),
                       factor_T, hidden.num_groups, hidden.width(panel), hidden.panel(panel));
@@ -335,7 +314,6 @@ void logprob_forward(const Head& head, const Reduce& reduce, double* logprob_T, 
     const Ops& ops = *head.ops;
     const int64_t source = dtype_size(head.dtype), stride = exps_stride(ops, head.T);
     const std::vector<char> bias = widen_bias(head);
-    ask_for_large_pages(exps, head.V * stride * ops.element_size);
 
     Packed hidden(ops, head.T, padded_groups(ops, head.D));
     Buffer offset(stride * ops.acc_size);

@@ -390,19 +390,19 @@ def test_dhidden_by_torch_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> Non
 @needs_kernels
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_a_sum_of_24_bits(dtype: torch.dtype) -> None:
-    """Ten chunks of 16 rows: as good as a float32 sum, which bf16 alone is not; a NaN stays one."""
-    p = problem(160, 131, 40, dtype)
-    p.upstream[:] = torch.linspace(0.5, 1.5, 160)
+    """Eight chunks of 16 rows: as good as a float32 sum, which bf16 alone is not; a NaN stays one."""
+    p = problem(128, 67, 24, dtype)
+    p.upstream[:] = torch.linspace(0.5, 1.5, 128)
     exact = plain(p, F64, **HEADS["plain"])[2]
     once = fused(p, **HEADS["plain"])[2]
-    dweight, rounded = WeightSum(p.weight, 10), torch.zeros_like(p.weight)
-    for start in range(0, 160, 16):
+    dweight, rounded = WeightSum(p.weight, 8), torch.zeros_like(p.weight)
+    for start in range(0, 128, 16):
         rows = slice(start, start + 16)
         inputs = p.hidden[rows], p.weight, None, p.targets[rows]
         given: dict[str, Any] = {"dhidden_TD": None, "dbias_V": None, "may_skip": False}
         _, saved = backend.forward(*inputs, **HEADS["plain"], room=room(p))
         backend.backward(saved, p.upstream[rows], dweight_VD=dweight.total_VD, dweight_rest_VD=dweight.rest_VD,
-                         is_first=start == 0, is_last=start == 144, **given)  # fmt: skip
+                         is_first=start == 0, is_last=start == 112, **given)  # fmt: skip
         _, saved = backend.forward(*inputs, **HEADS["plain"], room=room(p))
         part = torch.empty_like(p.weight)
         backend.backward(saved, p.upstream[rows], dweight_VD=part, dweight_rest_VD=None, is_first=True, is_last=True,

@@ -130,7 +130,9 @@ class Plan:
 
 
 def plan(shape: Shape, budget_mib: float | None = None) -> Plan:
-    """The chunks of a step and its memory.
+    """The chunks of a step of ``preference_loss`` and its memory.
+
+    ``linear_logprobs`` goes in the same chunks; with a frozen head it also keeps a float32 gradient of every row.
 
     Args:
         shape: head, rows and wishes.

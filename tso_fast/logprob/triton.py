@@ -57,7 +57,7 @@ def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
         "rows of hidden states and of their gradient": 2 * num_rows * row if shape.is_gathered else 0,
         "scaled rows": num_rows * row if shape.needs_dweight else 0,
         "product of dhidden": _kernels("linear_logprob_backward").DHIDDEN_ROWS * shape.dim * 4,
-        "dhidden to be summed over ranks": num_rows * shape.dim * 4 if shape.num_ranks > 1 else 0,
+        "dhidden to be summed over ranks": num_rows * shape.dim * (4 + size) if shape.num_ranks > 1 else 0,
         "sum of dweight": shape.vocab * shape.dim // shape.num_ranks if is_summed else 0,
     }
 
@@ -123,7 +123,7 @@ def backward(
     with torch.cuda.device_of(dlogprob_T):
         _kernels("linear_logprob_backward").linear_logprob_backward(
             saved,
-            dlogprob_T,
+            dlogprob_T.float(),
             dhidden_TD=dhidden_TD,
             dweight_VD=dweight_VD,
             dweight_rest_VD=dweight_rest_VD,
