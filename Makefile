@@ -44,7 +44,7 @@ endif
 # Not by INSTALL: the constraints name the other one. Renamed when whole, as pip may be interrupted.
 $(VENV)/triton-%: | $(VENV)/.run
 	rm -rf $@.part
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
+	env -u PIP_CONSTRAINT $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$*
 	mv $@.part $@
 
 clean:

@@ -165,7 +165,7 @@ def child(rank: int, ranks: int, folder: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
-                                timeout=datetime.timedelta(seconds=60))  # fmt: skip
+                                timeout=datetime.timedelta(seconds=180))  # fmt: skip
         found: dict[str, Any] = work(rank, ranks, folder)
     except BaseException:
         found = {"error": traceback.format_exc()}
