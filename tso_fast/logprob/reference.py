@@ -35,10 +35,6 @@ class Saved:
     scale: float
     """1 / temperature"""
 
-    def logits(self, rows: slice, vocab: slice) -> torch.Tensor:
-        bias_V = None if self.bias_V is None else self.bias_V[vocab]
-        return _logits(self.hidden_TD[rows], self.weight_VD[vocab], bias_V, self.softcap, self.scale)
-
 
 def check_available() -> None:
     """Nothing: plain torch is always there."""
@@ -106,9 +102,9 @@ def forward(
     sumexp_T = hidden_TD.new_zeros(T, dtype=dtype)
     target_logit_T = hidden_TD.new_zeros(T, dtype=dtype)
     for vocab in _slices(V, VOCAB):
+        weight, bias = weight_VD[vocab].to(dtype), None if bias_V is None else bias_V[vocab]
         for rows in _slices(T, ROWS):
-            bias = None if bias_V is None else bias_V[vocab]
-            logits = _logits(hidden_TD[rows], weight_VD[vocab], bias, softcap, 1 / temperature)
+            logits = _logits(hidden_TD[rows], weight, bias, softcap, 1 / temperature)
             new_max = torch.maximum(max_T[rows], logits.amax(dim=1))
             sumexp_T[rows] *= torch.exp(max_T[rows] - new_max)
             sumexp_T[rows] += torch.exp(logits - new_max[:, None]).sum(dim=1)
@@ -150,7 +146,7 @@ def backward(
         dweight = None if dweight_VD is None else torch.zeros_like(weight)
         dbias = None if dbias_V is None else torch.zeros_like(weight[:, 0])
         for rows in _slices(saved.targets_T.numel(), ROWS):
-            dlogits = _dlogits(saved, dlogprobs_T[rows].to(dtype), rows, vocab)
+            dlogits = _dlogits(saved, weight, dlogprobs_T[rows].to(dtype), rows, vocab)
             if sum_TD is not None:
                 sum_TD[rows].addmm_(dlogits, weight)
             if dweight is not None:
@@ -165,9 +161,10 @@ def backward(
         dhidden_TD.copy_(sum_TD)
 
 
-def _dlogits(saved: Saved, dlogprobs_T: torch.Tensor, rows: slice, vocab: slice) -> torch.Tensor:
-    """The gradient by a tile of h W^T + b."""
-    logits = saved.logits(rows, vocab)
+def _dlogits(saved: Saved, weight: torch.Tensor, dlogprobs_T: torch.Tensor, rows: slice, vocab: slice) -> torch.Tensor:
+    """The gradient by a tile of h W^T + b, whose rows of W are given in the dtype of logits."""
+    bias = None if saved.bias_V is None else saved.bias_V[vocab]
+    logits = _logits(saved.hidden_TD[rows], weight, bias, saved.softcap, saved.scale)
     dlogits = -torch.exp(logits - saved.lse_T[rows, None])
     is_here, local = _here(saved.targets_T, rows, vocab)
     here = is_here.nonzero()[:, 0]
