@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from harness import RESULTS, ROOT, commit, machine, table, versions, write_json
 
-from tso_fast.config import EvidenceConfig, PairingConfig
-from tso_fast.correction import combined, evidence_of
-from tso_fast.evidence import Beliefs, Evidence, score_matrix
-from tso_fast.records import BadRows, read_candidates, verdict_row
-from tso_fast.reliability import expected_calibration_error, tempered
-from tso_fast.store import write_jsonl
+from tso_fast.config.settings import EvidenceConfig, PairingConfig
+from tso_fast.correction.beliefs import Beliefs, combined
+from tso_fast.correction.calibration import expected_calibration_error, tempered
+from tso_fast.correction.evidence import Evidence, evidence_of, score_matrix
+from tso_fast.files.atomic import write_jsonl
+from tso_fast.files.rows import BadRows, read_candidates, verdict_row
 from tso_fast.types import Candidates, Comparison, PairEvidence, Prompt, Response
 
 DATA = ROOT.parent / "shared/data"
@@ -62,10 +62,13 @@ class Matrix:
         empty = score_matrix(self.candidates, [])
         self.evidence = evidence_of(self.candidates, empty, [])
         correct = [[bool(r.is_correct) for r in c.responses] for c in self.candidates]
-        self.truth = np.array([
-            int(correct[p][pair.responses[0]]) - int(correct[p][pair.responses[1]])
-            for p, pairs in enumerate(self.evidence) for pair in pairs
-        ])  # fmt: skip
+        self.truth = np.array(
+            [
+                int(correct[p][pair.responses[0]]) - int(correct[p][pair.responses[1]])
+                for p, pairs in enumerate(self.evidence)
+                for pair in pairs
+            ]
+        )
         self.prior = np.array([pair.prior for pairs in self.evidence for pair in pairs])
         self.kind = np.array([10 * pair.responses[0] + pair.responses[1] for pairs in self.evidence for pair in pairs])
         self.is_measured = (self.truth != 0) & (self.prior != 0)
@@ -128,12 +131,14 @@ def gsm8k(matrix: Matrix, undecided: bool) -> dict[str, Any]:
             votes = matrix.simulate(accuracies, seed, undecided)
             ours, bayes = matrix.corrected(votes), matrix.bayes(votes, accuracies)
             stated = 1 / (1 + np.exp(-np.abs(ours[on])))
-            rows.append({
-                "corrected": [risk(ours[on], matrix.truth[on], c) for c in COVERAGES],
-                "bayes": [risk(bayes[on], matrix.truth[on], c) for c in COVERAGES],
-                "majority": risk(votes[on].sum(axis=1).astype(float), matrix.truth[on], 1.0),
-                "ece": expected_calibration_error(stated, (np.sign(ours) == matrix.truth)[on].astype(float)),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "corrected": [risk(ours[on], matrix.truth[on], c) for c in COVERAGES],
+                    "bayes": [risk(bayes[on], matrix.truth[on], c) for c in COVERAGES],
+                    "majority": risk(votes[on].sum(axis=1).astype(float), matrix.truth[on], 1.0),
+                    "ece": expected_calibration_error(stated, (np.sign(ours) == matrix.truth)[on].astype(float)),
+                }
+            )
         out[name] = rows
     return out
 
@@ -157,8 +162,21 @@ def show_gsm8k(found: dict[str, Any], prior: float) -> str:
         cells.append(f"≤ {goal['bayes']} × Bayes" if "bayes" in goal else "≤ 0.125 × prior, 85 % kept")
         cells.append(f"{np.mean([row['ece'] for row in rows]):.3f}")
         lines.append(cells)
-    return table(("judges", "prior", "majority", "corrected", "/ Bayes limit", "80 % kept", "/ Bayes limit",
-                  "85 % kept / prior", "goal", "ECE"), lines)  # fmt: skip
+    return table(
+        (
+            "judges",
+            "prior",
+            "majority",
+            "corrected",
+            "/ Bayes limit",
+            "80 % kept",
+            "/ Bayes limit",
+            "85 % kept / prior",
+            "goal",
+            "ECE",
+        ),
+        lines,
+    )
 
 
 def dependent(matrix: Matrix, num_labels: int = 200) -> dict[str, float]:
@@ -175,8 +193,12 @@ def dependent(matrix: Matrix, num_labels: int = 200) -> dict[str, float]:
         labelled = set(rng.permutation(flat)[:num_labels].tolist())
         told, n = [], 0
         for pairs in evidence:
-            told.append([replace(pair, labels={"person": float(matrix.truth[n + k])} if n + k in labelled else {})
-                         for k, pair in enumerate(pairs)])  # fmt: skip
+            told.append(
+                [
+                    replace(pair, labels={"person": float(matrix.truth[n + k])} if n + k in labelled else {})
+                    for k, pair in enumerate(pairs)
+                ]
+            )
             n += len(pairs)
         held = on & ~np.isin(np.arange(len(on)), list(labelled))
         row = {}
@@ -202,22 +224,31 @@ def pandalm(file: Path) -> list[dict[str, Any]]:
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     candidates = [
-        Candidates(prompt=Prompt(id=row["id"], prompt=row["prompt"]),
-                   responses=tuple(Response(model=row[f"model_{k}"], text=row[f"response_{k}"], sample=k)
-                                   for k in (1, 2)))
+        Candidates(
+            prompt=Prompt(id=row["id"], prompt=row["prompt"]),
+            responses=tuple(Response(model=row[f"model_{k}"], text=row[f"response_{k}"], sample=k) for k in (1, 2)),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     votes = np.array([[{1: 1, 2: -1, 0: 0}[vote] for vote in row["votes"]] for row in rows])
     lengths = np.array([len(row["response_1"]) - len(row["response_2"]) for row in rows])
     out = []
     for truth in range(3):
         people = [k for k in range(3) if k != truth]
         evidence = [
-            [PairEvidence(prompt_id=c.prompt.id, responses=(0, 1), prior=0, rule="none", stated=None, labels={},
-                          votes={**{f"person {k + 1}": float(votes[n, k]) for k in people},
-                                 "length": float(lengths[n])})]
+            [
+                PairEvidence(
+                    prompt_id=c.prompt.id,
+                    responses=(0, 1),
+                    prior=0,
+                    rule="none",
+                    stated=None,
+                    labels={},
+                    votes={**{f"person {k + 1}": float(votes[n, k]) for k in people}, "length": float(lengths[n])},
+                )
+            ]
             for n, c in enumerate(candidates)
-        ]  # fmt: skip
+        ]
         found = combined(candidates, evidence, {})
         decided = votes[:, truth] != 0
 
@@ -228,21 +259,31 @@ def pandalm(file: Path) -> list[dict[str, Any]]:
         singles = {f"person {k + 1}": accuracy(votes[:, k]) for k in people} | {"length": accuracy(lengths)}
         stated = found.probabilities[:, :2].max(axis=1) / found.probabilities[:, :2].sum(axis=1)
         told = decided & (said != 0)
-        out.append({
-            "truth": f"person {truth + 1}", "pairs": int(decided.sum()), "singles": singles, "combined": accuracy(said),
-            "believed": {name: r.accuracy for name, r in found.judges.items()},
-            "ece": expected_calibration_error(stated[told], (np.sign(said) == votes[:, truth])[told].astype(float)),
-        })  # fmt: skip
+        out.append(
+            {
+                "truth": f"person {truth + 1}",
+                "pairs": int(decided.sum()),
+                "singles": singles,
+                "combined": accuracy(said),
+                "believed": {name: r.accuracy for name, r in found.judges.items()},
+                "ece": expected_calibration_error(stated[told], (np.sign(said) == votes[:, truth])[told].astype(float)),
+            }
+        )
     return out
 
 
 def show_pandalm(found: list[dict[str, Any]]) -> str:
     lines = [
-        (row["truth"], str(row["pairs"]),
-         ", ".join(f"{name} {share:.1%}" for name, share in row["singles"].items()), f"{row['combined']:.1%}",
-         ", ".join(f"{name} {share:.0%}" for name, share in row["believed"].items()), f"{row['ece']:.3f}")
+        (
+            row["truth"],
+            str(row["pairs"]),
+            ", ".join(f"{name} {share:.1%}" for name, share in row["singles"].items()),
+            f"{row['combined']:.1%}",
+            ", ".join(f"{name} {share:.0%}" for name, share in row["believed"].items()),
+            f"{row['ece']:.3f}",
+        )
         for row in found
-    ]  # fmt: skip
+    ]
     return table(("truth", "pairs", "right alone", "combined", "believed right", "ECE"), lines)
 
 
@@ -260,9 +301,11 @@ def draw(matrix: Matrix, file: Path) -> None:
         curves: dict[str, list[list[float]]] = {"majority of the judges": [], "corrected": [], "Bayes limit": []}
         for seed in SEEDS:
             votes = matrix.simulate(accuracies, seed, False)
-            for label, log_odds in (("majority of the judges", votes.sum(axis=1).astype(float)),
-                                    ("corrected", matrix.corrected(votes)),
-                                    ("Bayes limit", matrix.bayes(votes, accuracies))):  # fmt: skip
+            for label, log_odds in (
+                ("majority of the judges", votes.sum(axis=1).astype(float)),
+                ("corrected", matrix.corrected(votes)),
+                ("Bayes limit", matrix.bayes(votes, accuracies)),
+            ):
                 curves[label].append([100 * risk(log_odds[on], truth, c) for c in coverages])
         axis.axhline(100 * matrix.prior_error, color="0.6", label="prior order")
         for (label, values), style in zip(curves.items(), ("C7:", "C0-", "k--"), strict=True):
@@ -279,11 +322,21 @@ def write_verdicts(matrix: Matrix, file: Path, accuracies: Sequence[float], seed
     """Comparisons of simulated judges on every pair; where both responses are right or both wrong they guess."""
     votes = matrix.simulate(accuracies, seed, True)
     flat = [pair for pairs in matrix.evidence for pair in pairs]
-    write_jsonl(file, (
-        verdict_row(Comparison(prompt_id=pair.prompt_id, responses=pair.responses, judge=f"judge-{j + 1}",
-                               probability=float(vote > 0)))
-        for pair, row in zip(flat, votes, strict=True) for j, vote in enumerate(row)
-    ))  # fmt: skip
+    write_jsonl(
+        file,
+        (
+            verdict_row(
+                Comparison(
+                    prompt_id=pair.prompt_id,
+                    responses=pair.responses,
+                    judge=f"judge-{j + 1}",
+                    probability=float(vote > 0),
+                )
+            )
+            for pair, row in zip(flat, votes, strict=True)
+            for j, vote in enumerate(row)
+        ),
+    )
 
 
 def main() -> None:
@@ -305,9 +358,14 @@ def main() -> None:
         "dependent": lambda: dependent(matrix),
         "pandalm": lambda: pandalm(arguments.data / "pandalm/pairs_dev.jsonl.gz"),
     }
-    record: dict[str, Any] = {"machine": machine(), "versions": versions("numpy"), "commit": commit(),
-                              "command": "python benchmarks/bench_correction.py", "prior_error": matrix.prior_error,
-                              "pairs": int(matrix.is_measured.sum())}  # fmt: skip
+    record: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions("numpy"),
+        "commit": commit(),
+        "command": "python benchmarks/bench_correction.py",
+        "prior_error": matrix.prior_error,
+        "pairs": int(matrix.is_measured.sum()),
+    }
     for name, run in sections.items():
         record[name] = run()
         write_json(arguments.output, record)
@@ -315,10 +373,11 @@ def main() -> None:
     print(show_gsm8k(record["decided"], matrix.prior_error))
     print("\nThe same where judges also guess on the pairs that are both right or both wrong, as in a real run\n")
     print(show_gsm8k(record["all"], matrix.prior_error))
-    print("\nTwo of three judges copy each other: error {alone_error:.1%}, ECE {alone_ece:.3f}; with {labels} human "
-          "labels, on the other pairs: error {labelled_error:.1%}, ECE {labelled_ece:.3f}, tempered "
-          "{tempered_ece:.3f}\n"
-          .format(**record["dependent"]))  # fmt: skip
+    print(
+        "\nTwo of three judges copy each other: error {alone_error:.1%}, ECE {alone_ece:.3f}; with {labels} human "
+        "labels, on the other pairs: error {labelled_error:.1%}, ECE {labelled_ece:.3f}, tempered "
+        "{tempered_ece:.3f}\n".format(**record["dependent"])
+    )
     print("PandaLM, people as judges beside one that takes the longer response\n")
     print(show_pandalm(record["pandalm"]))
     draw(matrix, arguments.figure)

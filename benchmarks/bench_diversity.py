@@ -143,10 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"distinct_n, {args.threads} threads": lambda: seconds(
             lambda: distinct_n(*texts, n=args.n, num_threads=args.threads)
         ),
-        f"self_bleu to 4, {args.threads} threads": lambda: seconds(
-            lambda: self_bleu(*texts, num_threads=args.threads)
-        ),
-    }  # fmt: skip
+        f"self_bleu to 4, {args.threads} threads": lambda: seconds(lambda: self_bleu(*texts, num_threads=args.threads)),
+    }
     times = interleave(calls, dict.fromkeys(calls, args.rounds))
     ratios = {
         what: spread([base / own for base, own in zip(times["Python sets"], times[what], strict=True)])
@@ -161,8 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions("numpy", "tso-fast"),
         "commit": commit(),
         "shape": {
-            "prompts": args.prompts, "responses": args.responses, "tokens": len(texts[0]), "n": args.n,
-            "ngrams": ngrams, "mean_distance": float(distances[distances > 0].mean()),
+            "prompts": args.prompts,
+            "responses": args.responses,
+            "tokens": len(texts[0]),
+            "n": args.n,
+            "ngrams": ngrams,
+            "mean_distance": float(distances[distances > 0].mean()),
         },
         "python_prompts": sample,
         "python_is_scaled_by": args.prompts / sample,
@@ -170,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ratio_to_python_sets": ratios,
         "goal_ratio": GOAL,
         "all_seconds": times,
-    }  # fmt: skip
+    }
     write_json(args.out, record)
     print(
         f"{args.prompts} prompts x {args.responses} responses, {len(texts[0]):,} tokens, n = {args.n}; mean distance "

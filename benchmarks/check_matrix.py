@@ -44,9 +44,17 @@ def make_matrix(folder: Path) -> None:
     tokenizer = make_tokenizer(TEXTS, Recipe(seed=0))
     for name, layers, seed in (("s.v1", 1, 0), ("s.v3", 1, 1), ("m.v1", 2, 2)):
         torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
-                             num_attention_heads=2, max_position_embeddings=512, pad_token_id=tokenizer.pad_token_id,
-                             eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)  # fmt: skip
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
         model = LlamaForCausalLM(config)
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
         model.save_pretrained(folder / name)
@@ -79,15 +87,46 @@ def served(folder: Path) -> Iterator[dict[str, tuple[int, subprocess.Popen[bytes
 
 
 def start_server(folder: Path, name: str, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / name),
-               "--served-model-name", name, "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32",
-               "--max-model-len", "512", "--enforce-eager", "--distributed-executor-backend", "uni"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder / name),
+        "--served-model-name",
+        name,
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "512",
+        "--enforce-eager",
+        "--distributed-executor-backend",
+        "uni",
+    ]
     if adapters := SERVERS[name]:
         # A slot stays free: on CPUs, rows without an adapter read the last one.
-        command += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", str(len(adapters) + 1), "--lora-modules",
-                    *(f"{adapter}={folder / adapter}" for adapter in adapters)]  # fmt: skip
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1",
-                   "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
+        command += [
+            "--enable-lora",
+            "--max-lora-rank",
+            "8",
+            "--max-loras",
+            str(len(adapters) + 1),
+            "--lora-modules",
+            *(f"{adapter}={folder / adapter}" for adapter in adapters),
+        ]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     log = open(folder / f"server-{name}.log", "ab")  # noqa: SIM115 the server's
     return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
@@ -115,14 +154,29 @@ def kill_group(pid: int) -> None:
 def write_config(folder: Path, servers: dict[str, Any]) -> Path:
     port_of = {cell: servers[name][0] for name in servers for cell in (name, *SERVERS[name])}
     cells = [
-        {"path": str(folder / f"{size}.v{rank}"), "name": f"{size}.v{rank}", "version_rank": rank,
-         **({"base": str(folder / f"{size}.v1")} if f"{size}.v{rank}" not in SERVERS else {}),
-         **({"url": f"http://127.0.0.1:{port_of[f'{size}.v{rank}']}/v1"} if servers else {})}
-        for size in "sm" for rank in (1, 2, 3)
-    ]  # fmt: skip
+        {
+            "path": str(folder / f"{size}.v{rank}"),
+            "name": f"{size}.v{rank}",
+            "version_rank": rank,
+            **({"base": str(folder / f"{size}.v1")} if f"{size}.v{rank}" not in SERVERS else {}),
+            **({"url": f"http://127.0.0.1:{port_of[f'{size}.v{rank}']}/v1"} if servers else {}),
+        }
+        for size in "sm"
+        for rank in (1, 2, 3)
+    ]
     file = folder / "generate.yaml"
-    file.write_text(yaml.safe_dump({"prompts": str(folder / "prompts.jsonl"), "cells": cells, "shard_size": 5,
-                                    "max_completion_length": 24, "use_cpu": True, "engine_timeout_s": 60}))  # fmt: skip
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "prompts": str(folder / "prompts.jsonl"),
+                "cells": cells,
+                "shard_size": 5,
+                "max_completion_length": 24,
+                "use_cpu": True,
+                "engine_timeout_s": 60,
+            }
+        )
+    )
     return file
 
 
@@ -183,9 +237,15 @@ def kill_while_working(arguments: list[Any], victim: str, servers: dict[str, Any
         wait_for(*servers["m.v1"])
     if first_status != 0:
         run(*arguments)
-    return {"killed": victim, "stored_at_kill": before, "stored_at_end": at_end, "status": first_status,
-            "seconds_to_end": round(ended_s, 1), "last_words": stderr.strip().splitlines()[-1][:200] if stderr else "",
-            "orphans": orphans}  # fmt: skip
+    return {
+        "killed": victim,
+        "stored_at_kill": before,
+        "stored_at_end": at_end,
+        "status": first_status,
+        "seconds_to_end": round(ended_s, 1),
+        "last_words": stderr.strip().splitlines()[-1][:200] if stderr else "",
+        "orphans": orphans,
+    }
 
 
 def count_orphans(children: list[psutil.Process], timeout_s: float = 10) -> int:
@@ -212,8 +272,16 @@ def main() -> None:
             greedy[generator] = read(folder / f"greedy-{generator}.jsonl")
             first = next(iter(greedy.values()))
             same = sum(first[key] == ids for key, ids in greedy[generator].items())
-            rows.append([generator, "greedy, no kill", f"{same} of {len(first)} as {arguments.only[0]}", "-", "-",
-                         f"{time.monotonic() - start:.0f} s"])  # fmt: skip
+            rows.append(
+                [
+                    generator,
+                    "greedy, no kill",
+                    f"{same} of {len(first)} as {arguments.only[0]}",
+                    "-",
+                    "-",
+                    f"{time.monotonic() - start:.0f} s",
+                ]
+            )
             print(rows[-1], file=sys.stderr, flush=True)
         victims = {"hf": ["driver", "engine"], "vllm": ["driver", "engine"], "openai": ["driver", "server"]}
         for generator in arguments.only:
@@ -226,10 +294,16 @@ def main() -> None:
                 facts = kill_while_working([config, generator, output, *more], victim, servers)
                 got, want = read(output), read(whole)
                 same = sum(got[key] == ids for key, ids in want.items())
-                rows.append([generator, f"kill -9 of the {victim}", f"{same} of {len(want)} as uninterrupted",
-                             f"{facts['stored_at_kill']} stored, then {facts['stored_at_end']}",
-                             f"status {facts['status']} after {facts['seconds_to_end']} s; {facts['orphans']} orphans",
-                             facts["last_words"]])  # fmt: skip
+                rows.append(
+                    [
+                        generator,
+                        f"kill -9 of the {victim}",
+                        f"{same} of {len(want)} as uninterrupted",
+                        f"{facts['stored_at_kill']} stored, then {facts['stored_at_end']}",
+                        f"status {facts['status']} after {facts['seconds_to_end']} s; {facts['orphans']} orphans",
+                        facts["last_words"],
+                    ]
+                )
                 print(rows[-1], file=sys.stderr, flush=True)
                 if got.keys() != want.keys():
                     raise SystemExit(f"{generator}: responses are missing or too many")

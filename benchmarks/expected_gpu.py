@@ -143,9 +143,18 @@ def operand_bytes(num_rows: int, num_cols: int, tile: Tile, inner: int, size: in
 
 
 def product(
-    card: Card, name: str, kernel: str, tile: Tile, shape: tuple[int, int, int], dtype: torch.dtype, *, read: float = 0,
-    written: float = 0, exps: int = 0, share: float = 1,
-) -> Work:  # fmt: skip
+    card: Card,
+    name: str,
+    kernel: str,
+    tile: Tile,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    read: float = 0,
+    written: float = 0,
+    exps: int = 0,
+    share: float = 1,
+) -> Work:
     """A product by tiles, [rows, inner] x [inner, cols]. read, written: bytes an element beside the operands; exps: of
     an element; share: of the rows, or of what is summed over, that has a gradient."""
     rows, cols, inner = shape
@@ -172,8 +181,18 @@ def product(
     low = max(flop / average / 1e9, waves * (main_low + end_low) / 1e3, memory_ms)
     high = max(waves * (main_high + end_high) / 1e3, memory_ms)
     l2 = (tile.rows + tile.cols) * inner_used * dtype.itemsize * programs * card.multiprocessors / main_high / 1e6
-    return Work(name=name, flop=flop, read=bytes_read, written=bytes_written, tiles=num, waves=waves, places=places,
-                l2_tb_per_s=l2, low_ms=low, high_ms=high)  # fmt: skip
+    return Work(
+        name=name,
+        flop=flop,
+        read=bytes_read,
+        written=bytes_written,
+        tiles=num,
+        waves=waves,
+        places=places,
+        l2_tb_per_s=l2,
+        low_ms=low,
+        high_ms=high,
+    )
 
 
 def rates(card: Card, dtype: torch.dtype) -> tuple[float, float, float]:
@@ -198,9 +217,19 @@ def torch_dhidden(card: Card, rows: int, dtype: torch.dtype) -> Work:
         read, written = (VOCAB * DIM + count * VOCAB) * dtype.itemsize, count * DIM * 4
         low = max(flop / card.tflops / 1e9, (read + written) / card.tb_per_s / 1e9)
         main = 2 * LARGE.rows * LARGE.cols * VOCAB * card.multiprocessors / card.tflops / 1e9
-        slices.append(Work(name="dhidden by torch's product", flop=flop, read=read, written=written, tiles=num,
-                           waves=waves, places=card.multiprocessors, low_ms=low,
-                           high_ms=max(low, waves * main)))  # fmt: skip
+        slices.append(
+            Work(
+                name="dhidden by torch's product",
+                flop=flop,
+                read=read,
+                written=written,
+                tiles=num,
+                waves=waves,
+                places=card.multiprocessors,
+                low_ms=low,
+                high_ms=max(low, waves * main),
+            )
+        )
     return total("dhidden by torch's product", slices)
 
 
@@ -227,8 +256,14 @@ class Step:
 
     @property
     def shape(self) -> Shape:
-        return Shape(backend=triton, dim=DIM, vocab=VOCAB, dtype=self.dtype, component_rows=[ROWS_OF_PAIR] * PAIRS,
-                     needs_dweight=self.needs_dweight)  # fmt: skip
+        return Shape(
+            backend=triton,
+            dim=DIM,
+            vocab=VOCAB,
+            dtype=self.dtype,
+            component_rows=[ROWS_OF_PAIR] * PAIRS,
+            needs_dweight=self.needs_dweight,
+        )
 
     @property
     def chunks(self) -> list[int]:
@@ -281,9 +316,17 @@ def chunk(card: Card, step: Step, rows: int, number: int, num_chunks: int) -> li
         kept = 4 if step.old_rows or size == 4 else 3
         where = "alone" if is_first and is_last else "first" if is_first else "last" if is_last else "middle"
         works.append(
-            make(f"dweight, {where}", "dweight", tiles.dweight, (VOCAB, DIM, rows), dtype, share=step.share,
-                 read=0 if is_first else kept, written=size if is_last else kept)
-        )  # fmt: skip
+            make(
+                f"dweight, {where}",
+                "dweight",
+                tiles.dweight,
+                (VOCAB, DIM, rows),
+                dtype,
+                share=step.share,
+                read=0 if is_first else kept,
+                written=size if is_last else kept,
+            )
+        )
         works.append(small("rows of v h", 1, rows * row, rows * row))
     num_tiles = math.ceil(VOCAB / tiles.logits.cols)
     statistics = rows * num_tiles * 8.0
@@ -346,19 +389,25 @@ def span(low: float, high: float, digits: int = 1) -> str:
 def print_step(card: Card, step: Step) -> None:
     works, floor = expected(card, step), step.floor_ms(card)
     chunks = step.chunks
-    print(f"\n**{step.name}**, {card.name}: {len(chunks)} chunks of {span(min(chunks), max(chunks), 0)} rows; "
-          f"floor {step.num_products:g} products, {floor:.1f} ms\n")  # fmt: skip
+    print(
+        f"\n**{step.name}**, {card.name}: {len(chunks)} chunks of {span(min(chunks), max(chunks), 0)} rows; "
+        f"floor {step.num_products:g} products, {floor:.1f} ms\n"
+    )
     print("| product | TFLOP | GB read | GB written | tiles | waves | places filled | from L2, TB/s | expected ms |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for w in [w for w in works if is_product(w)]:
         l2 = f"{w.l2_tb_per_s:.1f}" if w.l2_tb_per_s else "-"
-        print(f"| {w.name} | {w.flop / 1e12:.1f} | {w.read / 1e9:.1f} | {w.written / 1e9:.1f} | {w.tiles:,} | "
-              f"{w.waves} | {w.efficiency:.1%} | {l2} | {span(w.low_ms, w.high_ms)} |")  # fmt: skip
+        print(
+            f"| {w.name} | {w.flop / 1e12:.1f} | {w.read / 1e9:.1f} | {w.written / 1e9:.1f} | {w.tiles:,} | "
+            f"{w.waves} | {w.efficiency:.1%} | {l2} | {span(w.low_ms, w.high_ms)} |"
+        )
     for w in [w for w in works if not is_product(w)]:
         print(f"| {w.name} | | {w.read / 1e9:.1f} | {w.written / 1e9:.1f} | | | | | {span(w.low_ms, w.high_ms, 2)} |")
     low, high = sum(w.low_ms for w in works), sum(w.high_ms for w in works)
-    print(f"| **sum** | {sum(w.flop for w in works) / 1e12:.1f} | {sum(w.read for w in works) / 1e9:.1f} | "
-          f"{sum(w.written for w in works) / 1e9:.1f} | | | | | **{span(low, high)}** |")  # fmt: skip
+    print(
+        f"| **sum** | {sum(w.flop for w in works) / 1e12:.1f} | {sum(w.read for w in works) / 1e9:.1f} | "
+        f"{sum(w.written for w in works) / 1e9:.1f} | | | | | **{span(low, high)}** |"
+    )
     print(f"\nover the floor: {span(low / floor, high / floor, 2)}")
 
 
@@ -373,8 +422,10 @@ def print_summary(card: Card) -> None:
             "+".join(map(str, step.chunks)) if len(set(step.chunks)) > 1 else f"{len(step.chunks)} × {step.chunks[0]}"
         )
         extra = "-" if step.old_rows else f"{fused.plan(step.shape).total_bytes / 2**20:,.0f}"
-        print(f"| {step.name} | {chunks} | {step.num_products:g} | {floor:.1f} | {span(low, high)} | "
-              f"{span(low / floor, high / floor, 2)} | {extra} |")  # fmt: skip
+        print(
+            f"| {step.name} | {chunks} | {step.num_products:g} | {floor:.1f} | {span(low, high)} | "
+            f"{span(low / floor, high / floor, 2)} | {extra} |"
+        )
 
 
 def print_slower_tiles(card: Card) -> None:
@@ -516,34 +567,81 @@ def draw_chunk() -> None:
     parts = 2 * 4 * rows * math.ceil(VOCAB / LARGE.cols)
     chain = [  # title, kernel, reads, writes, colour
         ("target logits, of both models", "target_logit_kernel", f"h, W[y]   {size_of(2 * h)}, twice", "x[y]   KB", 6),
-        ("reference", "sumexp_kernel", f"W′   {size_of(W)},  h′   {size_of(h)}",
-         f"maxima, sums of tiles   {size_of(parts)}", 0),
-        ("reference’s log-probs", "reduce_tiles_kernel, finish_rows_kernel", f"maxima, sums   {size_of(parts)}",
-         "log-prob   KB", 6),
-        ("policy: exponentials", "exp_kernel", f"W   {size_of(W)},  h   {size_of(h)}\nk = x[y]   KB",
-         f"E   {size_of(E)}\nmaxima, sums of tiles   {size_of(parts)}", 1),
-        ("policy’s log-probs", "reduce_tiles, finish_rows; redo_kernel", f"maxima, sums   {size_of(parts)}",
-         "log-prob, sum E, flags   KB", 6),
-        ("sums, loss and its gradient", "segment_sum_kernel, dual_clip_kernel", "log-probs of both   KB",
-         "loss, g of every row   KB", 6),
-        ("row factors", "row_factor_kernel, active_blocks_kernel", "g, k, sum E   KB",
-         "v, E[y], active blocks   KB", 6),
-    ]  # fmt: skip
+        (
+            "reference",
+            "sumexp_kernel",
+            f"W′   {size_of(W)},  h′   {size_of(h)}",
+            f"maxima, sums of tiles   {size_of(parts)}",
+            0,
+        ),
+        (
+            "reference’s log-probs",
+            "reduce_tiles_kernel, finish_rows_kernel",
+            f"maxima, sums   {size_of(parts)}",
+            "log-prob   KB",
+            6,
+        ),
+        (
+            "policy: exponentials",
+            "exp_kernel",
+            f"W   {size_of(W)},  h   {size_of(h)}\nk = x[y]   KB",
+            f"E   {size_of(E)}\nmaxima, sums of tiles   {size_of(parts)}",
+            1,
+        ),
+        (
+            "policy’s log-probs",
+            "reduce_tiles, finish_rows; redo_kernel",
+            f"maxima, sums   {size_of(parts)}",
+            "log-prob, sum E, flags   KB",
+            6,
+        ),
+        (
+            "sums, loss and its gradient",
+            "segment_sum_kernel, dual_clip_kernel",
+            "log-probs of both   KB",
+            "loss, g of every row   KB",
+            6,
+        ),
+        (
+            "row factors",
+            "row_factor_kernel, active_blocks_kernel",
+            "g, k, sum E   KB",
+            "v, E[y], active blocks   KB",
+            6,
+        ),
+    ]
     ends = [
-        ("dhidden = v (E W)", f"torch.mm by {DHIDDEN_ROWS} rows, scale_rows_kernel",
-         f"reads E {size_of(E)}, W {size_of(W)} a slice, v", f"writes dh {size_of(h)}", 2),
-        ("dweight (+)= Eᵀ (v h)", "scale_rows_kernel, dweight_kernel",
-         f"reads E {size_of(E)}, v h {size_of(h)}, the sum {size_of(VOCAB * DIM * 3)}",
-         f"writes the sum {size_of(VOCAB * DIM * 3)}", 3),
-    ]  # fmt: skip
+        (
+            "dhidden = v (E W)",
+            f"torch.mm by {DHIDDEN_ROWS} rows, scale_rows_kernel",
+            f"reads E {size_of(E)}, W {size_of(W)} a slice, v",
+            f"writes dh {size_of(h)}",
+            2,
+        ),
+        (
+            "dweight (+)= Eᵀ (v h)",
+            "scale_rows_kernel, dweight_kernel",
+            f"reads E {size_of(E)}, v h {size_of(h)}, the sum {size_of(VOCAB * DIM * 3)}",
+            f"writes the sum {size_of(VOCAB * DIM * 3)}",
+            3,
+        ),
+    ]
     figure, axes = plt.subplots(figsize=(13.5, 10))
     axes.set(xlim=(0, 135), ylim=(2, 101))
     axes.axis("off")
 
     def box(x: float, y: float, width: float, height: float, colour: int) -> None:
-        axes.add_patch(FancyBboxPatch((x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0.3",
-                                      facecolor=COLOURS[colour] + "33", edgecolor=COLOURS[colour],
-                                      linewidth=2))  # fmt: skip
+        axes.add_patch(
+            FancyBboxPatch(
+                (x - width / 2, y - height / 2),
+                width,
+                height,
+                boxstyle="round,pad=0.3",
+                facecolor=COLOURS[colour] + "33",
+                edgecolor=COLOURS[colour],
+                linewidth=2,
+            )
+        )
 
     def arrow(start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 1.5, **style})
@@ -625,14 +723,27 @@ def draw_sum() -> None:
     for name, count, colour in kinds:
         for bit in range(count):
             is_kept = x + bit < 24
-            layout.add_patch(Rectangle((x + bit, 0), 1, 1, facecolor=colour if is_kept else "white", edgecolor=INK,
-                                       hatch=None if is_kept else "////", linewidth=1))  # fmt: skip
+            layout.add_patch(
+                Rectangle(
+                    (x + bit, 0),
+                    1,
+                    1,
+                    facecolor=colour if is_kept else "white",
+                    edgecolor=INK,
+                    hatch=None if is_kept else "////",
+                    linewidth=1,
+                )
+            )
             layout.text(x + bit + 0.5, 1.12, str(31 - x - bit), ha="center", va="bottom", fontsize=9)
-        layout.text(x + count / 2, 1.75, f"{name}, {count}" if count > 1 else name, ha="center", va="bottom",
-                    weight="bold")  # fmt: skip
+        layout.text(
+            x + count / 2, 1.75, f"{name}, {count}" if count > 1 else name, ha="center", va="bottom", weight="bold"
+        )
         x += count
-    for start, end, text in ((0, 16, "total_VD: the memory of the result, read as bf16"),
-                             (16, 24, "rest_VD: uint8"), (24, 32, "rounded away, to even")):  # fmt: skip
+    for start, end, text in (
+        (0, 16, "total_VD: the memory of the result, read as bf16"),
+        (16, 24, "rest_VD: uint8"),
+        (24, 32, "rounded away, to even"),
+    ):
         layout.annotate("", (start + 0.1, -0.25), (end - 0.1, -0.25), arrowprops={"arrowstyle": "<->", "color": INK})
         layout.text((start + end) / 2, -0.45, text, ha="center", va="top")
     names, values, colours = [], [], []
@@ -658,8 +769,13 @@ def draw_times(card: Card) -> None:
     """What is expected of every case, over its floor."""
     import matplotlib.pyplot as plt
 
-    parts = {"reference": "reference", "policy, with exponentials": "policy", "dhidden": "dhidden by",
-             "dweight": "dweight", "all other kernels, check on the host": ""}  # fmt: skip
+    parts = {
+        "reference": "reference",
+        "policy, with exponentials": "policy",
+        "dhidden": "dhidden by",
+        "dweight": "dweight",
+        "all other kernels, check on the host": "",
+    }
     figure, axes = plt.subplots(figsize=(12.5, 5.6))
     for y, step in enumerate(STEPS):
         left, floor, rest = 0.0, step.floor_ms(card), expected(card, step)

@@ -104,20 +104,29 @@ class Operands:
 
     def exponentials(self, bias: torch.Tensor | None = None, target_logit: torch.Tensor | None = None) -> Any:
         logit = self.target_logit if target_logit is None else target_logit
-        return forward.exponentials(self.hidden, self.weight, bias, logit, logit.clone(), self.room, **HEAD,
-                                    tile=self.tile.logits)  # fmt: skip
+        return forward.exponentials(
+            self.hidden, self.weight, bias, logit, logit.clone(), self.room, **HEAD, tile=self.tile.logits
+        )
 
 
 # ------------------------------------------------------------------------------------------------- device, its manners
 
 
 def about(lab: Lab) -> Iterator[tuple[str, Measurement]]:
-    yield "device", lambda: {
-        **machine(), **lab.device.facts(), **versions("torch", "triton"), "commit": commit(),
-        "key": tiles.key_of(lab.dim, lab.vocab, lab.dtype, lab.where),
-        "tiles": {name: tiles.to_json(tile)
-                  for name, tile in tiles.tiles(lab.dim, lab.vocab, lab.dtype, lab.where)._asdict().items()},
-    }  # fmt: skip
+    yield (
+        "device",
+        lambda: {
+            **machine(),
+            **lab.device.facts(),
+            **versions("torch", "triton"),
+            "commit": commit(),
+            "key": tiles.key_of(lab.dim, lab.vocab, lab.dtype, lab.where),
+            "tiles": {
+                name: tiles.to_json(tile)
+                for name, tile in tiles.tiles(lab.dim, lab.vocab, lab.dtype, lab.where)._asdict().items()
+            },
+        },
+    )
     yield "power", functools.partial(power, lab)
 
 
@@ -151,9 +160,12 @@ def same_bits(lab: Lab) -> dict[str, Any]:
         _, sumexp, exp = x.exponentials(bias, logit)
         sums.append(torch.stack([sumexp, exp[:, target].float()]))
     sums_2T = torch.cat(sums, 1)
-    return {"share_equal": (sums_2T[0] == 1).float().mean().item(), "rows": sums_2T.shape[1],
-            "largest_nat": (sums_2T[0] - 1).abs().max().item(),
-            "share_stored_as_1": (sums_2T[1] == 1).float().mean().item()}  # fmt: skip
+    return {
+        "share_equal": (sums_2T[0] == 1).float().mean().item(),
+        "rows": sums_2T.shape[1],
+        "largest_nat": (sums_2T[0] - 1).abs().max().item(),
+        "share_stored_as_1": (sums_2T[1] == 1).float().mean().item(),
+    }
 
 
 def accumulation(lab: Lab) -> dict[str, Any]:
@@ -164,8 +176,11 @@ def accumulation(lab: Lab) -> dict[str, Any]:
     found = {}
     for name, got in {"ours": x.target_logit, "torch": by_torch}.items():
         error = (got.double() - exact) * exact.sign()
-        found[name] = {"bias": (error.mean() / exact.abs().mean()).item(), "std_nat": error.std().item(),
-                       "largest_nat": error.abs().max().item()}  # fmt: skip
+        found[name] = {
+            "bias": (error.mean() / exact.abs().mean()).item(),
+            "std_nat": error.std().item(),
+            "largest_nat": error.abs().max().item(),
+        }
     return found
 
 
@@ -221,18 +236,22 @@ def by_ours(lab: Lab, x: Operands) -> dict[str, tuple[Callable[[], Any], str | N
     add = DweightSum(lab, x)
     return {
         "target_logits": (lambda: forward.target_logits(x.hidden, x.weight, None, x.targets, **HEAD), None),
-        "logsumexp": (lambda: forward.logsumexp(x.hidden, x.weight, None, x.target_logit, **HEAD, tile=x.tile.logits),
-                      "logits"),
+        "logsumexp": (
+            lambda: forward.logsumexp(x.hidden, x.weight, None, x.target_logit, **HEAD, tile=x.tile.logits),
+            "logits",
+        ),
         "exponentials": (x.exponentials, "logits"),
-        "dhidden by tiles": (lambda: backward.dhidden(x.exp, x.weight, factor, dhidden, x.tile.dhidden_skipping),
-                             "dhidden"),
+        "dhidden by tiles": (
+            lambda: backward.dhidden(x.exp, x.weight, factor, dhidden, x.tile.dhidden_skipping),
+            "dhidden",
+        ),
         "dhidden by torch": (lambda: backward.dhidden(x.exp, x.weight, factor, dhidden, None), "dhidden"),
         "scaled_hidden": (lambda: backward.scaled_hidden(x.hidden, factor), None),
         "dweight first": (lambda: add(is_first=True, is_last=False), "dweight"),
         "dweight middle": (lambda: add(is_first=False, is_last=False), "dweight"),
         "dweight last": (lambda: add(is_first=False, is_last=True), "dweight"),
         "dweight alone": (lambda: add(is_first=True, is_last=True), "dweight"),
-    }  # fmt: skip
+    }
 
 
 class DweightSum:
@@ -246,8 +265,17 @@ class DweightSum:
         self.scaled, self.norm = backward.scaled_hidden(x.hidden, torch.full_like(x.target_logit, 1e-3))
 
     def __call__(self, *, is_first: bool, is_last: bool) -> None:
-        backward.dweight(self.x.exp, self.scaled, self.norm, self.active, self.total, self.rest, self.x.tile.dweight,
-                         is_first=is_first, is_last=is_last)  # fmt: skip
+        backward.dweight(
+            self.x.exp,
+            self.scaled,
+            self.norm,
+            self.active,
+            self.total,
+            self.rest,
+            self.x.tile.dweight,
+            is_first=is_first,
+            is_last=is_last,
+        )
 
 
 def bandwidth(lab: Lab) -> Iterator[tuple[str, Measurement]]:
@@ -258,13 +286,19 @@ def sum_bandwidth(lab: Lab) -> dict[str, Any]:
     """What reading the past sum costs a chunk, beside a copy that moves as many bytes."""
     x = Operands(lab, lab.middle)
     add = DweightSum(lab, x)
-    first, middle = (lab.device.ms(functools.partial(add, is_first=is_first, is_last=False))
-                     for is_first in (True, False))  # fmt: skip
+    first, middle = (
+        lab.device.ms(functools.partial(add, is_first=is_first, is_last=False)) for is_first in (True, False)
+    )
     num_bytes = 3 * lab.vocab * lab.dim
     source, out = (torch.empty(num_bytes // 2, dtype=torch.uint8, device=lab.where) for _ in range(2))
     copy = lab.device.ms(lambda: out.copy_(source))
-    return {"first_ms": first, "middle_ms": middle, "read_gb": num_bytes / 1e9, "copy_ms": copy,
-            "copy_tb_per_s": num_bytes / copy / 1e9}  # fmt: skip
+    return {
+        "first_ms": first,
+        "middle_ms": middle,
+        "read_gb": num_bytes / 1e9,
+        "copy_ms": copy,
+        "copy_tb_per_s": num_bytes / copy / 1e9,
+    }
 
 
 # ------------------------------------------------------------------------------------------------- tiles, whole steps
@@ -454,8 +488,10 @@ def dhidden_choice(found: dict[str, dict[str, Any]], middle: int) -> str:
     if math.inf in (by_torch, by_tiles):
         return "dhidden: not measured."
     choice = "cuBLAS" if by_tiles - by_torch > autotune.CUBLAS_GAIN_MS else "tiles"
-    return (f"dhidden: by {choice}, at {middle} rows {by_torch:.2f} ms by cuBLAS and {by_tiles:.2f} ms by tiles "
-            f"(cuBLAS must win by {autotune.CUBLAS_GAIN_MS} ms).")  # fmt: skip
+    return (
+        f"dhidden: by {choice}, at {middle} rows {by_torch:.2f} ms by cuBLAS and {by_tiles:.2f} ms by tiles "
+        f"(cuBLAS must win by {autotune.CUBLAS_GAIN_MS} ms)."
+    )
 
 
 def logits_choice(found: dict[str, dict[str, Any]], middle: int) -> str:
@@ -464,34 +500,44 @@ def logits_choice(found: dict[str, dict[str, Any]], middle: int) -> str:
     if tflops is None:
         return "logits: not measured."
     if tflops < LOGITS_GOAL_TFLOPS:
-        return (f"logits: {tflops:.0f} TFLOP/s at best, below {LOGITS_GOAL_TFLOPS}: make them by cuBLAS into float32 "
-                "scratch, with an elementwise kernel behind it.")  # fmt: skip
+        return (
+            f"logits: {tflops:.0f} TFLOP/s at best, below {LOGITS_GOAL_TFLOPS}: make them by cuBLAS into float32 "
+            "scratch, with an elementwise kernel behind it."
+        )
     return f"logits: by tiles, {tflops:.0f} TFLOP/s with their exponentials stored."
 
 
 def device_manners(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     power = found.get("power", {})
     if "power_w" in power:
-        yield (f"power: {power['power_w']['median']:.0f} W of {found.get('device', {}).get('power.limit', '?')} and "
-               f"{power['sm_mhz']['median']:.0f} MHz during cuBLAS's product.")  # fmt: skip
+        yield (
+            f"power: {power['power_w']['median']:.0f} W of {found.get('device', {}).get('power.limit', '?')} and "
+            f"{power['sm_mhz']['median']:.0f} MHz during cuBLAS's product."
+        )
     bits = found.get("bits of the target's logit", {})
     if "share_equal" in bits:
-        yield (f"target's logit: the product's bits in {bits['share_equal']:.2%} of {bits['rows']} rows, off by at "
-               f"most {bits['largest_nat']:.1e} nat.")  # fmt: skip
+        yield (
+            f"target's logit: the product's bits in {bits['share_equal']:.2%} of {bits['rows']} rows, off by at "
+            f"most {bits['largest_nat']:.1e} nat."
+        )
     sums = found.get("accumulation", {})
     if "ours" in sums:
         bias = sums["ours"]["bias"]
         how = "toward zero" if bias < -1e-6 else "without a bias"
-        yield (f"accumulation: rounds {how}, mean error {bias:+.1e} of a logit, spread {sums['ours']['std_nat']:.1e} "
-               f"nat; torch's product {sums['torch']['bias']:+.1e}.")  # fmt: skip
+        yield (
+            f"accumulation: rounds {how}, mean error {bias:+.1e} of a logit, spread {sums['ours']['std_nat']:.1e} "
+            f"nat; torch's product {sums['torch']['bias']:+.1e}."
+        )
     tma = found.get("TMA with stride 0", {})
     if tma:
         yield "TMA with stride 0: " + ("taken." if tma.get("is_right") else f"not taken, {tma.get('error', 'wrong')}.")
     total = found.get("dweight's sum", {})
     if "middle_ms" in total:
-        yield (f"dweight's sum: reading {total['read_gb']:.2f} GB costs a chunk "
-               f"{total['middle_ms'] - total['first_ms']:.2f} ms, a copy that moves as many bytes "
-               f"{total['copy_ms']:.2f} ms ({total['copy_tb_per_s']:.1f} TB/s).")  # fmt: skip
+        yield (
+            f"dweight's sum: reading {total['read_gb']:.2f} GB costs a chunk "
+            f"{total['middle_ms'] - total['first_ms']:.2f} ms, a copy that moves as many bytes "
+            f"{total['copy_ms']:.2f} ms ({total['copy_tb_per_s']:.1f} TB/s)."
+        )
 
 
 def step_results(found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -533,8 +579,9 @@ def tile_lines(found: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(GROUPS), choices=list(GROUPS), metavar="GROUP",
-                        help=f"of {', '.join(GROUPS)}")  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", default=list(GROUPS), choices=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}"
+    )
     parser.add_argument("--budget_s", type=float, default=230, help="everything ends before")
     parser.add_argument("--limit_s", type=float, default=60, help="the most that one measurement may take")
     parser.add_argument("--out", type=Path, help="JSON lines")

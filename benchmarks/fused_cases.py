@@ -125,8 +125,14 @@ def make(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
     if case.is_half_clipped:
         ref_hidden += _away_from_targets(targets_SL, weight_VD)
     targets_SL[:, : case.length - case.completion] = -100
-    return Problem(case=case, hidden=hidden_SLD, weight=weight_VD, ref_hidden=ref_hidden.to(dtype),
-                   ref_weight=ref_weight_VD, targets=targets_SL)  # fmt: skip
+    return Problem(
+        case=case,
+        hidden=hidden_SLD,
+        weight=weight_VD,
+        ref_hidden=ref_hidden.to(dtype),
+        ref_weight=ref_weight_VD,
+        targets=targets_SL,
+    )
 
 
 def _sample(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, g: torch.Generator) -> torch.Tensor:
@@ -211,8 +217,14 @@ def solve(problem: Problem, block: int = 512) -> tuple[Problem, Truth]:
             dweight_VD.addmm_(dlogits.T, rows.double())
     dhidden_SLD = torch.zeros(problem.hidden.shape, dtype=torch.float64, device=weight.device)
     dhidden_SLD[is_valid] = torch.cat(dhidden_TD)
-    return problem, Truth(loss=loss.detach(), logprobs=logprobs_S.detach(), ref_logprobs=ref_S,
-                          dlogprobs=dlogprobs_S, dhidden=dhidden_SLD, dweight=dweight_VD)  # fmt: skip
+    return problem, Truth(
+        loss=loss.detach(),
+        logprobs=logprobs_S.detach(),
+        ref_logprobs=ref_S,
+        dlogprobs=dlogprobs_S,
+        dhidden=dhidden_SLD,
+        dweight=dweight_VD,
+    )
 
 
 def _blocks(size: int, *tensors: torch.Tensor) -> Any:
@@ -222,8 +234,14 @@ def _blocks(size: int, *tensors: torch.Tensor) -> Any:
 def _mean_loss(case: Case, logprobs_S: torch.Tensor, ref_logprobs_S: torch.Tensor) -> torch.Tensor:
     (chosen, rejected), (ref_chosen, ref_rejected) = logprobs_S.chunk(2), ref_logprobs_S.chunk(2)
     num_tokens = torch.full((case.pairs,), case.completion, device=chosen.device)
-    pairs = PairLogprobs(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected,
-                         num_chosen_tokens=num_tokens, num_rejected_tokens=num_tokens)  # fmt: skip
+    pairs = PairLogprobs(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref_chosen,
+        ref_rejected=ref_rejected,
+        num_chosen_tokens=num_tokens,
+        num_rejected_tokens=num_tokens,
+    )
     return LOSSES[case.loss](pairs, **case.loss_options).mean()
 
 
@@ -340,8 +358,16 @@ def ours(impl: str) -> Provider:
             reference = {"ref_hidden": problem.ref_hidden}
             if not case.is_head_shared:
                 reference["ref_weight"] = problem.ref_weight
-        out = preference_loss(hidden, weight, problem.targets, **reference, loss=case.loss, softcap=case.softcap,
-                              impl=impl, **case.loss_options)  # fmt: skip
+        out = preference_loss(
+            hidden,
+            weight,
+            problem.targets,
+            **reference,
+            loss=case.loss,
+            softcap=case.softcap,
+            impl=impl,
+            **case.loss_options,
+        )
         out.loss.backward()
         return _result(out.loss, out.logprobs, out.ref_logprobs, hidden, weight)
 
@@ -375,8 +401,13 @@ def _leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _result(loss: Any, logprobs: Any, ref_logprobs: Any, hidden: torch.Tensor, weight: torch.Tensor) -> Result:
     assert hidden.grad is not None
-    return Result(loss=loss.detach(), logprobs=logprobs.detach(), ref_logprobs=ref_logprobs.detach(),
-                  dhidden=hidden.grad, dweight=weight.grad)  # fmt: skip
+    return Result(
+        loss=loss.detach(),
+        logprobs=logprobs.detach(),
+        ref_logprobs=ref_logprobs.detach(),
+        dhidden=hidden.grad,
+        dweight=weight.grad,
+    )
 
 
 def _no_softcap(case: Case) -> str | None:
@@ -407,8 +438,9 @@ def _liger_dpo(compiled: bool) -> Provider:
         return "no dual clip" if case.loss != "dpo" else _no_softcap(case)
 
     mode = "compiled" if compiled else "eager"
-    return Provider(label=f"Liger DPO, {mode}", run=run, package="liger_kernel", unsupported=unsupported,
-                    is_compiled=compiled)  # fmt: skip
+    return Provider(
+        label=f"Liger DPO, {mode}", run=run, package="liger_kernel", unsupported=unsupported, is_compiled=compiled
+    )
 
 
 def _liger_scaled(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -439,8 +471,9 @@ def _trl(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.
     else:
         rows = torch.arange(targets.numel())  # TRL gathers the completion rows on accelerators only
     labels = targets.flatten()[rows].clamp(min=0)
-    picked = ChunkedLogProbFunction.apply(hidden.flatten(0, 1)[rows], weight, None, labels, 1.0, 32768,
-                                          problem.case.softcap, 1.0, ("log_probs",))[0]  # fmt: skip
+    picked = ChunkedLogProbFunction.apply(
+        hidden.flatten(0, 1)[rows], weight, None, labels, 1.0, 32768, problem.case.softcap, 1.0, ("log_probs",)
+    )[0]
     all_rows = picked.new_zeros(targets.numel()).index_copy(0, rows, picked).view(targets.shape)
     return all_rows.masked_fill(targets == -100, 0)
 
@@ -460,8 +493,9 @@ def _quack(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torc
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
     targets = problem.targets
-    nll = linear_cross_entropy_func(hidden.flatten(0, 1), weight, None, targets.flatten(), reduction="none",
-                                    inplace_backward=hidden.requires_grad)  # fmt: skip
+    nll = linear_cross_entropy_func(
+        hidden.flatten(0, 1), weight, None, targets.flatten(), reduction="none", inplace_backward=hidden.requires_grad
+    )
     return -nll.view(targets.shape)
 
 
@@ -616,8 +650,9 @@ class Cuda(Device):
         names = ("power_w", "sm_mhz", "celsius")
         try:
             query = _nvidia_smi("power.draw,clocks.sm,temperature.gpu", "nounits")
-            watcher = subprocess.Popen([*query, "-lms", "200"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                       text=True)  # fmt: skip
+            watcher = subprocess.Popen(
+                [*query, "-lms", "200"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
         except OSError:
             return []
         end = time.monotonic() + seconds

@@ -74,26 +74,56 @@ from fused_cases import (
 from harness import RESULTS, Say, commit, in_child, interleave, machine, spread, table, versions, write_json
 
 OUT = RESULTS / "gpu_suite.json"
-PACKAGES = ("torch", "triton", "tso-fast", "liger-kernel", "cut-cross-entropy", "trl", "transformers",
-            "nvidia-cutlass-dsl", "quack-kernels")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "tso-fast",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "trl",
+    "transformers",
+    "nvidia-cutlass-dsl",
+    "quack-kernels",
+)
 
 # 16384 completion tokens each, most important first.
 LLAMA = {"pairs": 8, "length": 1024, "dim": 4096, "vocab": 128256}
-CASES = {case.name: case for case in [
-    Case(name="llama3_8b", what="Llama-3-8B, 8 pairs of 2 x 1024", **LLAMA),
-    Case(name="cached", what="Llama-3-8B, reference log-probs given", is_ref_cached=True, **LLAMA),
-    Case(name="frozen", what="Llama-3-8B, frozen head shared with the reference", is_head_trained=False,
-         is_head_shared=True, **LLAMA),
-    Case(name="clipped", what="Llama-3-8B, dual clip, half of the sequences at their bound", loss="dual_clip",
-         is_half_clipped=True, **LLAMA),
-    Case(name="qwen3_8b", what="Qwen3-8B, 8 pairs of 2 x 1024", **LLAMA | {"vocab": 151936}),
-    Case(name="gemma2_2b", what="Gemma-2-2B, softcap 30, 8 pairs of 2 x 1024", softcap=30.0,
-         **LLAMA | {"dim": 2304, "vocab": 256000}),
-    Case(name="half_prompt", what="Llama-3-8B, 8 pairs of 2 x 2048, half of every sequence is prompt",
-         prompt_share=0.5, **LLAMA | {"length": 2048}),
-    Case(name="short", what="Llama-3-8B, 32 pairs of 2 x 256", **LLAMA | {"pairs": 32, "length": 256}),
-    Case(name="float16", what="Llama-3-8B, 8 pairs of 2 x 1024", dtype="float16", **LLAMA),
-]}  # fmt: skip
+CASES = {
+    case.name: case
+    for case in [
+        Case(name="llama3_8b", what="Llama-3-8B, 8 pairs of 2 x 1024", **LLAMA),
+        Case(name="cached", what="Llama-3-8B, reference log-probs given", is_ref_cached=True, **LLAMA),
+        Case(
+            name="frozen",
+            what="Llama-3-8B, frozen head shared with the reference",
+            is_head_trained=False,
+            is_head_shared=True,
+            **LLAMA,
+        ),
+        Case(
+            name="clipped",
+            what="Llama-3-8B, dual clip, half of the sequences at their bound",
+            loss="dual_clip",
+            is_half_clipped=True,
+            **LLAMA,
+        ),
+        Case(name="qwen3_8b", what="Qwen3-8B, 8 pairs of 2 x 1024", **LLAMA | {"vocab": 151936}),
+        Case(
+            name="gemma2_2b",
+            what="Gemma-2-2B, softcap 30, 8 pairs of 2 x 1024",
+            softcap=30.0,
+            **LLAMA | {"dim": 2304, "vocab": 256000},
+        ),
+        Case(
+            name="half_prompt",
+            what="Llama-3-8B, 8 pairs of 2 x 2048, half of every sequence is prompt",
+            prompt_share=0.5,
+            **LLAMA | {"length": 2048},
+        ),
+        Case(name="short", what="Llama-3-8B, 32 pairs of 2 x 256", **LLAMA | {"pairs": 32, "length": 256}),
+        Case(name="float16", what="Llama-3-8B, 8 pairs of 2 x 1024", dtype="float16", **LLAMA),
+    ]
+}
 HEADLINE = next(iter(CASES))
 TINY = {"pairs": 1, "length": 16, "dim": 24, "vocab": 67}
 OURS, NAIVE = "tso-fast", "naive"
@@ -143,8 +173,9 @@ def timed(device: Device, provider: Provider, problem: Problem) -> tuple[Any, fl
 
 def times(provider: Provider, problem: Problem, floor: dict[str, Any], device: Device, rounds: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {**floor, OURS: lambda: provider.run(problem)}
-    seconds = interleave({name: functools.partial(device.seconds, call) for name, call in calls.items()},
-                         dict.fromkeys(calls, rounds))  # fmt: skip
+    seconds = interleave(
+        {name: functools.partial(device.seconds, call) for name, call in calls.items()}, dict.fromkeys(calls, rounds)
+    )
     device.synchronize()
     step = seconds.pop(OURS)
     best = min(floor, key=lambda name: spread(seconds[name])["median"])
@@ -277,13 +308,15 @@ class Record:
         earlier = json.loads(out.read_text()) if arguments.resume and out.exists() else {}
         if "runs" in earlier and earlier["is_dry_run"] == arguments.dry_run:
             self.data = earlier
-        self.data["runs"].append({
-            "command": " ".join(["python benchmarks/gpu_suite.py", *sys.argv[1:]]),
-            "commit": arguments.commit or commit(),
-            "machine": machine() | facts,
-            "versions": versions(*PACKAGES),
-            "rounds": arguments.rounds,
-        })  # fmt: skip
+        self.data["runs"].append(
+            {
+                "command": " ".join(["python benchmarks/gpu_suite.py", *sys.argv[1:]]),
+                "commit": arguments.commit or commit(),
+                "machine": machine() | facts,
+                "versions": versions(*PACKAGES),
+                "rounds": arguments.rounds,
+            }
+        )
         self.write()
 
     def entry(self, item: Item) -> dict[str, Any] | None:
@@ -294,8 +327,10 @@ class Record:
         rows = self.data["rows"]
         row = next((row for row in rows if row["case"]["name"] == item.case.name), None)
         if row is None:
-            row = {"case": dataclasses.asdict(item.case) | {"products": item.case.products, "tflop": tflop(item.case)},
-                   "providers": {}}  # fmt: skip
+            row = {
+                "case": dataclasses.asdict(item.case) | {"products": item.case.products, "tflop": tflop(item.case)},
+                "providers": {},
+            }
             rows.append(row)
             rows.sort(key=lambda row: list(CASES).index(row["case"]["name"]))
         row["providers"][item.name] = entry | {"run": len(self.data["runs"]) - 1}
@@ -336,8 +371,10 @@ def line(item: Item, entry: dict[str, Any]) -> str:
     if entry["status"] != "ok":
         return f"{item.title}: {entry['status']}"
     ms, ratio, mib, margin, gradient = cells(entry)
-    return (f"{item.title}: {ms} ms, {ratio} of the floor, {mib} MiB, margin {margin}, gradient {gradient} "
-            f"[{entry['first_s']:.0f} s the first time, {entry['wall_s']:.0f} s in all]")  # fmt: skip
+    return (
+        f"{item.title}: {ms} ms, {ratio} of the floor, {mib} MiB, margin {margin}, gradient {gradient} "
+        f"[{entry['first_s']:.0f} s the first time, {entry['wall_s']:.0f} s in all]"
+    )
 
 
 def cells(entry: dict[str, Any]) -> list[str]:
@@ -363,8 +400,10 @@ def floor_s(row: dict[str, Any]) -> float:
 
 def section(row: dict[str, Any]) -> str:
     case, best_s = row["case"], floor_s(row)
-    title = (f"{case['what']} (D {case['dim']}, V {case['vocab']}, {case['dtype']}): {case['products']:g} products, "
-             f"{1e3 * best_s:.1f} ms, {case['tflop'] / best_s:.0f} TFLOP/s")  # fmt: skip
+    title = (
+        f"{case['what']} (D {case['dim']}, V {case['vocab']}, {case['dtype']}): {case['products']:g} products, "
+        f"{1e3 * best_s:.1f} ms, {case['tflop'] / best_s:.0f} TFLOP/s"
+    )
     header = ["", "ms", "time / floor (quartiles)", "extra MiB", "margin error, nat", "gradient error"]
     return f"**{title}**\n\n" + table(header, [[e["label"], *cells(e)] for e in row["providers"].values()])
 
@@ -375,20 +414,42 @@ def what(case: dict[str, Any]) -> str:
 
 def readme(data: dict[str, Any]) -> str:
     first = table(
-        ["case", "floor, ms", "ours, ms", "time / floor (quartiles)", "extra MiB", "margin error, nat",
-         "gradient error"],
-        [[what(row["case"]), f"{1e3 * floor_s(row):.1f}", *cells(row["providers"][OURS])]
-         for row in data["rows"] if OURS in row["providers"]],
-    )  # fmt: skip
+        [
+            "case",
+            "floor, ms",
+            "ours, ms",
+            "time / floor (quartiles)",
+            "extra MiB",
+            "margin error, nat",
+            "gradient error",
+        ],
+        [
+            [what(row["case"]), f"{1e3 * floor_s(row):.1f}", *cells(row["providers"][OURS])]
+            for row in data["rows"]
+            if OURS in row["providers"]
+        ],
+    )
     last = data["runs"][-1]
-    gpus, commits = (dict.fromkeys(found) for found in zip(*(
-        (f"{run['machine'].get('gpu', run['machine']['processor'])}, driver "
-         f"{run['machine'].get('driver_version', '-')}", run["commit"]) for run in data["runs"]), strict=True
-    ))  # fmt: skip
-    foot = (f"{'; '.join(gpus)}; {', '.join(f'{name} {version}' for name, version in last['versions'].items())}; "
-            f"commit {', '.join(commits)}; medians (quartiles) of {last['rounds']} interleaved rounds. Goals for "
-            f"errors: margin ≤ {GOALS['margin_nat']:g} nat, gradient of hidden states ≤ {GPU_GOALS['dhidden']:g} and "
-            f"of the head ≤ {GPU_GOALS['dweight']:g}. `{last['command']}`")  # fmt: skip
+    gpus, commits = (
+        dict.fromkeys(found)
+        for found in zip(
+            *(
+                (
+                    f"{run['machine'].get('gpu', run['machine']['processor'])}, driver "
+                    f"{run['machine'].get('driver_version', '-')}",
+                    run["commit"],
+                )
+                for run in data["runs"]
+            ),
+            strict=True,
+        )
+    )
+    foot = (
+        f"{'; '.join(gpus)}; {', '.join(f'{name} {version}' for name, version in last['versions'].items())}; "
+        f"commit {', '.join(commits)}; medians (quartiles) of {last['rounds']} interleaved rounds. Goals for "
+        f"errors: margin ≤ {GOALS['margin_nat']:g} nat, gradient of hidden states ≤ {GPU_GOALS['dhidden']:g} and "
+        f"of the head ≤ {GPU_GOALS['dweight']:g}. `{last['command']}`"
+    )
     return "\n\n".join([first, *map(section, data["rows"][:1]), foot])
 
 
@@ -396,8 +457,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everyone = [OURS, NAIVE, *PEER_NAMES]
     parser.add_argument("--only", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--providers", nargs="+", default=everyone, choices=[OURS, *PEERS], metavar="PROVIDER",
-                        help=f"of {', '.join([OURS, *PEERS])}, in this order")  # fmt: skip
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        default=everyone,
+        choices=[OURS, *PEERS],
+        metavar="PROVIDER",
+        help=f"of {', '.join([OURS, *PEERS])}, in this order",
+    )
     parser.add_argument("--smoke", action="store_true", help="first case, ours and plain torch, in a minute")
     parser.add_argument("--impl", default="triton", help="of ours")
     parser.add_argument("--rounds", type=int, default=7)
@@ -438,8 +505,11 @@ def main() -> int:
     rows = record.data["rows"]
     print("\n" + "\n\n".join([*map(section, rows[1:]), readme(record.data)]))
     print(f"\n{record.data['runs'][-1]['wall_s']:.0f} s, written to {out}")
-    wrong = [f"{row['case']['name']}: {'; '.join(entry.get('misses') or [entry['status']])}" for row in rows
-             if (entry := row["providers"].get(OURS)) and (entry["status"] != "ok" or entry["misses"])]  # fmt: skip
+    wrong = [
+        f"{row['case']['name']}: {'; '.join(entry.get('misses') or [entry['status']])}"
+        for row in rows
+        if (entry := row["providers"].get(OURS)) and (entry["status"] != "ok" or entry["misses"])
+    ]
     for text in wrong:
         print(f"wrong: {text}", file=sys.stderr)
     return 1 if wrong else 0

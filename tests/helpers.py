@@ -31,10 +31,24 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, rank: int = 4, strengt
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=int(strength * rank), target_modules=["q_proj", "v_proj", "down_proj"],
-                        init_lora_weights=False, task_type="CAUSAL_LM")  # fmt: skip
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(strength * rank),
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
     return folder
+
+
+def corrected(item: Any, scores: Any, config: Any, counts: Any = None) -> list[Any]:
+    """Decisions on the pairs of a prompt of which nothing but consensus scores is known."""
+    from tso_fast.correction.decide import Counts, correct
+    from tso_fast.correction.evidence import evidence_of, score_matrix
+
+    (evidence,) = evidence_of([item], score_matrix([item], []), [])
+    return correct(item, evidence, scores, config, Counts() if counts is None else counts)
 
 
 class LargestTensor(TorchDispatchMode):

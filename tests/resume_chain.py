@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from tso_fast import store
-from tso_fast.config import CellConfig, TrainConfig
+from tso_fast.config.settings import CellConfig, TrainConfig
+from tso_fast.files import run
+from tso_fast.files.responses import ResponseStore, Row
 from tso_fast.quickstart.build import Recipe, Size, build
-from tso_fast.response_store import ResponseStore, Row
 from tso_fast.trainer import train
 
 SMALL = Recipe(
@@ -80,7 +80,7 @@ def killing_replace(seen_file: Path, moment: str) -> None:
         rows = list(rows)
         dies("add " + min(row[0] for row in rows).hex(), lambda: add(self, rows))
 
-    store.os.replace = patched_replace
+    run.os.replace = patched_replace
     ResponseStore.add = patched_add
 
 

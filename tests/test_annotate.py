@@ -22,10 +22,10 @@ from test_cli import assert_error
 from tso_fast.annotate.agreement import agreement, between_people, with_judges
 from tso_fast.annotate.desk import Desk
 from tso_fast.annotate.exchange import export_labels, import_labels
-from tso_fast.annotate.queue import evidence_of, informativeness, ordered, sides
+from tso_fast.annotate.order import evidence_of, informativeness, ordered, sides
 from tso_fast.errors import InputError, OutputError
-from tso_fast.judges.human import Label, LabelFile, label_row, make_label, read_labels, standing
-from tso_fast.records import BadRows, read_candidates, read_verdicts, text_hash
+from tso_fast.files.labels import Label, LabelFile, label_row, make_label, read_labels, standing
+from tso_fast.files.rows import BadRows, read_candidates, read_verdicts, text_hash
 from tso_fast.types import Candidates, Comparison, PairEvidence, Prompt, Response, Verdict
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -99,8 +99,11 @@ def test_informativeness_by_hand() -> None:
 
 def evidence(prompts: int, pairs: int) -> list[PairEvidence]:
     votes = [{"a": -1.0}, {"a": 1.0}, {}]
-    return [replace(pair(1, **votes[k % 3]), prompt_id=f"p{p}", responses=(0, k + 1)) for p in range(prompts)
-            for k in range(pairs)]  # fmt: skip
+    return [
+        replace(pair(1, **votes[k % 3]), prompt_id=f"p{p}", responses=(0, k + 1))
+        for p in range(prompts)
+        for k in range(pairs)
+    ]
 
 
 def test_every_prompt_comes_once_before_one_comes_twice_and_the_settled_come_last() -> None:
@@ -278,9 +281,15 @@ def test_labels_are_verdicts_that_others_can_read(file: LabelFile) -> None:
         file.append(one)
     rows = read_rows(file.path)
     assert rows[0] == {
-        "prompt_id": "p", "responses": [0, 2], "judge": "human", "probability": 0.0, "annotator": "ada", "reason": "",
-        "hashes": [text_hash("one"), text_hash("three")], "time": "2026-01-02T03:04:05.000000+00:00",
-    }  # fmt: skip
+        "prompt_id": "p",
+        "responses": [0, 2],
+        "judge": "human",
+        "probability": 0.0,
+        "annotator": "ada",
+        "reason": "",
+        "hashes": [text_hash("one"), text_hash("three")],
+        "time": "2026-01-02T03:04:05.000000+00:00",
+    }
     assert (rows[2]["probability"], rows[2]["reason"]) == (None, "bad")
     assert read_verdicts(file.path, CANDIDATES, BadRows()) == read_labels(file.path, CANDIDATES, BadRows())
 
@@ -443,10 +452,14 @@ def test_labels_survive_the_way_out_and_in(filled: LabelFile, form: str, tmp_pat
     assert export_labels(out, form, CANDIDATES, desk(filled).queue, filled, seed=3) == 8
     copy = LabelFile(tmp_path / "copy.jsonl", CANDIDATES)
     assert import_labels(out, form, CANDIDATES, copy, None, BadRows()) == (8, 8)
-    expected = {(c.prompt_id, c.responses, c.annotator, c.probability, c.reason, c.hashes)
-                for c in read_labels(filled.path, CANDIDATES, BadRows())}  # fmt: skip
-    assert {(c.prompt_id, c.responses, c.annotator, c.probability, c.reason, c.hashes)
-            for c in read_labels(copy.path, CANDIDATES, BadRows())} == expected  # fmt: skip
+    expected = {
+        (c.prompt_id, c.responses, c.annotator, c.probability, c.reason, c.hashes)
+        for c in read_labels(filled.path, CANDIDATES, BadRows())
+    }
+    assert {
+        (c.prompt_id, c.responses, c.annotator, c.probability, c.reason, c.hashes)
+        for c in read_labels(copy.path, CANDIDATES, BadRows())
+    } == expected
     if form != "argilla":  # which has no field for either
         timed = [{(x.time, x.annotator, x.pair, x.seconds) for x in f.history()} for f in (filled, copy)]
         assert timed[0] == timed[1]
@@ -464,8 +477,10 @@ def test_pairs_without_a_label_go_out_to_be_labelled_and_come_back(file: LabelFi
             result = {"value": {"selected": "left"}, "from_name": "pw", "to_name": "left,right", "type": "pairwise"}
             task["annotations"] = [{"completed_by": 7, "was_cancelled": False, "result": [result]}]
         else:
-            task["responses"] = [{"user_id": "user-7", "values": {"preference": {"value": "left"}}},
-                                 {"user_id": "user-8", "status": "draft", "values": {}}]  # fmt: skip
+            task["responses"] = [
+                {"user_id": "user-7", "values": {"preference": {"value": "left"}}},
+                {"user_id": "user-8", "status": "draft", "values": {}},
+            ]
     out.write_text(json.dumps(tasks))
     assert import_labels(out, form, CANDIDATES, file, None, BadRows()) == (4, 4)
     for task, one in zip(tasks, file.history(), strict=True):
@@ -626,9 +641,15 @@ def test_a_port_in_use(cli: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("host", "password", "is_warned"),
-    [("127.0.0.1", "", False), ("localhost", "", False), ("::1", "", False), ("0.0.0.0", "", True),
-     ("a.host", "", True), ("0.0.0.0", "secret", False)],
-)  # fmt: skip
+    [
+        ("127.0.0.1", "", False),
+        ("localhost", "", False),
+        ("::1", "", False),
+        ("0.0.0.0", "", True),
+        ("a.host", "", True),
+        ("0.0.0.0", "secret", False),
+    ],
+)
 def test_it_warns_where_everybody_could_come_in(
     cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, password: str, is_warned: bool
 ) -> None:

@@ -27,13 +27,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import read_rows, write_rows
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SETTLED_S = 0.3
 """The page takes no key in the first quarter of a second of a pair."""
 NAME = "#name input, #name textarea"
-EVIL = ('<script>window.hacked = 1</script><img src="x" onerror="window.hacked = 1"> ${window.hacked = 1} {{value}} '
-        "{{#if value}} @children &lt;b&gt; **bold** `code` \\u0041 $x$\n  <b>second line</b>")  # fmt: skip
+EVIL = (
+    '<script>window.hacked = 1</script><img src="x" onerror="window.hacked = 1"> ${window.hacked = 1} {{value}} '
+    "{{#if value}} @children &lt;b&gt; **bold** `code` \\u0041 $x$\n  <b>second line</b>"
+)
 
 
 @contextlib.contextmanager
@@ -144,12 +152,24 @@ class Reader:
 
 def responses_file(folder: Path, prompts: int) -> Path:
     rows = [
-        {"id": f"q{p}", "prompt": f"Question {p}?", "answer": "the-hidden-answer", "responses": [
-            {"model": f"secret-model-{k}", "version": f"secret-version-{k}", "version_rank": k, "size_b": 61.25,
-             "text": f"Reply {k} to question {p}\n  with a second line.", "scores": {"secret-judge": float(k)}}
-            for k in range(2)]}
+        {
+            "id": f"q{p}",
+            "prompt": f"Question {p}?",
+            "answer": "the-hidden-answer",
+            "responses": [
+                {
+                    "model": f"secret-model-{k}",
+                    "version": f"secret-version-{k}",
+                    "version_rank": k,
+                    "size_b": 61.25,
+                    "text": f"Reply {k} to question {p}\n  with a second line.",
+                    "scores": {"secret-judge": float(k)},
+                }
+                for k in range(2)
+            ],
+        }
         for p in range(prompts)
-    ]  # fmt: skip
+    ]
     return write_rows(folder / "responses.jsonl", rows)
 
 
@@ -182,15 +202,21 @@ def test_a_day_of_two_annotators(browser: Any, tmp_path: Path) -> None:
             *((lambda name=name: ada.click(name), name) for name in ("left", "right", "tie", "bad")),
         ]:
             left, right = ada.shown
-            text = left if value in ("a", "1", "ArrowLeft", "left") else right if value in (
-                "b", "2", "ArrowRight", "right") else None  # fmt: skip
+            text = (
+                left
+                if value in ("a", "1", "ArrowLeft", "left")
+                else right
+                if value in ("b", "2", "ArrowRight", "right")
+                else None
+            )
             expected.append((text and text.partition("\n")[0], None if value in ("x", "bad") else 0.5))
             press()
         assert ada.count == "13 / 40 labelled"
         rows = rows_of(file)
         assert [better(row) for row in rows] == [text for text, _ in expected]
         assert [row["probability"] for row, (text, _) in zip(rows, expected, strict=True) if text is None] == [
-            value for text, value in expected if text is None]  # fmt: skip
+            value for text, value in expected if text is None
+        ]
         assert {row["annotator"] for row in rows} == {"Ada"}
         assert all(row["seconds"] > 0 and row["time"] for row in rows)
         ada.page.click("#agreement summary")

@@ -16,12 +16,13 @@ from helpers import make_adapter, read_rows
 
 from tso_fast import answering, executors
 from tso_fast.answering import answer, ask, max_tokens, resolve_generator
-from tso_fast.config import CellConfig, GenerateConfig, check
+from tso_fast.config.checks import check
+from tso_fast.config.settings import CellConfig, GenerateConfig
 from tso_fast.errors import EngineError, InputError
 from tso_fast.executors import local
+from tso_fast.files.responses import ResponseStore, settings_hash
+from tso_fast.files.rows import BadRows, candidates_row
 from tso_fast.matrix import ModelMatrix
-from tso_fast.records import BadRows, candidates_row
-from tso_fast.response_store import ResponseStore, settings_hash
 from tso_fast.types import HUMAN, Candidates, Prompt, Response
 
 
@@ -162,8 +163,13 @@ def test_cells_sample_by_their_own_settings(setup: Any, prompts: list[Candidates
         return CellConfig(path=str(tiny / "m.v2"), name=name, **settings)
 
     tiny = setup("m.v2")[1].cells[0].path.parent
-    made = setup(own("greedy", temperature=0.0, num_generations=1), own("long", max_completion_length=9), own("plain"),
-                 own("silent", num_generations=0), top_p=0.9)  # fmt: skip
+    made = setup(
+        own("greedy", temperature=0.0, num_generations=1),
+        own("long", max_completion_length=9),
+        own("plain"),
+        own("silent", num_generations=0),
+        top_p=0.9,
+    )
     config, matrix = made
     assert max_tokens(matrix, config) == 9
     asked = {a.cell.name: a for a in (ask(c, config, matrix.configs[c.name]) for c in matrix.cells)}
@@ -173,8 +179,12 @@ def test_cells_sample_by_their_own_settings(setup: Any, prompts: list[Candidates
     answered = answers(made, prompts, tmp_path)
     for item in answered:
         assert [(r.model, r.sample) for r in item.responses] == [
-            ("greedy", 0), ("long", 0), ("long", 1), ("plain", 0), ("plain", 1)
-        ]  # fmt: skip
+            ("greedy", 0),
+            ("long", 0),
+            ("long", 1),
+            ("plain", 0),
+            ("plain", 1),
+        ]
     lengths = [len(r.token_ids or ()) for item in answered for r in item.responses if r.model == "long"]
     assert max(lengths) > 6
     # One seed, one model: the shorter response is the start of the longer one.
@@ -187,8 +197,10 @@ def test_lora_versions_answer_beside_their_base(
     adapters = [make_adapter(tiny_matrix / "m.v2", tmp_path / f"lora-{i}", seed=i) for i in (1, 2)]
     made = setup("m.v2", *(CellConfig(path=str(a), version_rank=i) for i, a in enumerate(adapters, 1)))
     answered = answers(made, prompts, tmp_path)
-    by_cell = {name: [r.token_ids for item in answered for r in item.responses if r.model == name]
-               for name in ("m.v2", "lora-1", "lora-2")}  # fmt: skip
+    by_cell = {
+        name: [r.token_ids for item in answered for r in item.responses if r.model == name]
+        for name in ("m.v2", "lora-1", "lora-2")
+    }
     assert len({tuple(ids) for ids in by_cell.values()}) == 3
     assert len({r.weight_hash for r in answered[0].responses}) == 3
 
@@ -318,9 +330,9 @@ def test_engines_that_cannot_start_stop_the_run_with_their_words(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "sitecustomize.py").write_text("import os, sys\n"
-                                                          "sys.stderr.write('the driver is too old\\n')\n"
-                                                          "sys.stderr.flush()\nos._exit(7)\n")  # fmt: skip
+    (tmp_path / "broken" / "sitecustomize.py").write_text(
+        "import os, sys\nsys.stderr.write('the driver is too old\\n')\nsys.stderr.flush()\nos._exit(7)\n"
+    )
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"2 engines died over one shard; stopped(?s:.*)the driver is too old"):
         answers(setup("s.v1", num_engines=2, max_shard_retries=1), prompts, tmp_path)
@@ -339,13 +351,19 @@ def test_auto_is_hf_without_a_gpu(setup: Any, caplog: pytest.LogCaptureFixture) 
 
 
 def test_trained_versions_are_on_no_server(setup: Any, tiny_matrix: Path) -> None:
-    config, matrix = setup("s.v1", CellConfig(path=str(tiny_matrix / "m.v1"), url="http://b:1/v1", served_name="x"),
-                           generator="openai", url="http://a:1/v1/")  # fmt: skip
+    config, matrix = setup(
+        "s.v1",
+        CellConfig(path=str(tiny_matrix / "m.v1"), url="http://b:1/v1", served_name="x"),
+        generator="openai",
+        url="http://a:1/v1/",
+    )
     matrix.add_version(tiny_matrix / "m.v2", "tso-1")
     asked = [ask(cell, config, matrix.configs.get(cell.name)) for cell in matrix.cells]
     assert [a.kind for a in asked] == ["openai", "openai", "hf"]
-    assert [(a.server.url, a.server.model) for a in asked if a.server] == [("http://a:1/v1", "s.v1"),
-                                                                          ("http://b:1/v1", "x")]  # fmt: skip
+    assert [(a.server.url, a.server.model) for a in asked if a.server] == [
+        ("http://a:1/v1", "s.v1"),
+        ("http://b:1/v1", "x"),
+    ]
     with pytest.raises(InputError, match=r"url: cell 's.v1' has none, and generator 'openai' needs to know its server"):
         ask(matrix.cells[0], dataclasses.replace(config, url=None), matrix.configs["s.v1"])
 

@@ -11,20 +11,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from tso_fast.batching import (
-    IGNORE,
-    EncodedPair,
-    collate,
-    encode_pairs,
-    encode_prompt,
-    encode_response,
-    end_of_turn,
-    num_steps,
-    pad_sequences,
-    plan_steps,
-    response_ids,
-)
 from tso_fast.errors import InputError
+from tso_fast.models.tokens import IGNORE, encode_prompt, encode_response, end_of_turn, pad_sequences, response_ids
+from tso_fast.training.batches import EncodedPair, collate, encode_pairs, num_steps, plan_steps
 from tso_fast.types import Message, PreferencePair, Prompt, Response
 
 SYSTEM, QUESTION, ANSWER = "Be brief.", "What is 2 plus 3?", "It is 5."
@@ -75,9 +64,26 @@ FAMILIES = {
     # A reasoning template: an answer is asked for with an opened thought that a given answer does not have.
     "thinking": (QWEN.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"), None, "<|im_end|>", "<|im_end|>"),
 }
-SPECIAL = ["<pad>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-           "<|eot_id|>", "<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|endoftext|>",
-           "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]  # fmt: skip
+SPECIAL = [
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<s>",
+    "</s>",
+    "<bos>",
+    "<eos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+]
 
 
 def bpe() -> str:
@@ -85,8 +91,12 @@ def bpe() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevel()
     special = [AddedToken(token, special=True) for token in SPECIAL]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator([SYSTEM, QUESTION, ANSWER, "user assistant model system [INST] [/INST]"] * 5, trainer)
     return tokenizer.to_str()
 
@@ -100,8 +110,9 @@ def make_tokenizer(template: str | None, bos: str | None, eos: str, *, adds: str
     if adds:
         tokens = [(token, base.token_to_id(token)) for token in adds.split() if token != "$A"]
         base.post_processor = processors.TemplateProcessing(single=adds, special_tokens=tokens)
-    return PreTrainedTokenizerFast(tokenizer_object=base, bos_token=bos, eos_token=eos, pad_token="<pad>",
-                                   chat_template=template)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=base, bos_token=bos, eos_token=eos, pad_token="<pad>", chat_template=template
+    )
 
 
 def family(name: str) -> tuple[PreTrainedTokenizerFast, str]:
@@ -182,8 +193,10 @@ def test_an_end_that_is_in_the_text_already_is_not_doubled(name: str) -> None:
     tokenizer, end = family(name)
     for written in {end, tokenizer.eos_token}:
         response = encode_response(tokenizer, chat(QUESTION), ANSWER + written)
-        assert response == (*encode_response(tokenizer, chat(QUESTION), ANSWER)[:-1],
-                            tokenizer.convert_tokens_to_ids(written))  # fmt: skip
+        assert response == (
+            *encode_response(tokenizer, chat(QUESTION), ANSWER)[:-1],
+            tokenizer.convert_tokens_to_ids(written),
+        )
 
 
 def test_an_end_without_a_special_token_is_the_eos() -> None:
@@ -196,9 +209,15 @@ def test_an_end_without_a_special_token_is_the_eos() -> None:
 # The tokenizer adds nothing, a BOS, an EOS, or both; bos and eos may be one token.
 @pytest.mark.parametrize(
     ("bos", "eos", "adds"),
-    [("<s>", "</s>", ""), ("<s>", "</s>", "<s> $A"), ("<s>", "</s>", "$A </s>"), ("<s>", "</s>", "<s> $A </s>"),
-     ("<|endoftext|>", "<|endoftext|>", ""), ("<|endoftext|>", "<|endoftext|>", "<|endoftext|> $A")],
-)  # fmt: skip
+    [
+        ("<s>", "</s>", ""),
+        ("<s>", "</s>", "<s> $A"),
+        ("<s>", "</s>", "$A </s>"),
+        ("<s>", "</s>", "<s> $A </s>"),
+        ("<|endoftext|>", "<|endoftext|>", ""),
+        ("<|endoftext|>", "<|endoftext|>", "<|endoftext|> $A"),
+    ],
+)
 def test_without_a_chat_template(bos: str, eos: str, adds: str) -> None:
     tokenizer = make_tokenizer(None, bos, eos, adds=adds)
     prompt = Prompt(id="p", prompt=QUESTION)
@@ -236,8 +255,9 @@ def test_what_was_sampled_is_trained_on_token_by_token() -> None:
 
 def preference(prompt: Prompt, chosen: str, rejected: str, **scalars: float) -> PreferencePair:
     responses = (Response(model="m", text=text) for text in (chosen, rejected))
-    return PreferencePair(prompt=prompt, chosen=next(responses), rejected=next(responses), score_chosen=1.0,
-                          score_rejected=0.0, **scalars)  # fmt: skip
+    return PreferencePair(
+        prompt=prompt, chosen=next(responses), rejected=next(responses), score_chosen=1.0, score_rejected=0.0, **scalars
+    )
 
 
 def test_pairs_that_do_not_fit_are_set_aside_whole() -> None:
@@ -279,15 +299,31 @@ def test_padding_is_known_by_its_place_not_its_token() -> None:
 
 
 def encoded(n: int) -> list[EncodedPair]:
-    return [EncodedPair(prompt=(5,) * (1 + i % 3), chosen=(6, 2), rejected=(7, 8, 2), scale=1.0 + i, soft_label=0.9,
-                        margin=0.1 * i, prompt_id=str(i)) for i in range(n)]  # fmt: skip
+    return [
+        EncodedPair(
+            prompt=(5,) * (1 + i % 3),
+            chosen=(6, 2),
+            rejected=(7, 8, 2),
+            scale=1.0 + i,
+            soft_label=0.9,
+            margin=0.1 * i,
+            prompt_id=str(i),
+        )
+        for i in range(n)
+    ]
 
 
 def test_collate_puts_chosen_rows_first_and_carries_the_scalars() -> None:
     pairs = encoded(4)
     reference = torch.arange(8.0).reshape(4, 2)
-    batch = collate(pairs, [2, 0, 3], pad_token_id=0, device=torch.device("cpu"), ref_logprobs=reference,
-                    is_padding=[False, False, True])  # fmt: skip
+    batch = collate(
+        pairs,
+        [2, 0, 3],
+        pad_token_id=0,
+        device=torch.device("cpu"),
+        ref_logprobs=reference,
+        is_padding=[False, False, True],
+    )
     rows = [(pairs[i].prompt, side) for side in ((6, 2), (7, 8, 2)) for i in (2, 0, 3)]
     for got, want in zip((batch.input_ids, batch.attention_mask, batch.targets), pad_sequences(rows, 0), strict=True):
         assert torch.equal(got, want)
@@ -305,18 +341,22 @@ def test_collate_puts_chosen_rows_first_and_carries_the_scalars() -> None:
 def steps_of(num_pairs: int, micro: int, accumulation: int, world: int, *, epochs: int = 2, seed: int = 3) -> list[Any]:
     """For each step the shares of all processes."""
     plans = [
-        list(plan_steps(num_pairs, epochs=epochs, micro_size=micro, accumulation=accumulation, rank=rank, world=world,
-                        seed=seed))
+        list(
+            plan_steps(
+                num_pairs, epochs=epochs, micro_size=micro, accumulation=accumulation, rank=rank, world=world, seed=seed
+            )
+        )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
     assert len({len(plan) for plan in plans}) == 1
     return list(zip(*plans, strict=True))
 
 
 # One pair; fewer than a step; a whole number of steps; a last step of one pair; of one more than a pass holds.
 @pytest.mark.parametrize("num_pairs", [1, 3, 16, 33, 37])
-@pytest.mark.parametrize(("micro", "accumulation", "world"), [(1, 1, 1), (4, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2),
-                                                             (4, 1, 3), (1, 1, 5)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("micro", "accumulation", "world"), [(1, 1, 1), (4, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2), (4, 1, 3), (1, 1, 5)]
+)
 def test_every_pair_is_used_once_an_epoch(num_pairs: int, micro: int, accumulation: int, world: int) -> None:
     steps = steps_of(num_pairs, micro, accumulation, world)
     assert len(steps) == num_steps(num_pairs, epochs=2, micro_size=micro, accumulation=accumulation, world=world)
@@ -340,8 +380,10 @@ def test_every_pair_is_used_once_an_epoch(num_pairs: int, micro: int, accumulati
 
 @pytest.mark.parametrize("num_pairs", [4, 13, 32])
 def test_steps_do_not_depend_on_how_they_are_shared_out(num_pairs: int) -> None:
-    plans = [[step[0].all_index for step in steps_of(num_pairs, micro, accumulation, world)]
-             for micro, accumulation, world in ((4, 1, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1))]  # fmt: skip
+    plans = [
+        [step[0].all_index for step in steps_of(num_pairs, micro, accumulation, world)]
+        for micro, accumulation, world in ((4, 1, 1), (1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1))
+    ]
     assert all(plan == plans[0] for plan in plans)
     assert plans[0] == [step[0].all_index for step in steps_of(num_pairs, 4, 1, 1)]  # no hidden state
     if num_pairs > 4:

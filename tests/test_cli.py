@@ -70,8 +70,11 @@ def test_pairs_of_real_responses(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> N
     output = tmp_path / "new folder/pairs.jsonl"
     ended = cli("pairs", ["--responses", gsm8k_dev, "--verifier", "numeric", "--max_pairs", 2, "--output", output])
     assert ended.status == 0, ended.err
-    table = {line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:6]] for line in ended.out.splitlines()
-             if line.startswith("│")}  # fmt: skip
+    table = {
+        line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:6]]
+        for line in ended.out.splitlines()
+        if line.startswith("│")
+    }
     kept, swapped, dropped = ({rule: int(row[i].replace(",", "")) for rule, row in table.items()} for i in range(3))
     assert kept["all"] + swapped["all"] + dropped["all"] == 6600
     for rule in ("human", "larger", "newer", "newer+larger"):
@@ -101,8 +104,14 @@ def test_pairs_shows_prior_corrected_and_oracle_errors(cli: Cli, gsm8k_dev: Path
         for i, j in itertools.combinations(range(4), 2):
             for judge in "abc":
                 right = rng.random() < (0.85 if correct[i] != correct[j] else 0.5)
-                verdicts.append({"prompt_id": row["id"], "responses": [i, j], "judge": judge,
-                                 "probability": float(right == (correct[i] >= correct[j]))})  # fmt: skip
+                verdicts.append(
+                    {
+                        "prompt_id": row["id"],
+                        "responses": [i, j],
+                        "judge": judge,
+                        "probability": float(right == (correct[i] >= correct[j])),
+                    }
+                )
     file, output = write_rows(tmp_path / "v.jsonl", verdicts), tmp_path / "pairs.jsonl"
     arguments = ["--responses", gsm8k_dev, "--verdicts", file, "--evidence", "calibrated", "--oracle", "is_correct"]
     ended = cli("pairs", [*arguments, "--output", output])
@@ -145,8 +154,11 @@ def test_generate_score_pairs_eval_read_what_the_one_before_wrote(cli: Cli, tiny
     assert len(scored) == 8 * 6 + human
     mean = sum(v["score"] for v in scored if rows_model(rows, v) == "s.v1") / 16
     assert [c.strip() for c in next(line for line in ended.out.splitlines() if "s.v1" in line).split("│")[2:6]] == [
-        "verifier", "16", f"{mean:.3f}", "0"
-    ]  # fmt: skip
+        "verifier",
+        "16",
+        f"{mean:.3f}",
+        "0",
+    ]
 
     direct = tmp_path / "direct.jsonl"
     for source, output in ((["--verdicts", verdicts], pairs), (["--verifier", "toy_verifier:letters"], direct)):
@@ -195,8 +207,17 @@ def test_bad_rows_raise_or_are_set_aside_and_counted(cli: Cli, tmp_path: Path, c
 def test_eval_without_an_output_still_counts_bad_rows(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "2 + 3?", "answer": "5"}\n{"prompt": "no answer"}\n')
-    arguments = ["--prompts", file, "--cells", cells(tiny_matrix, "s.v1"), "--verifier", "exact", "--use_cpu",
-                 "--max_completion_length", 4]  # fmt: skip
+    arguments = [
+        "--prompts",
+        file,
+        "--cells",
+        cells(tiny_matrix, "s.v1"),
+        "--verifier",
+        "exact",
+        "--use_cpu",
+        "--max_completion_length",
+        4,
+    ]
     assert_error(cli("eval", arguments), 2, f"{file}:2: field 'answer' is missing")
     ended = cli("eval", [*arguments, "--on_bad_row", "skip"])
     assert ended.status == 0
@@ -207,8 +228,17 @@ def test_eval_without_an_output_still_counts_bad_rows(cli: Cli, tiny_matrix: Pat
 def test_a_prompt_longer_than_the_context(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "p.jsonl", [{"prompt": "short"}, {"prompt": "Sam adds 2 pears. " * 200}])
     output = tmp_path / "out.jsonl"
-    arguments = ["--prompts", file, "--cells", cells(tiny_matrix, "s.v1"), "--output", output, "--use_cpu",
-                 "--max_completion_length", 4]  # fmt: skip
+    arguments = [
+        "--prompts",
+        file,
+        "--cells",
+        cells(tiny_matrix, "s.v1"),
+        "--output",
+        output,
+        "--use_cpu",
+        "--max_completion_length",
+        4,
+    ]
     assert_error(cli("generate", arguments), 2, f"{file}:2: field 'prompt' has ", "exceeds the context of 512")
     ended = cli("generate", [*arguments, "--on_bad_row", "skip"])
     assert ended.status == 0
@@ -240,8 +270,9 @@ def test_usage(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
         ("report", ["gone"], ["gone: holds no run.json"]),
     ],
 )
-def test_bad_input_ends_with_2(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str,
-                               arguments: list[str], parts: list[str]) -> None:  # fmt: skip
+def test_bad_input_ends_with_2(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, arguments: list[str], parts: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert_error(cli(command, arguments), 2, *parts)
     assert list(tmp_path.iterdir()) == []
@@ -270,8 +301,16 @@ def test_weights_that_fit_no_scorer(cli: Cli, tmp_path: Path, weights: str, mess
 
 
 def test_scores_in_the_data_named_like_a_judge(cli: Cli, tmp_path: Path) -> None:
-    write_rows(tmp_path / "r.jsonl", [{"prompt": "2 + 3?", "answer": "5", "responses": [
-        {"model": "a", "text": "5", "scores": {"verifier": 0.5}}, {"model": "b", "text": "6"}]}])  # fmt: skip
+    write_rows(
+        tmp_path / "r.jsonl",
+        [
+            {
+                "prompt": "2 + 3?",
+                "answer": "5",
+                "responses": [{"model": "a", "text": "5", "scores": {"verifier": 0.5}}, {"model": "b", "text": "6"}],
+            }
+        ],
+    )
     arguments = ["--responses", tmp_path / "r.jsonl", "--verifier", "exact", "--output", tmp_path / "o"]
     assert_error(cli("pairs", arguments), 2, "the data have scores named 'verifier', and so has a judge of this run")
 
@@ -280,8 +319,9 @@ def test_an_error_of_a_real_process_goes_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     arguments = ["pairs", "--responses", "r.jsonl", "--output", "o.jsonl"]
     program = "import sys; from tso_fast.cli import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: r.jsonl:1: byte 0xe9 at column 16 is not UTF-8")
     assert done.stderr.count("\n") == 1
@@ -353,9 +393,23 @@ def test_a_file_that_cannot_grow(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> N
 def test_a_disk_that_fills_while_training(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
     """The weights do not fit, the stages before them are kept, and the same command finishes once there is room."""
     run = tmp_path / "run"
-    arguments = ["--prompts", tiny_matrix / "prompts.jsonl", "--cells", cells(tiny_matrix, "s.v2", "m.v2"),
-                 "--output_dir", run, "--verifier", "toy_verifier:letters", "--num_iterations", 1, "--use_cpu",
-                 "--max_completion_length", 8, "--save_steps", 1]  # fmt: skip
+    arguments = [
+        "--prompts",
+        tiny_matrix / "prompts.jsonl",
+        "--cells",
+        cells(tiny_matrix, "s.v2", "m.v2"),
+        "--output_dir",
+        run,
+        "--verifier",
+        "toy_verifier:letters",
+        "--num_iterations",
+        1,
+        "--use_cpu",
+        "--max_completion_length",
+        8,
+        "--save_steps",
+        1,
+    ]
     for limit, unwritten in ((60_000, "responses.sqlite3"), (150_000, "iter-1/checkpoint")):
         with files_no_larger_than(limit):
             ended = cli("train", arguments)

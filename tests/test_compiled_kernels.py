@@ -24,19 +24,30 @@ FOLDERS = {"installed": None, "3.6.0": Path(sys.prefix) / "triton-3.6.0"}
 # Every tile of every architecture in bf16, float16, float32 and each head once, and kernels that are no product by one
 # of the two assemblers. More takes minutes: python tests/compile_kernels.py --all
 BOTH = [
-    "90-bfloat16-4096-plain-heaviest", "90-bfloat16-4096-softcap-heaviest", "90-bfloat16-1024-softcap-heaviest",
-    "90-float32-4096-plain-heaviest", "89-bfloat16-4096-plain-heaviest", "120-bfloat16-4096-softcap-heaviest",
-    "80-float16-4096-plain-heaviest", "100-bfloat16-4096-softcap-heaviest",
-]  # fmt: skip
+    "90-bfloat16-4096-plain-heaviest",
+    "90-bfloat16-4096-softcap-heaviest",
+    "90-bfloat16-1024-softcap-heaviest",
+    "90-float32-4096-plain-heaviest",
+    "89-bfloat16-4096-plain-heaviest",
+    "120-bfloat16-4096-softcap-heaviest",
+    "80-float16-4096-plain-heaviest",
+    "100-bfloat16-4096-softcap-heaviest",
+]
 CASES = {
     "installed": [
-        *BOTH, "80-bfloat16-4096-plain-heaviest", "100-bfloat16-4096-bias-all",
-        "100-bfloat16-1024-plain-heaviest", "90-bfloat16-4100-plain-heaviest",
+        *BOTH,
+        "80-bfloat16-4096-plain-heaviest",
+        "100-bfloat16-4096-bias-all",
+        "100-bfloat16-1024-plain-heaviest",
+        "90-bfloat16-4100-plain-heaviest",
     ],
     "3.6.0": [
-        *BOTH, "80-bfloat16-4096-bias-all", "100-bfloat16-4096-plain-heaviest", "80-bfloat16-4100-plain-heaviest",
+        *BOTH,
+        "80-bfloat16-4096-bias-all",
+        "100-bfloat16-4096-plain-heaviest",
+        "80-bfloat16-4100-plain-heaviest",
     ],
-}  # fmt: skip
+}
 CAPABILITIES = (80, 89, 90, 100, 120)
 SHARED_KB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # that one program may have
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}
@@ -60,7 +71,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
             env["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [env.get("PYTHONPATH")])])
         runs[version] = subprocess.Popen(
             [*command, *CASES[version]], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )  # fmt: skip
+        )
     rows = {}
     outputs = {version: run.communicate(timeout=600) for version, run in runs.items()}
     for version, (out, err) in outputs.items():

@@ -14,9 +14,11 @@ import pytest
 from helpers import write_rows
 
 import tso_fast
-from tso_fast import config as config_module
-from tso_fast import single
-from tso_fast.config import (
+from tso_fast import commands
+from tso_fast.config import settings as settings_module
+from tso_fast.config.checks import check
+from tso_fast.config.parse import parse
+from tso_fast.config.settings import (
     AnnotateConfig,
     CellConfig,
     EvalConfig,
@@ -25,19 +27,21 @@ from tso_fast.config import (
     PairsConfig,
     ScoreConfig,
     TrainConfig,
-    check,
-    loss_options_of,
     to_dict,
 )
 from tso_fast.errors import InputError, OutputError, TrainingError
-from tso_fast.options import parse
+from tso_fast.training.optimise import configured_loss
 
 PACKAGE = Path(tso_fast.__file__).parent
-CLASSES = [c for c in vars(config_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
+CLASSES = [c for c in vars(settings_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
 COMMANDS: dict[str, type] = {
-    "train": TrainConfig, "generate": GenerateConfig, "score": ScoreConfig, "pairs": PairsConfig, "eval": EvalConfig,
+    "train": TrainConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "pairs": PairsConfig,
+    "eval": EvalConfig,
     "annotate": AnnotateConfig,
-}  # fmt: skip
+}
 FIELDS = sorted({(c, f.name) for c in CLASSES for f in dataclasses.fields(c)}, key=lambda x: (x[0].__name__, x[1]))
 CELLS = '[{"path": "a"}]'
 NEEDED = {
@@ -64,7 +68,7 @@ def refusal(command: str, *arguments: str) -> str:
 
 
 def test_every_field_is_documented_beside_it() -> None:
-    tree = ast.parse(Path(config_module.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(settings_module.__file__).read_text(encoding="utf-8"))
     documented = 0
     for node in tree.body:
         if not isinstance(node, ast.ClassDef):
@@ -81,10 +85,10 @@ def test_every_field_is_documented_beside_it() -> None:
 
 
 def attributes_read_of_configs() -> set[str]:
-    """Names x in `config.x`, whatever the variable's full name, everywhere but in config.py."""
+    """Names x in `config.x`, whatever the variable's full name, everywhere but in the settings themselves."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
-        if file.name == "config.py":
+        if file.name == "settings.py":
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             is_read = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
@@ -95,7 +99,7 @@ def attributes_read_of_configs() -> set[str]:
 
 def test_every_field_is_read_by_something() -> None:
     config = settings("train", "--beta", "0.2", "--clip_chosen", "1", "--clip_rejected", "2")
-    options = loss_options_of(config)  # read by name; test_losses turns each
+    options = dict(configured_loss(config).options)  # read by name; test_losses turns each
     assert options == {"beta": 0.2, "clip_chosen": 1.0, "clip_rejected": 2.0}
     read = attributes_read_of_configs() | set(options)
     assert {"learning_rate", "temperature", "verifier_pattern"} <= read  # the search itself works
@@ -114,8 +118,13 @@ def test_a_command_reads_every_setting_it_offers(command: str, tmp_path: Path, t
 
     responses = [{"model": f"m.v{rank}", "version_rank": rank, "text": str(4 + rank)} for rank in (0, 1)]
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "2 + 3?", "answer": "5", "responses": responses}])
-    values: dict[str, Any] = {"prompts": str(rows), "responses": str(rows), "max_completion_length": 2,
-                              "cells": [CellConfig(path=str(tiny_matrix / "s.v1"))], "use_cpu": True}  # fmt: skip
+    values: dict[str, Any] = {
+        "prompts": str(rows),
+        "responses": str(rows),
+        "max_completion_length": 2,
+        "cells": [CellConfig(path=str(tiny_matrix / "s.v1"))],
+        "use_cpu": True,
+    }
     if command == "score":
         kinds = ({"kind": "llm", "max_completion_length": 2}, {"kind": "implicit"})
         values["judges"] = [JudgeConfig(cell="policy", **kind) for kind in kinds]
@@ -125,10 +134,14 @@ def test_a_command_reads_every_setting_it_offers(command: str, tmp_path: Path, t
             tmp_path / "labels.jsonl", [{**said, "judge": "human", "annotator": "ann", "probability": 1}]
         )
         verdicts = write_rows(tmp_path / "verdicts.jsonl", [{**said, "judge": "llm"}])
-        values |= {"soft_label_by": "probability", "pair_strategy": "diverse", "labels": str(labels),
-                   "verdicts": str(verdicts)}  # fmt: skip
+        values |= {
+            "soft_label_by": "probability",
+            "pair_strategy": "diverse",
+            "labels": str(labels),
+            "verdicts": str(verdicts),
+        }
     fields = {f.name for f in dataclasses.fields(COMMANDS[command])}
-    run: Callable[[Any], None] = getattr(single, {"eval": "evaluate"}.get(command, command))
+    run: Callable[[Any], None] = getattr(commands, {"eval": "evaluate"}.get(command, command))
     for number in (1, 2, 3) if command == "pairs" else (1,):  # comparisons and labels; a verifier; no evidence
         values["output"] = str(tmp_path / f"out-{number}")
         if command != "pairs" or number == 2:
@@ -216,7 +229,7 @@ def test_a_wrong_value_names_the_key(arguments: list[str], message: str) -> None
         ("- a", "expected keys and values, got a list"),
         ("", "expected keys and values, got nothing"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_in_yaml_names_the_key(tmp_path: Path, yaml: str, message: str) -> None:
     file = tmp_path / "c.yaml"
     needed = [f"{key}: {value}" for key, value in (("prompts", "p"), ("output_dir", "o"), ("cells", CELLS))]
@@ -287,8 +300,6 @@ def test_what_is_missing_is_named() -> None:
         ("generate", ["--temperature", "0", "--top_k", "5"], "top_k: 5 has no effect with temperature 0"),
         ("train", ["--ref_model_mixup_alpha", "0.5"], "ref_model_mixup_alpha: it has no effect with reference"),
         ("train", ["--reference", "ema", "--ref_model_mixup_alpha", "0"], "ref_model_mixup_alpha: got 0.0, expected"),
-        ("train", ["--loss_type", "sft", "--margin_weight", "1"], "margin_weight: it has no effect on loss_type"),
-        ("train", ["--loss_type", "sft", "--soft_label_kappa", "1"], "soft_label_kappa: it has no effect on"),
         ("train", ["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "warmup_steps: 5 has no effect with"),
         ("train", ["--eval_prompts", "e"], "eval_prompts: evaluation needs a verifier"),
         ("train", ["--verifier", "exact", "--eval_prompts", "p"], "eval_prompts: p is the training file"),
@@ -307,7 +318,7 @@ def test_an_option_without_effect_is_refused(command: str, arguments: list[str],
         ({"report_to": "tensorbord"}, "report_to 'tensorbord' or bf16 False cannot be used: Unsupported logging"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_training_refuses_what_it_could_not_use_before_any_work(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
@@ -349,9 +360,14 @@ def test_training_looks_at_judge_data_and_cells_before_any_work(
     change = {"num_iterations": 1, **change}
     change["judges"] = [JudgeConfig(**judge) for judge in change.get("judges", [])]
     cells = change.pop("cells", [{"path": "s.v1"}])
-    config = TrainConfig(output_dir=str(tmp_path / "run"), prompts=str(prompts),
-                         cells=[CellConfig(**{**c, "path": str(tiny_matrix / c["path"])}) for c in cells],
-                         max_completion_length=4, use_cpu=True, **change)  # fmt: skip
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        prompts=str(prompts),
+        cells=[CellConfig(**{**c, "path": str(tiny_matrix / c["path"])}) for c in cells],
+        max_completion_length=4,
+        use_cpu=True,
+        **change,
+    )
     with pytest.raises(InputError) as caught:
         train(config)
     assert message in str(caught.value)
@@ -378,14 +394,22 @@ def test_a_switch_needs_no_value() -> None:
 
 
 TURNED = {
-    "train": ["--clip_chosen", ".inf", "--learning_rate", "3e-7", "--score_weights", '{"verifier": 2, "a:b": 0.5}',
-              "--cells+={path: b, name: 'B: new', size_b: 0.5, version_rank: 3}", "--compare"],
+    "train": [
+        "--clip_chosen",
+        ".inf",
+        "--learning_rate",
+        "3e-7",
+        "--score_weights",
+        '{"verifier": 2, "a:b": 0.5}',
+        "--cells+={path: b, name: 'B: new', size_b: 0.5, version_rank: 3}",
+        "--compare",
+    ],
     "generate": ["--top_k", "3"],
     "score": ["--verifier", "regex", "--verifier_pattern", r"'#### (\d+): \"'"],
     "pairs": ["--soft_label_kappa", "0.5"],
     "eval": ["--max_completion_length", "9"],
     "annotate": ["--overlap", "0.25"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 from helpers import read_rows, write_rows
 
-from tso_fast.config import ScoreConfig, VerifierConfig, check
+from tso_fast.config.checks import check
+from tso_fast.config.settings import ScoreConfig, VerifierConfig
 from tso_fast.errors import InputError
+from tso_fast.files.rows import BadRows, candidates_row, parse_candidates, prompt_row, read_candidates
 from tso_fast.judges import constraints
 from tso_fast.judges.constraints import (
     LANGUAGES,
@@ -24,25 +26,36 @@ from tso_fast.judges.constraints import (
     holds,
     loose_variants,
 )
+from tso_fast.judges.panel import judgeable
 from tso_fast.judges.verifier import make_verifier, verify
-from tso_fast.judging import judgeable
-from tso_fast.records import BadRows, candidates_row, parse_candidates, prompt_row, read_candidates
 from tso_fast.types import Candidates, Constraint, Prompt, Response
 
 WITH_LANGUAGE = ("change_case:english_capital", "change_case:english_lowercase", "language:response_language")
 ENGLISH = "the quick brown fox jumps over the lazy dog and then it sleeps in the warm sun for a while"
 LANGUAGE_SAMPLES = {
-    "ar": "سأجيب على هذا السؤال باللغة العربية.", "bg": "Ще отговоря на този въпрос на български.",
-    "bn": "আমি বাংলায় উত্তর দেব", "de": "Ich werde diese Frage auf Deutsch beantworten.",
-    "fa": "من به زبان فارسی پاسخ خواهم داد.", "fi": "Vastaan tähän kysymykseen suomeksi.",
-    "gu": "હું ગુજરાતીમાં જવાબ આપીશ", "hi": "मुझे हिंदी में उत्तर देना है।",
-    "it": "Risponderò a questa domanda in italiano.", "kn": "ನಾನು ಕನ್ನಡದಲ್ಲಿ ಉತ್ತರಿಸುತ್ತೇನೆ",
-    "ko": "저는 한국어로 대답하겠습니다.", "mr": "मला मराठीत उत्तर द्यायचे आहे.", "ne": "म नेपालीमा जवाफ दिन्छु।",
-    "pa": "ਮੈਂ ਪੰਜਾਬੀ ਵਿੱਚ ਜਵਾਬ ਦੇਵਾਂਗਾ", "pt": "Vou responder a esta pergunta em português.",
-    "ru": "Я отвечу на этот вопрос по-русски.", "sw": "Nitajibu swali hili kwa lugha ya Kiswahili.",
-    "ta": "நான் தமிழில் பதிலளிப்பேன்", "te": "నేను తెలుగులో సమాధానం ఇస్తాను", "th": "ฉันจะตอบคำถามนี้เป็นภาษาไทย",
-    "ur": "میں اس سوال کا جواب اردو میں دوں گا۔", "vi": "Tôi sẽ trả lời bằng tiếng Việt.",
-}  # fmt: skip
+    "ar": "سأجيب على هذا السؤال باللغة العربية.",
+    "bg": "Ще отговоря на този въпрос на български.",
+    "bn": "আমি বাংলায় উত্তর দেব",
+    "de": "Ich werde diese Frage auf Deutsch beantworten.",
+    "fa": "من به زبان فارسی پاسخ خواهم داد.",
+    "fi": "Vastaan tähän kysymykseen suomeksi.",
+    "gu": "હું ગુજરાતીમાં જવાબ આપીશ",
+    "hi": "मुझे हिंदी में उत्तर देना है।",
+    "it": "Risponderò a questa domanda in italiano.",
+    "kn": "ನಾನು ಕನ್ನಡದಲ್ಲಿ ಉತ್ತರಿಸುತ್ತೇನೆ",
+    "ko": "저는 한국어로 대답하겠습니다.",
+    "mr": "मला मराठीत उत्तर द्यायचे आहे.",
+    "ne": "म नेपालीमा जवाफ दिन्छु।",
+    "pa": "ਮੈਂ ਪੰਜਾਬੀ ਵਿੱਚ ਜਵਾਬ ਦੇਵਾਂਗਾ",
+    "pt": "Vou responder a esta pergunta em português.",
+    "ru": "Я отвечу на этот вопрос по-русски.",
+    "sw": "Nitajibu swali hili kwa lugha ya Kiswahili.",
+    "ta": "நான் தமிழில் பதிலளிப்பேன்",
+    "te": "నేను తెలుగులో సమాధానం ఇస్తాను",
+    "th": "ฉันจะตอบคำถามนี้เป็นภาษาไทย",
+    "ur": "میں اس سوال کا جواب اردو میں دوں گا۔",
+    "vi": "Tôi sẽ trả lời bằng tiếng Việt.",
+}
 
 
 def of(id: str, **kwargs: Any) -> Constraint:  # noqa: A002
@@ -60,94 +73,192 @@ class Case(NamedTuple):
 
 at_least, less_than = {"relation": "at least"}, {"relation": "less than"}
 CASES = [
-    Case(of("length_constraints:number_words", num_words=3, **at_least),
-         ("a b c", "a, b - c", "don't go", "x\n\ny\tz", "één twee drie", "यह बहुत अच्छा"), ("a b", "well-known",
-         "... - !")),
+    Case(
+        of("length_constraints:number_words", num_words=3, **at_least),
+        ("a b c", "a, b - c", "don't go", "x\n\ny\tz", "één twee drie", "यह बहुत अच्छा"),
+        ("a b", "well-known", "... - !"),
+    ),
     Case(of("length_constraints:number_words", num_words=3, **less_than), ("a b", "हिंदी में"), ("a b c", "don't go")),
-    Case(of("length_constraints:number_sentences", num_sentences=2, **at_least),
-         ("One. Two.", "One! two", "One?\nTwo", "He left… She stayed."), ("One.", "one two", "Dr. Smith left.",
-         "3.5 is ok")),
-    Case(of("length_constraints:number_sentences", num_sentences=2, **less_than), ("One.", "one", "..."),
-         ("One. Two.",)),
-    Case(of("length_constraints:number_paragraphs", num_paragraphs=2),
-         ("a\n***\nb", "a *** b", "***\na\n***\nb\n***\n", "a***b"),
-         ("a\n\nb", "a\n***\n***\nb", "a******b", "a\n***", "a\n***\nb\n***\nc", "***")),
-    Case(of("length_constraints:nth_paragraph_first_word", num_paragraphs=2, nth_paragraph=2, first_word="Elm"),
-         ("a\n\nelm tree", "a\n\n\n\nELM", "a\n\n\"Elm,\" he said", "a\n\n“Elm: yes”", "\n\na\n\n  elm.\n\n",
-         "a\n\nelm—x"),
-         ("elm\n\na", "a\nelm", "a\n\nelms", "a\n\nelm-tree", "a\n\nb\n\nelm", "elm", "a\n\n**elm**", "a\n\n!!")),
-    Case(of("length_constraints:nth_paragraph_first_word", num_paragraphs=1, nth_paragraph=2, first_word="a"), (),
-        ("a",)),
-    Case(of("detectable_format:number_bullet_lists", num_bullets=2),
-         ("* a\n* b", "- a\n  - b", "text\n* a\n\n- b\ntext", "*a\n*b", "* a\n---\n* b", "* *x* y\n- **z**",
-         "* a\n*b* c\n- d"),
-         ("* a", "* a\n* b\n* c", "a * b\n* c", "**a**\n**b**", "• a\n• b", "*a* x\n*b* y", "---\n***", "1. a\n2. b")),
-    Case(of("detectable_format:number_highlighted_sections", num_highlights=2),
-         ("*a* and *b*", "**a** b **c d**", "* *a* **b**", "***a*** _x_ *é*", '"*a*"\n*b*'),
-         ("*a*", "***a***", "** ** * *", "*a\nb* c", "* one **two**", "_a_ _b_", "****", "** ****")),
-    Case(of("detectable_format:multiple_sections", section_spliter="Section", num_sections=2),
-         ("Section 1\na\nSection 2\nb", "**Section 1** Section 2", "Section1 Section\n2 Section 3"),
-         ("Section 1", "SECTION 1\nSECTION 2", "Section A Section B", "Sections 1 2")),
-    Case(of("detectable_format:multiple_sections", section_spliter="Part (", num_sections=1), ("Part ( 1)",),
-        ("Part 1",)),
-    Case(of("detectable_format:title"),
-         ("<<a>>", "x\n <<Big Title>> y", "<<<a>>>", "<<名>>", "<< <<a>>"),
-         ("<a>", "<<>>", "<< >>", "<<a\nb>>", "a>> <<b", "<<a>", "<<", "<<a\n>>", "x << y\nz >> w")),
-    Case(of("detectable_format:json_format"),
-         ('{"a": {"b": [1, null, {"c": "é"}]}}', "[]", '```json\n{"a": 1}\n```', '```JSON\n{"a": 1}\n```',
-         "```\n[1]\n```",
-          ' \n{"a": "```"}\n', '"text"', '```json\n{"a": 1}'),
-         ("{a: 1}", "{'a': 1}", 'Here:\n{"a": 1}', '{"a": 1} done', "{", "```json\n```", "NaN", '{"a": Infinity}',
-         "[" * 10**5,
-          "9" * 5000, '```python\n{"a": 1}\n```')),
-    Case(of("detectable_format:constrained_response"),
-         ("My answer is yes.", " I think so. My answer is maybe.\n", '"My answer is no."',
-         "My answer is no. My answer is no."),
-         ("My answer is yes", "my answer is yes.", "yes", "My answer is yes. My answer is no.")),
-    Case(of("detectable_content:number_placeholders", num_placeholders=2),
-         ("[a] [b c]", "[name][পণ্য]", "[[a] [b]]", "[x](y) [z]"), ("[a]", "[a\nb] [c]", "(a) (b)", "] [ ] [",
-         "[a [b]")),
-    Case(of("detectable_content:postscript", postscript_marker="P.S."),
-         ("x\n\nP.S. y", "x p.s. y", "P. S. y", "P.P.S. y"), ("PS y", "P.S y", "p s", "postscript")),
-    Case(of("detectable_content:postscript", postscript_marker="P.P.S"),
-         ("x\nP.P.S y", "p.p.s. y", "P. P. S", "x P.P.S: y"), ("P.S. y", "PPS y", "P.P. y")),
+    Case(
+        of("length_constraints:number_sentences", num_sentences=2, **at_least),
+        ("One. Two.", "One! two", "One?\nTwo", "He left… She stayed."),
+        ("One.", "one two", "Dr. Smith left.", "3.5 is ok"),
+    ),
+    Case(
+        of("length_constraints:number_sentences", num_sentences=2, **less_than), ("One.", "one", "..."), ("One. Two.",)
+    ),
+    Case(
+        of("length_constraints:number_paragraphs", num_paragraphs=2),
+        ("a\n***\nb", "a *** b", "***\na\n***\nb\n***\n", "a***b"),
+        ("a\n\nb", "a\n***\n***\nb", "a******b", "a\n***", "a\n***\nb\n***\nc", "***"),
+    ),
+    Case(
+        of("length_constraints:nth_paragraph_first_word", num_paragraphs=2, nth_paragraph=2, first_word="Elm"),
+        (
+            "a\n\nelm tree",
+            "a\n\n\n\nELM",
+            'a\n\n"Elm," he said',
+            "a\n\n“Elm: yes”",
+            "\n\na\n\n  elm.\n\n",
+            "a\n\nelm—x",
+        ),
+        ("elm\n\na", "a\nelm", "a\n\nelms", "a\n\nelm-tree", "a\n\nb\n\nelm", "elm", "a\n\n**elm**", "a\n\n!!"),
+    ),
+    Case(
+        of("length_constraints:nth_paragraph_first_word", num_paragraphs=1, nth_paragraph=2, first_word="a"), (), ("a",)
+    ),
+    Case(
+        of("detectable_format:number_bullet_lists", num_bullets=2),
+        (
+            "* a\n* b",
+            "- a\n  - b",
+            "text\n* a\n\n- b\ntext",
+            "*a\n*b",
+            "* a\n---\n* b",
+            "* *x* y\n- **z**",
+            "* a\n*b* c\n- d",
+        ),
+        ("* a", "* a\n* b\n* c", "a * b\n* c", "**a**\n**b**", "• a\n• b", "*a* x\n*b* y", "---\n***", "1. a\n2. b"),
+    ),
+    Case(
+        of("detectable_format:number_highlighted_sections", num_highlights=2),
+        ("*a* and *b*", "**a** b **c d**", "* *a* **b**", "***a*** _x_ *é*", '"*a*"\n*b*'),
+        ("*a*", "***a***", "** ** * *", "*a\nb* c", "* one **two**", "_a_ _b_", "****", "** ****"),
+    ),
+    Case(
+        of("detectable_format:multiple_sections", section_spliter="Section", num_sections=2),
+        ("Section 1\na\nSection 2\nb", "**Section 1** Section 2", "Section1 Section\n2 Section 3"),
+        ("Section 1", "SECTION 1\nSECTION 2", "Section A Section B", "Sections 1 2"),
+    ),
+    Case(
+        of("detectable_format:multiple_sections", section_spliter="Part (", num_sections=1), ("Part ( 1)",), ("Part 1",)
+    ),
+    Case(
+        of("detectable_format:title"),
+        ("<<a>>", "x\n <<Big Title>> y", "<<<a>>>", "<<名>>", "<< <<a>>"),
+        ("<a>", "<<>>", "<< >>", "<<a\nb>>", "a>> <<b", "<<a>", "<<", "<<a\n>>", "x << y\nz >> w"),
+    ),
+    Case(
+        of("detectable_format:json_format"),
+        (
+            '{"a": {"b": [1, null, {"c": "é"}]}}',
+            "[]",
+            '```json\n{"a": 1}\n```',
+            '```JSON\n{"a": 1}\n```',
+            "```\n[1]\n```",
+            ' \n{"a": "```"}\n',
+            '"text"',
+            '```json\n{"a": 1}',
+        ),
+        (
+            "{a: 1}",
+            "{'a': 1}",
+            'Here:\n{"a": 1}',
+            '{"a": 1} done',
+            "{",
+            "```json\n```",
+            "NaN",
+            '{"a": Infinity}',
+            "[" * 10**5,
+            "9" * 5000,
+            '```python\n{"a": 1}\n```',
+        ),
+    ),
+    Case(
+        of("detectable_format:constrained_response"),
+        (
+            "My answer is yes.",
+            " I think so. My answer is maybe.\n",
+            '"My answer is no."',
+            "My answer is no. My answer is no.",
+        ),
+        ("My answer is yes", "my answer is yes.", "yes", "My answer is yes. My answer is no."),
+    ),
+    Case(
+        of("detectable_content:number_placeholders", num_placeholders=2),
+        ("[a] [b c]", "[name][পণ্য]", "[[a] [b]]", "[x](y) [z]"),
+        ("[a]", "[a\nb] [c]", "(a) (b)", "] [ ] [", "[a [b]"),
+    ),
+    Case(
+        of("detectable_content:postscript", postscript_marker="P.S."),
+        ("x\n\nP.S. y", "x p.s. y", "P. S. y", "P.P.S. y"),
+        ("PS y", "P.S y", "p s", "postscript"),
+    ),
+    Case(
+        of("detectable_content:postscript", postscript_marker="P.P.S"),
+        ("x\nP.P.S y", "p.p.s. y", "P. P. S", "x P.P.S: y"),
+        ("P.S. y", "PPS y", "P.P. y"),
+    ),
     Case(of("detectable_content:postscript", postscript_marker="N.B."), ("n.b. x",), ("nabs", "NB")),
-    Case(of("keywords:existence", keywords=["cat", "C++"]),
-         ("Category and c++", "CAT\nC++11"), ("cat", "C++", "c at c++", "cat C+", "ca\nt C++")),
-    Case(of("keywords:frequency", keyword="war", frequency=2, **at_least),
-         ("War and war", "warwar", "toward WAR"), ("war", "w a r war", "w\nar war")),
+    Case(
+        of("keywords:existence", keywords=["cat", "C++"]),
+        ("Category and c++", "CAT\nC++11"),
+        ("cat", "C++", "c at c++", "cat C+", "ca\nt C++"),
+    ),
+    Case(
+        of("keywords:frequency", keyword="war", frequency=2, **at_least),
+        ("War and war", "warwar", "toward WAR"),
+        ("war", "w a r war", "w\nar war"),
+    ),
     Case(of("keywords:frequency", keyword="a.b", frequency=1, **less_than), ("axb", "none"), ("A.B", "xa.bx")),
-    Case(of("keywords:forbidden_words", forbidden_words=["rock", "C++"]),
-         ("rocky road", "bedrock", "rock_x", "C", "roc k", "C+ +"), ("Rock!", "x\nROCK", "rock-hard", "'rock'",
-         "I like c++.")),
+    Case(
+        of("keywords:forbidden_words", forbidden_words=["rock", "C++"]),
+        ("rocky road", "bedrock", "rock_x", "C", "roc k", "C+ +"),
+        ("Rock!", "x\nROCK", "rock-hard", "'rock'", "I like c++."),
+    ),
     Case(of("keywords:forbidden_words", forbidden_words=["été"]), ("l'étés", "ete"), ("l'Été", "été.")),
-    Case(of("keywords:letter_frequency", letter="q", let_frequency=2, let_relation="at least"), ("Qq", "q\nq q"),
-         ("q", "o")),
+    Case(
+        of("keywords:letter_frequency", letter="q", let_frequency=2, let_relation="at least"),
+        ("Qq", "q\nq q"),
+        ("q", "o"),
+    ),
     Case(of("keywords:letter_frequency", letter="Q", let_frequency=2, let_relation="less than"), ("q", "x"), ("qQ",)),
-    Case(of("keywords:letter_frequency", letter="#", let_frequency=2, let_relation="at least"), ("#a #b", "##"),
-         ("#a",)),
+    Case(
+        of("keywords:letter_frequency", letter="#", let_frequency=2, let_relation="at least"), ("#a #b", "##"), ("#a",)
+    ),
     Case(of("punctuation:no_comma"), ("a b.", "a; b", "a، b", "a，b"), ("a, b", ",", "1,000")),
     Case(of("startend:quotation"), ('"a"', ' \n"a"\n', '""', '"a" b "c"'), ('"', '"a', 'a"', "'a'", "“a”", '"a".')),
-    Case(of("startend:end_checker", end_phrase="Hope you agree with me."),
-         ("x. Hope you agree with me.", "HOPE YOU AGREE WITH ME. \n", '"x. Hope you agree with me."'),
-         ("Hope you agree with me", "Hope you agree with me. Bye", "Hope you  agree with me.", "me.")),
-    Case(of("combination:repeat_prompt", prompt_to_repeat="Write a poem. "),
-         ("Write a poem. Roses", "\n write a POEM.", "Write a poem.Roses"), ("Sure! Write a poem.", "Write a poem",
-         '"Write a poem."')),
-    Case(of("combination:two_responses"),
-         ("a\n******\nb", "a****** b", "******a******b******"),
-         ("a", "a******a", "a ****** A******b", "a******", "******", "a***b", "a************b", "a ****** a ")),
-    Case(of("change_case:capital_word_frequency", capital_frequency=2, capital_relation="at least"),
-         ("I am in the UK.", "**RUBRIC** A", "NASA's ÉTÉ", "DON'T"), ("Hello World", "HELLO", "x 3 4 5", "WELL-KNOWN")),
-    Case(of("change_case:capital_word_frequency", capital_frequency=1, capital_relation="less than"),
-         ("Hello there", "123", "यह"), ("NO", "U.S. policy", "I'm")),
-    Case(of("change_case:english_capital"), (ENGLISH.upper(), ENGLISH.upper() + " 1, 2!"),
-         (ENGLISH, ENGLISH.upper() + " x", LANGUAGE_SAMPLES["de"].upper(), "123", "!!!", LANGUAGE_SAMPLES["hi"])),
-    Case(of("change_case:english_lowercase"), (ENGLISH, ENGLISH + "\n\n1, 2!"),
-         (ENGLISH.upper(), ENGLISH + " I", LANGUAGE_SAMPLES["de"].lower(), "123", LANGUAGE_SAMPLES["hi"])),
-    Case(of("language:response_language", language="de"), (LANGUAGE_SAMPLES["de"], LANGUAGE_SAMPLES["de"].upper()),
-         (ENGLISH, "123", "...", "https://example.org")),
-]  # fmt: skip
+    Case(
+        of("startend:end_checker", end_phrase="Hope you agree with me."),
+        ("x. Hope you agree with me.", "HOPE YOU AGREE WITH ME. \n", '"x. Hope you agree with me."'),
+        ("Hope you agree with me", "Hope you agree with me. Bye", "Hope you  agree with me.", "me."),
+    ),
+    Case(
+        of("combination:repeat_prompt", prompt_to_repeat="Write a poem. "),
+        ("Write a poem. Roses", "\n write a POEM.", "Write a poem.Roses"),
+        ("Sure! Write a poem.", "Write a poem", '"Write a poem."'),
+    ),
+    Case(
+        of("combination:two_responses"),
+        ("a\n******\nb", "a****** b", "******a******b******"),
+        ("a", "a******a", "a ****** A******b", "a******", "******", "a***b", "a************b", "a ****** a "),
+    ),
+    Case(
+        of("change_case:capital_word_frequency", capital_frequency=2, capital_relation="at least"),
+        ("I am in the UK.", "**RUBRIC** A", "NASA's ÉTÉ", "DON'T"),
+        ("Hello World", "HELLO", "x 3 4 5", "WELL-KNOWN"),
+    ),
+    Case(
+        of("change_case:capital_word_frequency", capital_frequency=1, capital_relation="less than"),
+        ("Hello there", "123", "यह"),
+        ("NO", "U.S. policy", "I'm"),
+    ),
+    Case(
+        of("change_case:english_capital"),
+        (ENGLISH.upper(), ENGLISH.upper() + " 1, 2!"),
+        (ENGLISH, ENGLISH.upper() + " x", LANGUAGE_SAMPLES["de"].upper(), "123", "!!!", LANGUAGE_SAMPLES["hi"]),
+    ),
+    Case(
+        of("change_case:english_lowercase"),
+        (ENGLISH, ENGLISH + "\n\n1, 2!"),
+        (ENGLISH.upper(), ENGLISH + " I", LANGUAGE_SAMPLES["de"].lower(), "123", LANGUAGE_SAMPLES["hi"]),
+    ),
+    Case(
+        of("language:response_language", language="de"),
+        (LANGUAGE_SAMPLES["de"], LANGUAGE_SAMPLES["de"].upper()),
+        (ENGLISH, "123", "...", "https://example.org"),
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.constraint.id)
@@ -172,21 +283,40 @@ def test_every_type_has_cases() -> None:
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("", 0), ("...", 0), ("One", 1), ("One.", 1), ("One. Two. Three", 3), ("What?! No... Yes!", 3), ("one. two.",
-        2),
-        ("Well... maybe so.", 1), ("Well… Maybe.", 2), ("It costs 3.50 at example.com today.", 1),
-        ("Mr. and Mrs. Smith met Dr. J. R. Jones, e.g. at 5 p.m. on Monday.", 1), ("He left at 5 p.m. Then she came.",
-        2),
-        ("The U.S. Army came. It left the U.S. The end.", 3), ("So do I. You too.", 2), ("Acme Inc. makes tea.", 1),
-        ("Apples, pears, etc. They rot.", 2), ('He said "Go." Then he left.', 2), ("**Bold.** Next.", 2),
+        ("", 0),
+        ("...", 0),
+        ("One", 1),
+        ("One.", 1),
+        ("One. Two. Three", 3),
+        ("What?! No... Yes!", 3),
+        ("one. two.", 2),
+        ("Well... maybe so.", 1),
+        ("Well… Maybe.", 2),
+        ("It costs 3.50 at example.com today.", 1),
+        ("Mr. and Mrs. Smith met Dr. J. R. Jones, e.g. at 5 p.m. on Monday.", 1),
+        ("He left at 5 p.m. Then she came.", 2),
+        ("The U.S. Army came. It left the U.S. The end.", 3),
+        ("So do I. You too.", 2),
+        ("Acme Inc. makes tea.", 1),
+        ("Apples, pears, etc. They rot.", 2),
+        ('He said "Go." Then he left.', 2),
+        ("**Bold.** Next.", 2),
         ("(One.) Two.", 2),
-        ("1. Cut it.\n2. Glue it.", 2), ("1. tea\n2. milk\n3. jam", 3), ("Buy:\n1. tea\n2. milk", 3),
+        ("1. Cut it.\n2. Glue it.", 2),
+        ("1. tea\n2. milk\n3. jam", 3),
+        ("Buy:\n1. tea\n2. milk", 3),
         ("1. Cut. 2. Glue.", 2),
-        ("a) x\nb) y", 1), ("- tea\n- milk", 1), ("# Title\n\nText.", 1), ("It was in 1990. It was cold.", 2),
-        ("你好。再见！好吗？", 3), ("यह अच्छा है। वह नहीं।", 2), ("میں ٹھیک ہوں۔ آپ؟", 2),
-        ("Is it 5.", 1), ("No. Never.", 2),
+        ("a) x\nb) y", 1),
+        ("- tea\n- milk", 1),
+        ("# Title\n\nText.", 1),
+        ("It was in 1990. It was cold.", 2),
+        ("你好。再见！好吗？", 3),
+        ("यह अच्छा है। वह नहीं।", 2),
+        ("میں ٹھیک ہوں۔ آپ؟", 2),
+        ("Is it 5.", 1),
+        ("No. Never.", 2),
     ],
-)  # fmt: skip
+)
 def test_count_sentences(text: str, count: int) -> None:
     assert count_sentences(text) == count
 
@@ -200,14 +330,23 @@ def test_counts_of_words() -> None:
 def test_the_loose_reading_leaves_out_first_line_last_line_and_asterisks() -> None:
     text = "Sure!\n**elm**\nBye"
     assert list(loose_variants(text)) == [
-        "Sure!\n**elm**\nBye", "Sure!\nelm\nBye", "**elm**\nBye", "elm\nBye", "Sure!\n**elm**", "Sure!\nelm",
-            "**elm**", "elm",
-    ]  # fmt: skip
+        "Sure!\n**elm**\nBye",
+        "Sure!\nelm\nBye",
+        "**elm**\nBye",
+        "elm\nBye",
+        "Sure!\n**elm**",
+        "Sure!\nelm",
+        "**elm**",
+        "elm",
+    ]
     word = of("length_constraints:nth_paragraph_first_word", num_paragraphs=1, nth_paragraph=1, first_word="elm")
     quotation, no_comma = of("startend:quotation"), of("punctuation:no_comma")
     for constraint, response in (
-        (word, text), (quotation, 'Here:\n"x"'), (quotation, '"x"\nDone'), (no_comma, "Yes,\nx")
-    ):  # fmt: skip
+        (word, text),
+        (quotation, 'Here:\n"x"'),
+        (quotation, '"x"\nDone'),
+        (no_comma, "Yes,\nx"),
+    ):
         assert holds(constraint, response) is False
         assert holds(constraint, response, loose=True) is True
     assert holds(no_comma, "Yes,\nx, y\nz,", loose=True) is False
@@ -251,9 +390,13 @@ def test_without_a_detector_constraints_on_languages_abstain(no_langdetect: None
     with pytest.raises(ModuleNotFoundError, match=r"langdetect is not installed: pip install 'tso-fast\[ifeval\]'"):
         constraints.detect_language("x")
     both, none = verdicts(asked(*told, *untold), "a"), verdicts(asked(*untold), "a", " ")
-    assert both == [(0.5,
-    "failed: startend:quotation; not told: language:response_language, change_case:english_capital "
-                     "(langdetect is not installed: pip install 'tso-fast[ifeval]')")]  # fmt: skip
+    assert both == [
+        (
+            0.5,
+            "failed: startend:quotation; not told: language:response_language, change_case:english_capital "
+            "(langdetect is not installed: pip install 'tso-fast[ifeval]')",
+        )
+    ]
     assert [score for score, _ in none] == [None, 0.0]
 
 
@@ -276,10 +419,22 @@ def test_the_published_file_is_read_unchanged(ifeval: Path, tmp_path: Path) -> N
 
 def test_any_text_is_judged(published: list[Constraint]) -> None:
     r = random.Random("constraints")
-    pieces = [*"aZ éß.,!?*-#<>[]\"'`{}:1\n\n\n 。।\u200c\U0001f600\u0301\ud7ff\x00", "***", "******", "<<", ">>",
-    "```json", "P.S.",
-              "\r\n", "SECTION 1", "My answer is yes.", "e.g.", "U.S.", ENGLISH,
-                  *LANGUAGE_SAMPLES.values()]  # fmt: skip
+    pieces = [
+        *"aZ éß.,!?*-#<>[]\"'`{}:1\n\n\n 。।\u200c\U0001f600\u0301\ud7ff\x00",
+        "***",
+        "******",
+        "<<",
+        ">>",
+        "```json",
+        "P.S.",
+        "\r\n",
+        "SECTION 1",
+        "My answer is yes.",
+        "e.g.",
+        "U.S.",
+        ENGLISH,
+        *LANGUAGE_SAMPLES.values(),
+    ]
     abstains = {True, False, None} if constraints._detectors() is None else {True, False}
     for constraint in published:
         for _ in range(3):
@@ -293,11 +448,21 @@ def test_any_text_is_judged(published: list[Constraint]) -> None:
 def test_long_texts_take_no_quadratic_time(published: list[Constraint]) -> None:
     one_each = {c.id: c for c in published if c.id not in WITH_LANGUAGE}
     for text in (
-        "a" * 10**5, "." * 10**5 + "x", "* " + "a " * 50_000, "*" * 10**5, "<<" * 50_000, "[" * 10**5,
-            " \n" * 50_000 + "x",
-        "-" * 10**5 + "x", "- " * 50_000 + "x", ". " * 50_000, "```" * 30_000, '"' * 10**5, "1. " * 30_000,
-            "<<>>" * 25_000,
-    ):  # fmt: skip
+        "a" * 10**5,
+        "." * 10**5 + "x",
+        "* " + "a " * 50_000,
+        "*" * 10**5,
+        "<<" * 50_000,
+        "[" * 10**5,
+        " \n" * 50_000 + "x",
+        "-" * 10**5 + "x",
+        "- " * 50_000 + "x",
+        ". " * 50_000,
+        "```" * 30_000,
+        '"' * 10**5,
+        "1. " * 30_000,
+        "<<>>" * 25_000,
+    ):
         for constraint in one_each.values():
             start = time.process_time()
             holds(constraint, text)
@@ -321,37 +486,48 @@ MADE: dict[str, Callable[..., tuple[str, str]]] = {
         relation, num_sentences, "It is one. "
     ),
     "length_constraints:number_paragraphs": lambda num_paragraphs: (
-        "\n***\n".join("p" * num_paragraphs), "\n***\n".join("p" * (num_paragraphs + 1))
+        "\n***\n".join("p" * num_paragraphs),
+        "\n***\n".join("p" * (num_paragraphs + 1)),
     ),
     "length_constraints:nth_paragraph_first_word": lambda num_paragraphs, nth_paragraph, first_word: tuple(
         "\n\n".join(f"{word} here" if i == nth_paragraph else f"par {i}" for i in range(1, num_paragraphs + 1))
         for word in (first_word.title(), first_word + "s")
     ),
     "detectable_format:number_bullet_lists": lambda num_bullets: ("* b\n" * num_bullets, "* b\n" * (num_bullets + 1)),
-    "detectable_format:number_highlighted_sections": lambda num_highlights: ("*b* " * num_highlights,
-        "x" + "*b* " * (num_highlights - 1)),
+    "detectable_format:number_highlighted_sections": lambda num_highlights: (
+        "*b* " * num_highlights,
+        "x" + "*b* " * (num_highlights - 1),
+    ),
     "detectable_format:multiple_sections": lambda section_spliter, num_sections: tuple(
         "\n".join(f"{section_spliter} {i}: x" for i in range(n)) or "x" for n in (num_sections, num_sections - 1)
     ),
     "detectable_format:title": lambda: ("<<Title>>\nx", "<<Title>\nx"),
     "detectable_format:json_format": lambda: ('```json\n{"a": 1}\n```', '```json\n{"a": 1\n```'),
     "detectable_format:constrained_response": lambda: ("My answer is no.", "My answer is none."),
-    "detectable_content:number_placeholders": lambda num_placeholders: ("[b] " * num_placeholders,
-        "x" + "[b] " * (num_placeholders - 1)),
-    "detectable_content:postscript": lambda postscript_marker: (f"x\n\n{postscript_marker} y",
-        f"x\n\n{postscript_marker[:-3]} y"),
+    "detectable_content:number_placeholders": lambda num_placeholders: (
+        "[b] " * num_placeholders,
+        "x" + "[b] " * (num_placeholders - 1),
+    ),
+    "detectable_content:postscript": lambda postscript_marker: (
+        f"x\n\n{postscript_marker} y",
+        f"x\n\n{postscript_marker[:-3]} y",
+    ),
     "keywords:existence": lambda keywords: (" ".join(keywords).upper(), "x " + " ".join(keywords[1:])),
     "keywords:frequency": lambda relation, keyword, frequency: _numbered(relation, frequency, keyword + " "),
     "keywords:forbidden_words": lambda forbidden_words: (
-        " ".join(f"x{w}" for w in forbidden_words), f"x {forbidden_words[-1].upper()}."
+        " ".join(f"x{w}" for w in forbidden_words),
+        f"x {forbidden_words[-1].upper()}.",
     ),
-    "keywords:letter_frequency": lambda let_relation, letter, let_frequency: _numbered(let_relation, let_frequency,
-        letter.upper()),
+    "keywords:letter_frequency": lambda let_relation, letter, let_frequency: _numbered(
+        let_relation, let_frequency, letter.upper()
+    ),
     "punctuation:no_comma": lambda: ("x y.", "x, y."),
     "startend:quotation": lambda: ('"x"', '"x".'),
     "startend:end_checker": lambda end_phrase: (f"x {end_phrase}", f"x {end_phrase} y"),
-    "combination:repeat_prompt": lambda prompt_to_repeat: (f"{prompt_to_repeat}\n\nx",
-        f"Sure. {prompt_to_repeat}\n\nx"),
+    "combination:repeat_prompt": lambda prompt_to_repeat: (
+        f"{prompt_to_repeat}\n\nx",
+        f"Sure. {prompt_to_repeat}\n\nx",
+    ),
     "combination:two_responses": lambda: ("a\n******\nb", "a\n******\nb\n******\nc"),
     "change_case:capital_word_frequency": lambda capital_relation, capital_frequency: _numbered(
         capital_relation, capital_frequency, "UP "
@@ -359,7 +535,7 @@ MADE: dict[str, Callable[..., tuple[str, str]]] = {
     "change_case:english_capital": lambda: (ENGLISH.upper(), ENGLISH.upper() + "s"),
     "change_case:english_lowercase": lambda: (ENGLISH, ENGLISH + "S"),
     "language:response_language": lambda language: (LANGUAGE_SAMPLES[language] * 2, ENGLISH),
-}  # fmt: skip
+}
 
 
 def test_a_response_made_for_each_published_constraint_passes_and_a_change_of_it_fails(
@@ -400,47 +576,77 @@ WORDS, LETTERS = "length_constraints:number_words", "keywords:letter_frequency"
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"constraints": "title"}, 'field \'constraints\' is a string ("title"); expected a list of constraints'),
+        ({"constraints": "title"}, "field 'constraints' is a string (\"title\"); expected a list of constraints"),
         ({"constraints": ["title"]}, "field 'constraints[0]' is a string (\"title\"); expected an object with 'id'"),
-        ({"constraints": [{"id": "punctuation:no_coma"}]}, "field 'constraints[0].id' is a string "
-         '("punctuation:no_coma"); expected one of IFEval\'s 25 instruction types, such as \'punctuation:no_comma\'; '
-         "did you mean 'punctuation:no_comma'?"),
+        (
+            {"constraints": [{"id": "punctuation:no_coma"}]},
+            "field 'constraints[0].id' is a string "
+            "(\"punctuation:no_coma\"); expected one of IFEval's 25 instruction types, such as 'punctuation:no_comma'; "
+            "did you mean 'punctuation:no_comma'?",
+        ),
         ({"constraints": [{"kwargs": {}}]}, "field 'constraints[0].id' is null; expected one of IFEval's 25"),
         ({"constraints": [{"id": ["a"]}]}, "field 'constraints[0].id' is a list"),
-        ({"constraints": [{"id": WORDS, "kwargs": 3}]},
-            "field 'constraints[0].kwargs' is a number (3); expected an object"),
-        ({"constraints": [{"id": WORDS, "kwargs": {"num_words": 3}}]},
-         "field 'constraints[0].kwargs.relation' is missing; 'length_constraints:number_words' expects 'at least' or"),
-        ({"constraints": [{"id": WORDS, "kwargs": {"num_word": 3}}]}, "field 'constraints[0].kwargs.num_word': "
-         "'length_constraints:number_words' has no such argument; expected relation, num_words; did you "
-         "mean 'num_words'?"),
-        ({"constraints": [{"id": "detectable_format:title", "kwargs": {"n": 3}}]},
-         "'detectable_format:title' has no such argument; expected none"),
-        ({"instruction_id_list": ["punctuation:no_comma", WORDS], "kwargs": [{}, {"relation": "at most",
-            "num_words": 3}]},
-         "field 'kwargs[1].relation' is a string (\"at most\"); expected 'at least' or 'less than'"),
-        ({"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": "3"}]},
-         'field \'kwargs[0].num_words\' is a string ("3"); expected an integer >= 0'),
-        ({"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": True}]},
-            "is a boolean (true)"),
+        (
+            {"constraints": [{"id": WORDS, "kwargs": 3}]},
+            "field 'constraints[0].kwargs' is a number (3); expected an object",
+        ),
+        (
+            {"constraints": [{"id": WORDS, "kwargs": {"num_words": 3}}]},
+            "field 'constraints[0].kwargs.relation' is missing; 'length_constraints:number_words' expects 'at least'",
+        ),
+        (
+            {"constraints": [{"id": WORDS, "kwargs": {"num_word": 3}}]},
+            "field 'constraints[0].kwargs.num_word': "
+            "'length_constraints:number_words' has no such argument; expected relation, num_words; did you "
+            "mean 'num_words'?",
+        ),
+        (
+            {"constraints": [{"id": "detectable_format:title", "kwargs": {"n": 3}}]},
+            "'detectable_format:title' has no such argument; expected none",
+        ),
+        (
+            {
+                "instruction_id_list": ["punctuation:no_comma", WORDS],
+                "kwargs": [{}, {"relation": "at most", "num_words": 3}],
+            },
+            "field 'kwargs[1].relation' is a string (\"at most\"); expected 'at least' or 'less than'",
+        ),
+        (
+            {"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": "3"}]},
+            "field 'kwargs[0].num_words' is a string (\"3\"); expected an integer >= 0",
+        ),
+        (
+            {"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": True}]},
+            "is a boolean (true)",
+        ),
         ({"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": -1}]}, "is a number (-1)"),
         ({"instruction_id_list": [WORDS], "kwargs": [{"relation": ["at least"], "num_words": 1}]}, "is a list"),
-        ({"instruction_id_list": [LETTERS], "kwargs": [{"letter": "ab", "let_frequency": 1,
-            "let_relation": "at least"}]},
-         "field 'kwargs[0].letter' is a string (\"ab\"); expected one character"),
-        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a", " "]}]},
-            "expected a list of strings"),
+        (
+            {
+                "instruction_id_list": [LETTERS],
+                "kwargs": [{"letter": "ab", "let_frequency": 1, "let_relation": "at least"}],
+            },
+            "field 'kwargs[0].letter' is a string (\"ab\"); expected one character",
+        ),
+        (
+            {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a", " "]}]},
+            "expected a list of strings",
+        ),
         ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": []}]}, "expected a list of strings"),
-        ({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "English"}]},
-         "field 'kwargs[0].language' is a string (\"English\"); expected a language such as 'en'"),
-        ({"instruction_id_list": ["no_comma"], "kwargs": [{}]},
-            "field 'instruction_id_list[0]' is a string (\"no_comma\")"),
+        (
+            {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "English"}]},
+            "field 'kwargs[0].language' is a string (\"English\"); expected a language such as 'en'",
+        ),
+        (
+            {"instruction_id_list": ["no_comma"], "kwargs": [{}]},
+            "field 'instruction_id_list[0]' is a string (\"no_comma\")",
+        ),
         ({"instruction_id_list": [None], "kwargs": [{}]}, "field 'instruction_id_list[0]' is null"),
         ({"instruction_id_list": [WORDS]}, "field 'kwargs' is missing; expected a list of objects"),
         ({"instruction_id_list": [WORDS], "kwargs": []}, "field 'kwargs' has 0 items; expected 1"),
         ({"instruction_id_list": [], "constraints": []}, "field 'constraints' is given beside 'instruction_id_list'"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_constraint_names_file_line_and_field(row: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         parsed(**row)

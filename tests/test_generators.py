@@ -44,11 +44,20 @@ EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
 
 def llama(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
-    config = LlamaConfig(**{
-        "vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": 96, "pad_token_id": PAD, "eos_token_id": EOS,
-        "bos_token_id": TOKENIZER.bos_token_id, **changes,
-    })  # fmt: skip
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(TOKENIZER),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 96,
+            "pad_token_id": PAD,
+            "eos_token_id": EOS,
+            "bos_token_id": TOKENIZER.bos_token_id,
+            **changes,
+        }
+    )
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.lm_head.weight, std=0.35)  # a distribution that is neither flat nor a single token
     return model.eval()
@@ -66,10 +75,15 @@ def requests(
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, vocab or len(TOKENIZER), rng.integers(1, 14)).tolist()) for _ in range(n)]
     return [
-        Request(key=f"{cell} {name} {i}".encode(), cell=cell, token_ids=prompt, seed=seed_of(name, i),
-                sampling=sampling or Sampling(max_tokens=12))
+        Request(
+            key=f"{cell} {name} {i}".encode(),
+            cell=cell,
+            token_ids=prompt,
+            seed=seed_of(name, i),
+            sampling=sampling or Sampling(max_tokens=12),
+        )
         for i, prompt in enumerate(prompts)
-    ]  # fmt: skip
+    ]
 
 
 def same_prompt(n: int, prompt: tuple[int, ...] = (5, 9, 33)) -> list[Request]:
@@ -77,9 +91,14 @@ def same_prompt(n: int, prompt: tuple[int, ...] = (5, 9, 33)) -> list[Request]:
 
 
 def complete(
-    model: Any, asked: Sequence[Request], sampling: Sampling | None = None, *, batch_size: int = 64,
-    tokenizer: Any = TOKENIZER, ends: Iterable[int] = (EOS,),
-) -> list[Completion]:  # fmt: skip
+    model: Any,
+    asked: Sequence[Request],
+    sampling: Sampling | None = None,
+    *,
+    batch_size: int = 64,
+    tokenizer: Any = TOKENIZER,
+    ends: Iterable[int] = (EOS,),
+) -> list[Completion]:
     """In the order of the requests."""
     if sampling is not None:
         asked = [dataclasses.replace(r, sampling=sampling) for r in asked]
@@ -135,8 +154,11 @@ def test_longer_limit_only_goes_on(model: Any, way: str) -> None:
     assert_same(complete(model, mixed, batch_size=5), [(short, long)[i % 2][i] for i in range(12)])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.5), Sampling(temperature=1.7, top_k=9),
-                                      Sampling(top_p=0.6)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(), Sampling(temperature=0.5), Sampling(temperature=1.7, top_k=9), Sampling(top_p=0.6)],
+    ids=str,
+)
 def test_tokens_follow_the_distribution(model: Any, sampling: Sampling) -> None:
     asked = same_prompt(6000)
     sampled = [c.token_ids for c in complete(model, asked, dataclasses.replace(sampling, max_tokens=2), batch_size=500)]
@@ -210,8 +232,9 @@ def test_of_equal_logits_at_the_edge_all_stay() -> None:
         assert filtered(logits, sampling).isfinite().tolist() == [[False, True, True, True, True, False]]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.6, top_k=6, top_p=0.9),
-                                      Sampling(temperature=0.0)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.6, top_k=6, top_p=0.9), Sampling(temperature=0.0)], ids=str
+)
 def test_logprob_is_that_of_the_tokens_under_the_sampling_distribution(
     model: Any, sampling: Sampling, way: str
 ) -> None:
@@ -225,8 +248,15 @@ def test_logprob_is_that_of_the_tokens_under_the_sampling_distribution(
         assert got.logprob == pytest.approx(total, abs=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(max_tokens=3, top_logprobs=7), Sampling(temperature=0.0, top_logprobs=1),
-                                      Sampling(temperature=0.5, top_k=2, top_logprobs=10**6)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=3, top_logprobs=7),
+        Sampling(temperature=0.0, top_logprobs=1),
+        Sampling(temperature=0.5, top_k=2, top_logprobs=10**6),
+    ],
+    ids=str,
+)
 def test_top_logprobs_are_the_models_own_at_the_first_token(model: Any, way: str, sampling: Sampling) -> None:
     asked = requests(9)
     for request, got in zip(asked, complete(model, asked, sampling, batch_size=4), strict=True):
@@ -251,11 +281,24 @@ def test_the_models_own_generation_config_changes_nothing(model: Any, way: str) 
     want = complete(model, asked)
     own = model.generation_config
     try:
-        model.generation_config = strange = type(own).from_dict({
-            **own.to_dict(), "do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.5,
-            "repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(40, 80)),
-            "min_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 2, "use_cache": False,
-        })  # fmt: skip
+        model.generation_config = strange = type(own).from_dict(
+            {
+                **own.to_dict(),
+                "do_sample": True,
+                "temperature": 0.1,
+                "top_k": 1,
+                "top_p": 0.1,
+                "min_p": 0.5,
+                "repetition_penalty": 9.0,
+                "no_repeat_ngram_size": 1,
+                "suppress_tokens": list(range(40, 80)),
+                "min_new_tokens": 8,
+                "num_beams": 3,
+                "num_return_sequences": 2,
+                "max_new_tokens": 2,
+                "use_cache": False,
+            }
+        )
         assert complete(model, asked) == want
         assert model.generation_config is strange
         with pytest.raises(IndexError):
@@ -299,9 +342,18 @@ def test_a_tokenizer_without_padding_token(model: Any, way: str) -> None:
 
 # ------------------------------------------------------------------------------------------------- joining and leaving
 
-SHAPE = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+SHAPE = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "grouped": ("LlamaConfig", SHAPE, True),
     "gpt2": ("GPT2Config", {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, True),
@@ -312,12 +364,33 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "gemma3": ("Gemma3TextConfig", {**SHAPE, "head_dim": 8, "sliding_window": 6}, True),
     "qwen3": ("Qwen3Config", {**SHAPE, "head_dim": 8}, True),
     "phi3": ("Phi3Config", {**SHAPE, "sliding_window": 7}, True),
-    "latent": ("DeepseekV3Config", {**SHAPE, "num_key_value_heads": 4, "first_k_dense_replace": 2, "q_lora_rank": 16,
-                                    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
-               True),
-    "state-space": ("MambaConfig", {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4,
-                                    "pad_token_id": 0, "eos_token_id": 2}, False),
-}  # fmt: skip
+    "latent": (
+        "DeepseekV3Config",
+        {
+            **SHAPE,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 2,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+        },
+        True,
+    ),
+    "state-space": (
+        "MambaConfig",
+        {
+            "vocab_size": 101,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+        },
+        False,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -423,16 +496,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cell(folder: Path, name: str, **changes: Any) -> Cell:
     base = folder / ("a" if name == "l" else name)
-    fields = {"name": name, "path": folder / name, "base": base, "size_b": 1e-5, "version_rank": 1,
-              "weight_hash": name * 16, "architecture": "x", "context": None, **changes}  # fmt: skip
+    fields = {
+        "name": name,
+        "path": folder / name,
+        "base": base,
+        "size_b": 1e-5,
+        "version_rank": 1,
+        "weight_hash": name * 16,
+        "architecture": "x",
+        "context": None,
+        **changes,
+    }
     return Cell(**fields)
 
 
 def spec(folder: Path, names: str = "abl", **changes: Any) -> EngineSpec:
-    return EngineSpec(**{
-        "kind": "hf", "cells": tuple(cell(folder, name) for name in names), "tokenizer": str(folder / "tokenizer"),
-        "dtype": "float32", "use_cpu": True, "batch_size": 4, **changes,
-    })  # fmt: skip
+    return EngineSpec(
+        **{
+            "kind": "hf",
+            "cells": tuple(cell(folder, name) for name in names),
+            "tokenizer": str(folder / "tokenizer"),
+            "dtype": "float32",
+            "use_cpu": True,
+            "batch_size": 4,
+            **changes,
+        }
+    )
 
 
 def collect_all(engine: Engine) -> dict[bytes, Completion | Refusal]:
@@ -548,8 +637,9 @@ def test_what_cannot_be_answered_is_refused_and_the_rest_goes_on(folder: Path) -
     fine = requests(3)
 
     def wrong(tokens: Sequence[int], cell: str = "a") -> Request:
-        return dataclasses.replace(fine[0], key=f"{cell} {len(tokens)} {tokens[:1]}".encode(), cell=cell,
-                                   token_ids=tuple(tokens))  # fmt: skip
+        return dataclasses.replace(
+            fine[0], key=f"{cell} {len(tokens)} {tokens[:1]}".encode(), cell=cell, token_ids=tuple(tokens)
+        )
 
     cases = [
         (wrong([5] * 19), "cell a: a prompt of 19 tokens and a response of up to 12 exceed its context of 30"),
@@ -612,8 +702,13 @@ def test_an_engine_without_its_tokenizer_does_not_open(folder: Path) -> None:
 
 def test_uniforms_are_splitmix64() -> None:
     """The first outputs for seed 1234567, as published with the algorithm."""
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
-                 16408922859458223821]  # fmt: skip
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     got = [uniforms(np.array([1234567], dtype=np.uint64), step)[0] for step in range(5)]
     assert got == [(value >> 11) * 2.0**-53 for value in published]
     assert uniforms(np.array([0, 2**63 - 1], dtype=np.uint64), 2**40).tolist() == [

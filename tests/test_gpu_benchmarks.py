@@ -52,8 +52,14 @@ Outcome = tuple[int, str, str]
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> Outcome:
     """Exit status, stdout, stderr."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -116,8 +122,17 @@ def test_the_whole_suite(runs: Callable[[str], Outcome], folder: Path) -> None:
     assert code == 0, out[-2000:] + err[-2000:]
     data, rows = results(folder / "suite.json")
     assert data["is_dry_run"]
-    assert list(rows) == ["llama3_8b", "cached", "frozen", "clipped", "qwen3_8b", "gemma2_2b", "half_prompt", "short",
-                          "float16"]  # fmt: skip
+    assert list(rows) == [
+        "llama3_8b",
+        "cached",
+        "frozen",
+        "clipped",
+        "qwen3_8b",
+        "gemma2_2b",
+        "half_prompt",
+        "short",
+        "float16",
+    ]
     for name, entries in rows.items():
         ours = entries["tso-fast"]
         assert ours["status"] == "ok", (name, ours)
@@ -129,11 +144,23 @@ def test_the_whole_suite(runs: Callable[[str], Outcome], folder: Path) -> None:
         assert {"median", "q1", "q3"} == set(ours["ratio"]) == set(ours["time_s"])
         assert entries["naive"]["status"] == "ok"
     headline = {name: entry["status"] for name, entry in rows["llama3_8b"].items()}
-    assert list(headline) == ["tso-fast", "naive", "trl", "liger_scaled", "cce", "liger_compiled", "quack",
-                              "cce_kahan", "liger", "torch_lce"]  # fmt: skip
+    assert list(headline) == [
+        "tso-fast",
+        "naive",
+        "trl",
+        "liger_scaled",
+        "cce",
+        "liger_compiled",
+        "quack",
+        "cce_kahan",
+        "liger",
+        "torch_lce",
+    ]
     on_gpus_only = {"cce", "cce_kahan", "quack"}  # not in the tests' environment, and nothing here could run them
-    assert all(status == "ok" or status.startswith("not installed") or name in on_gpus_only
-               for name, status in headline.items()), headline  # fmt: skip
+    assert all(
+        status == "ok" or status.startswith("not installed") or name in on_gpus_only
+        for name, status in headline.items()
+    ), headline
     # Ours on every case before anybody else on a second one.
     lines = [line.partition(":")[0] for line in out.splitlines()]
     titles = [line for line in lines if line.partition("/")[0] in rows]
@@ -201,8 +228,10 @@ def test_without_an_install(runs: Callable[[str], Outcome], folder: Path) -> Non
     assert {name: entry["status"] for name, entry in rows["llama3_8b"].items()} == {"tso-fast": "ok", "naive": "ok"}
     assert list(rows) == ["llama3_8b"]
     assert data["runs"][0]["commit"] == "abc"
-    assert out.splitlines()[-1].split() == [f"{folder}/copy/tso_fast/__init__.py",
-                                            f"{folder}/copy/tso_fast/kernels/__init__.py"]  # fmt: skip
+    assert out.splitlines()[-1].split() == [
+        f"{folder}/copy/tso_fast/__init__.py",
+        f"{folder}/copy/tso_fast/kernels/__init__.py",
+    ]
 
 
 def test_the_parent_leaves_the_gpu_alone(runs: Callable[[str], Outcome]) -> None:
@@ -224,8 +253,16 @@ def test_first_contact(runs: Callable[[str], Outcome], folder: Path) -> None:
     assert found["step tso-fast"]["misses"] == []
     assert found["step naive"]["status"] == "ok"
     for rows in (16, 40):
-        for name in ("logsumexp", "exponentials", "dhidden by tiles", "dhidden by torch", "dweight first",
-                     "dweight middle", "dweight last", "dweight alone"):  # fmt: skip
+        for name in (
+            "logsumexp",
+            "exponentials",
+            "dhidden by tiles",
+            "dhidden by torch",
+            "dweight first",
+            "dweight middle",
+            "dweight last",
+            "dweight alone",
+        ):
             record = found[f"product {rows} {name}"]
             assert record["ratio"] > 0
             assert record["of"] in found
@@ -283,9 +320,15 @@ def test_what_first_contact_chooses(modules: Any) -> None:
         "TMA with stride 0": {"error": "RuntimeError: invalid argument"},
         "device": {"key": "NVIDIA H200, bfloat16, D 4096, V 128256", "power.limit": "700.00 W"},
         "power": {"power_w": {"median": 690.0}, "sm_mhz": {"median": 1755.0}},
-        "step tso-fast": {"status": "ok", "misses": [], "time_s": {"median": 0.1}, "ratio": {"median": 1.15},
-                          "floor": {"best": "floor", "floor": {"median": 0.0872}}, "extra_mib": 1700.0},
-    }  # fmt: skip
+        "step tso-fast": {
+            "status": "ok",
+            "misses": [],
+            "time_s": {"median": 0.1},
+            "ratio": {"median": 1.15},
+            "floor": {"best": "floor", "floor": {"median": 0.0872}},
+            "extra_mib": 1700.0,
+        },
+    }
     text = "\n".join(first_contact.decisions(found, 4096))
     assert "dhidden: by cuBLAS, at 4096 rows 5.50 ms by cuBLAS and 6.10 ms by tiles" in text
     assert "logits: by tiles, 710 TFLOP/s" in text
@@ -294,11 +337,18 @@ def test_what_first_contact_chooses(modules: Any) -> None:
     assert "floor: 87.2 ms" in text
     assert "100.0 ms, 1.15 of the floor, 1,700 MiB extra; every goal is met." in text
     entry = json.loads(text.splitlines()[-1])[found["device"]["key"]]
-    assert [entry[name] for name in ("logits", "dhidden", "dhidden_skipping", "dweight")] == [other, "cublas", tile,
-                                                                                            tile]  # fmt: skip
+    assert [entry[name] for name in ("logits", "dhidden", "dhidden_skipping", "dweight")] == [
+        other,
+        "cublas",
+        tile,
+        tile,
+    ]
 
-    found |= {"tile dhidden cublas": timed("dhidden", "cublas", 5.7), "tile logits b": timed("logits", other, 7, 630.0),
-              "tile logits a": timed("logits", tile, 7.1, 600.0)}  # fmt: skip
+    found |= {
+        "tile dhidden cublas": timed("dhidden", "cublas", 5.7),
+        "tile logits b": timed("logits", other, 7, 630.0),
+        "tile logits a": timed("logits", tile, 7.1, 600.0),
+    }
     found["step tso-fast"] |= {"extra_mib": 3000.0, "misses": ["dweight 4.0e-03 > 0.0035"], "ratio": {"median": 1.3}}
     text = "\n".join(first_contact.decisions(found, 4096))
     assert "dhidden: by tiles" in text

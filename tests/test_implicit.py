@@ -15,10 +15,10 @@ import torch
 from test_policy import CONFIGS, LOAD, VOCAB, tiny
 from torch import nn
 
-from tso_fast.batching import encode_prompt, response_ids
 from tso_fast.errors import InputError
 from tso_fast.judges import implicit
 from tso_fast.judges.implicit import SequenceLogprob, cell_logprobs, response_logprobs
+from tso_fast.models.tokens import encode_prompt, response_ids
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.types import HUMAN, Candidates, Cell, Prompt, Response
 
@@ -79,8 +79,10 @@ def test_batches_hold_as_many_tokens_as_they_may(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_scored_is_an_error() -> None:
-    for row, message in ((((5, 6), ()), "row 1: its prompt has 2 tokens and its completion 0"),
-                         (((), (5,)), "row 1: its prompt has 0 tokens and its completion 1")):  # fmt: skip
+    for row, message in (
+        (((5, 6), ()), "row 1: its prompt has 2 tokens and its completion 0"),
+        (((), (5,)), "row 1: its prompt has 0 tokens and its completion 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             response_logprobs(tiny(), [rows(1)[0], row], pad_token_id=0)
     broken = tiny()
@@ -122,8 +124,17 @@ def candidates() -> list[Candidates]:
 
 
 def a_cell(folder: Path, **changes: Any) -> Cell:
-    fields = {"name": "a", "path": folder / "a", "base": folder / "a", "size_b": 1e-5, "version_rank": 1,
-              "weight_hash": "0" * 16, "architecture": "x", "context": None, **changes}  # fmt: skip
+    fields = {
+        "name": "a",
+        "path": folder / "a",
+        "base": folder / "a",
+        "size_b": 1e-5,
+        "version_rank": 1,
+        "weight_hash": "0" * 16,
+        "architecture": "x",
+        "context": None,
+        **changes,
+    }
     return Cell(**fields)
 
 

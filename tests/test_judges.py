@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from helpers import read_rows
 
-from tso_fast.config import VerifierConfig
+from tso_fast.config.settings import VerifierConfig
 from tso_fast.errors import InputError
+from tso_fast.files.rows import BadRows, read_candidates
+from tso_fast.judges.panel import judgeable
 from tso_fast.judges.verifier import final_number, make_verifier, verify
-from tso_fast.judging import judgeable
-from tso_fast.records import BadRows, read_candidates
 from tso_fast.types import Candidates, Message, Prompt, Response
 
 
@@ -54,19 +54,52 @@ def test_numeric_accepts_every_human_solution_of_gsm8k(gsm8k_train: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("-$1,234.50", "-1234.5"), ("$-5", "-5"), ("€ 7", "7"), ("7€", "7"), ("1,234,567", "1234567"),
-        ("3.0", "3"), ("3.", "3"), (".5", "0.5"), ("-.5", "-0.5"), ("007", "7"), ("−5", "-5"), ("+7", "7"),
-        ("50%", "50"), ("5th", "5"), ("(5)", "5"), ("**5**", "5"), ("x=5", "5"), (r"\boxed{5}", "5"),
-        ("7 ÷ 2 = 3.5", "3.5"), ("10 - 3", "3"), ("20-5", "5"), ("= -3", "-3"), ("3 to -4", "-4"),
-        ("48/2 = <<48/2=24>>24 clips", "24"), ("half: <<1/2=0.5>>", None), ("none", None), ("", None), ("h2o", None),
+        ("-$1,234.50", "-1234.5"),
+        ("$-5", "-5"),
+        ("€ 7", "7"),
+        ("7€", "7"),
+        ("1,234,567", "1234567"),
+        ("3.0", "3"),
+        ("3.", "3"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("007", "7"),
+        ("−5", "-5"),
+        ("+7", "7"),
+        ("50%", "50"),
+        ("5th", "5"),
+        ("(5)", "5"),
+        ("**5**", "5"),
+        ("x=5", "5"),
+        (r"\boxed{5}", "5"),
+        ("7 ÷ 2 = 3.5", "3.5"),
+        ("10 - 3", "3"),
+        ("20-5", "5"),
+        ("= -3", "-3"),
+        ("3 to -4", "-4"),
+        ("48/2 = <<48/2=24>>24 clips", "24"),
+        ("half: <<1/2=0.5>>", None),
+        ("none", None),
+        ("", None),
+        ("h2o", None),
         # after a marker the first number counts, else the last one
-        ("16 eggs\n#### 18", "18"), ("A: 26 or 27", "26"), ("The answer is 3, not 4.", "3"), ("Answer: $8.50", "8.5"),
-        ("A: 1\nA: 2", "2"), ("#### 1,000\nDone in 3 steps", "1000"), ("4 apples. A: none", "4"), ("A:\n- 5", "5"),
-        ("#### -12", "-12"), ("Banana: 3 of 4", "4"),
+        ("16 eggs\n#### 18", "18"),
+        ("A: 26 or 27", "26"),
+        ("The answer is 3, not 4.", "3"),
+        ("Answer: $8.50", "8.5"),
+        ("A: 1\nA: 2", "2"),
+        ("#### 1,000\nDone in 3 steps", "1000"),
+        ("4 apples. A: none", "4"),
+        ("A:\n- 5", "5"),
+        ("#### -12", "-12"),
+        ("Banana: 3 of 4", "4"),
         # several numbers, as documented
-        ("1/2", "2"), ("1 000", "0"), ("1.000,50", "50"), ("2.5e3", "2.5"),
+        ("1/2", "2"),
+        ("1 000", "0"),
+        ("1.000,50", "50"),
+        ("2.5e3", "2.5"),
     ],
-)  # fmt: skip
+)
 def test_final_number(text: str, number: str | None) -> None:
     assert final_number(text) == (None if number is None else Decimal(number))
 
@@ -79,8 +112,18 @@ def test_any_number_is_found_in_any_dress() -> None:
         plain = format(abs(value), r.choice(",f")) + r.choice(["", "", ".0" if value % 1 == 0 else "0"])
         number = (r.choice("-−") if value < 0 else "") + r.choice(["", "$", "€", "£"]) + plain
         before = r.choice(["", "He has 3 and 4.5.\n", "7 <<3+4=7>>, ", "so x = ", "\n- "])
-        after = r.choice(["{}", "{}.", "({})", "**{}** apples", "\n{}%\n", "\n#### {}", "A: {}\nIn 2 steps.",
-                          "The answer is {}, after 9 days."])  # fmt: skip
+        after = r.choice(
+            [
+                "{}",
+                "{}.",
+                "({})",
+                "**{}** apples",
+                "\n{}%\n",
+                "\n#### {}",
+                "A: {}\nIn 2 steps.",
+                "The answer is {}, after 9 days.",
+            ]
+        )
         whole = before + after.format(number)
         assert final_number(whole) == value, whole
 

@@ -21,21 +21,23 @@ from helpers import write_rows
 from test_openai_server import FakeServer, Handler
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tso_fast.batching import encode_prompt
-from tso_fast.config import AnsweringConfig, CellConfig, JudgeConfig, PairsConfig, check
+from tso_fast.config.checks import check
+from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig, PairsConfig
 from tso_fast.errors import InputError
+from tso_fast.files.responses import ResponseStore
+from tso_fast.files.rows import BadRows, read_verdicts, verdict_row
 from tso_fast.judges import llm, replies, template
 from tso_fast.judges.llm import Cost, baseline, judge, num_requests, of_both_orders
 from tso_fast.judges.replies import read_label, read_logprobs, read_rating
 from tso_fast.matrix import ModelMatrix
+from tso_fast.models.tokens import encode_prompt
 from tso_fast.quickstart.build import Recipe, make_tokenizer
-from tso_fast.records import BadRows, read_verdicts, verdict_row
-from tso_fast.response_store import ResponseStore
 from tso_fast.types import HUMAN, Candidates, Message, Prompt, Response
 
 CONTEXT = 1600
-TOKENIZER: Any = make_tokenizer([("Which response is better, A or B?", "A"), ("? 0 1 2 3 4 5 6 7 8 9", "7")] * 4,
-                                Recipe(seed=0))  # fmt: skip
+TOKENIZER: Any = make_tokenizer(
+    [("Which response is better, A or B?", "A"), ("? 0 1 2 3 4 5 6 7 8 9", "7")] * 4, Recipe(seed=0)
+)
 Say = Callable[[str], str]
 
 
@@ -47,11 +49,20 @@ def save_model(model: Any, folder: Path, tokenizer: Any = TOKENIZER) -> Path:
 
 def tiny_model(tokenizer: Any = TOKENIZER, context: int = CONTEXT) -> Any:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(  # a head of 32: vLLM's attention on CPUs takes multiples of it
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=context, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(  # a head of 32: vLLM's attention on CPUs takes multiples of it
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=context,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +87,13 @@ def is_right(item: Candidates, i: int) -> bool:
 
 
 def run(
-    candidates: list[Candidates], config: JudgeConfig, store: Path, matrix: Any = None, bad: BadRows | None = None,
+    candidates: list[Candidates],
+    config: JudgeConfig,
+    store: Path,
+    matrix: Any = None,
+    bad: BadRows | None = None,
     **settings: Any,
-) -> tuple[list[Any], Cost]:  # fmt: skip
+) -> tuple[list[Any], Cost]:
     given = {"use_cpu": True, "engine_timeout_s": 60.0, "max_completion_length": 8, **settings}
     check(PairsConfig(responses="-", output="-", judges=[config]))
     progress: list[int] = []
@@ -106,8 +121,20 @@ def answers(say: Say, logprobs: dict[str, float] | None = None) -> Any:
             top[said if said in top else "x"] = logprobs["said"]
             told = {"token_logprobs": [0.0] * len(ids), "top_logprobs": [top] + [None] * (len(ids) - 1)}
         text = TOKENIZER.decode(ids, skip_special_tokens=True)
-        handler.send(200, {"choices": [{"text": text, "finish_reason": reason, "token_ids": ids, "logprobs": told,
-                                        "prompt_token_ids": body["prompt"]}]})  # fmt: skip
+        handler.send(
+            200,
+            {
+                "choices": [
+                    {
+                        "text": text,
+                        "finish_reason": reason,
+                        "token_ids": ids,
+                        "logprobs": told,
+                        "prompt_token_ids": body["prompt"],
+                    }
+                ]
+            },
+        )
 
     return reply
 
@@ -152,10 +179,18 @@ def odd(text: str) -> str:
     label = good(text)
     if "C" in label:
         return "None. [[ tie ]]"
-    return random.Random(text).choice([
-        f"**{label}**", label.lower(), f"\n  {label}. \n", f"Answer: {label}", f"({label})", f"[[{label}]]",
-        f"Response {label} is better.", f"The better response is {label}",
-    ])  # fmt: skip
+    return random.Random(text).choice(
+        [
+            f"**{label}**",
+            label.lower(),
+            f"\n  {label}. \n",
+            f"Answer: {label}",
+            f"({label})",
+            f"[[{label}]]",
+            f"Response {label} is better.",
+            f"The better response is {label}",
+        ]
+    )
 
 
 def reasoned(text: str) -> str:
@@ -206,10 +241,17 @@ def test_a_good_judge_is_right_whichever_side_the_answer_is_on(
     assert cost.prompt_tokens == sum(len(body["prompt"]) for body in server.asked)
     assert {body["max_tokens"] for body in server.asked} == {32}
     # Both orders, the responses themselves in their places.
-    shown = {(part(t, "Prompt"), part(t, "Response A"), part(t, "Response B"))
-             for t in (TOKENIZER.decode(body["prompt"]) for body in server.asked)}  # fmt: skip
-    assert shown == {(item.prompt.prompt, a.text, b.text) for item in candidates
-                     for a in item.responses for b in item.responses if a is not b}  # fmt: skip
+    shown = {
+        (part(t, "Prompt"), part(t, "Response A"), part(t, "Response B"))
+        for t in (TOKENIZER.decode(body["prompt"]) for body in server.asked)
+    }
+    assert shown == {
+        (item.prompt.prompt, a.text, b.text)
+        for item in candidates
+        for a in item.responses
+        for b in item.responses
+        if a is not b
+    }
 
 
 def test_a_verdict_after_reasons(folder: Path, server: FakeServer, tmp_path: Path) -> None:
@@ -220,8 +262,9 @@ def test_a_verdict_after_reasons(folder: Path, server: FakeServer, tmp_path: Pat
     assert {body["max_tokens"] for body in server.asked} == {256}
     assert {body["logprobs"] for body in server.asked} == {0}
     server.reply = answers(lambda text: "One of them is wrong, " * 20 + good(text))
-    out, cost = run(candidates, llm_config(folder, server, template="pairwise_reasoned", max_completion_length=30),
-                    tmp_path / "cut")  # fmt: skip
+    out, cost = run(
+        candidates, llm_config(folder, server, template="pairwise_reasoned", max_completion_length=30), tmp_path / "cut"
+    )
     assert cost.abstentions == 18
     assert out[0].reason.endswith(", which was cut after 30 tokens")
 
@@ -245,21 +288,31 @@ def test_how_sure_a_judge_is(folder: Path, server: FakeServer, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("say", "logprobs", "share"),
-    [(lambda text: "A", None, 1.0), (lambda text: "B", None, 0.0),
-     (lambda text: "A", {"said": -0.1, "other": -3.0}, 1.0)],
+    [
+        (lambda text: "A", None, 1.0),
+        (lambda text: "B", None, 0.0),
+        (lambda text: "A", {"said": -0.1, "other": -3.0}, 1.0),
+    ],
     ids=["A", "B", "A with log-probs"],
-)  # fmt: skip
+)
 def test_a_position_bias_gives_ties_and_a_warning(
-    say: Say, logprobs: Any, share: float, folder: Path, server: FakeServer, tmp_path: Path,
+    say: Say,
+    logprobs: Any,
+    share: float,
+    folder: Path,
+    server: FakeServer,
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     server.reply = answers(say, logprobs)
     out, cost = run(additions(20), llm_config(folder, server), tmp_path)
     assert {(c.probability, c.reason) for c in out} == {(0.5, "orders disagree")}
     assert (cost.abstentions, cost.decided, cost.disagreements) == (0, 60, 60)
     assert (cost.disagreement, cost.first_shown_share) == (1.0, share)
-    assert ("judge llm contradicts itself between the two orders in 60 of 60 decided comparisons (100 %), which count "
-            f"as ties; it prefers the response shown first in {100 * share:.0f} %") in caplog.text  # fmt: skip
+    assert (
+        "judge llm contradicts itself between the two orders in 60 of 60 decided comparisons (100 %), which count "
+        f"as ties; it prefers the response shown first in {100 * share:.0f} %"
+    ) in caplog.text
 
 
 def test_a_judge_at_random(folder: Path, server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -352,25 +405,36 @@ def test_nothing_is_asked_twice(folder: Path, server: FakeServer, tmp_path: Path
     assert cost_again == dataclasses.replace(cost, new_requests=0)
     assert len(server.asked) == 48
     # Nor are the same texts under other names, in another order, beside others.
-    more = [dataclasses.replace(item, prompt=dataclasses.replace(item.prompt, id=f"q{i}"),
-                                responses=(*item.responses[::-1], item.responses[0]))
-            for i, item in enumerate(candidates)]  # fmt: skip
+    more = [
+        dataclasses.replace(
+            item,
+            prompt=dataclasses.replace(item.prompt, id=f"q{i}"),
+            responses=(*item.responses[::-1], item.responses[0]),
+        )
+        for i, item in enumerate(candidates)
+    ]
     out, _ = run(more, llm_config(folder, server, name="again"), tmp_path)
     assert len(server.asked) == 48
     same = [c for c in out if c.responses == (2, 3)]
     assert {(c.probability, c.orders, c.reason) for c in same} == {(0.5, None, "the same text")}
-    assert [c.probability for c in out if c.responses == (1, 2)] == [1 - c.probability for c in first
-                                                                     if c.responses == (0, 1)]  # fmt: skip
+    assert [c.probability for c in out if c.responses == (1, 2)] == [
+        1 - c.probability for c in first if c.responses == (0, 1)
+    ]
 
 
 def test_every_response_against_a_middle_one(folder: Path, server: FakeServer, tmp_path: Path) -> None:
     server.reply = answers(good)
     ranks = [(3, 1.0), (1, 1.0), (2, 1.0)]
     candidates = [
-        dataclasses.replace(item, responses=tuple(
-            dataclasses.replace(r, version_rank=v, size_b=s) for r, (v, s) in zip(item.responses, ranks, strict=True)))
+        dataclasses.replace(
+            item,
+            responses=tuple(
+                dataclasses.replace(r, version_rank=v, size_b=s)
+                for r, (v, s) in zip(item.responses, ranks, strict=True)
+            ),
+        )
         for item in additions(4)
-    ]  # fmt: skip
+    ]
     out, cost = run(candidates, llm_config(folder, server, pairs="baseline"), tmp_path)
     assert [c.responses for c in out] == [(0, 2), (1, 2)] * 4
     assert cost.requests == 16
@@ -437,8 +501,10 @@ def test_a_conversation_without_a_chat_template(folder: Path, server: FakeServer
     save_model(tiny_model(), bare, plain)
     server.models = ["bare"]
     server.reply = answers(lambda text: "[[A]]")
-    talk = Candidates(prompt=Prompt(id="t", prompt=(Message(role="user", content="What is 1 plus 7?"),), where="f:3"),
-                      responses=additions(1)[0].responses)  # fmt: skip
+    talk = Candidates(
+        prompt=Prompt(id="t", prompt=(Message(role="user", content="What is 1 plus 7?"),), where="f:3"),
+        responses=additions(1)[0].responses,
+    )
     config = llm_config(bare, server, template="self_reference")
     with pytest.raises(InputError, match=r"f:3: field 'prompt' is a conversation, but the tokenizer has no chat"):
         run([talk], config, tmp_path / "a")
@@ -516,9 +582,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def digits() -> list[Candidates]:
     numbers = ((3, 7, 5), (9, 0, 1), (4, 8, 2), (6, 5, 9))
-    return [Candidates(prompt=Prompt(id=f"d{i}", prompt="?"),
-                       responses=tuple(Response(model="m", text=str(n)) for n in row))
-            for i, row in enumerate(numbers)]  # fmt: skip
+    return [
+        Candidates(
+            prompt=Prompt(id=f"d{i}", prompt="?"), responses=tuple(Response(model="m", text=str(n)) for n in row)
+        )
+        for i, row in enumerate(numbers)
+    ]
 
 
 def forward(path: Path, a: str, b: str) -> float:
@@ -532,8 +601,12 @@ def forward(path: Path, a: str, b: str) -> float:
     return mass["A"] / (mass["A"] + mass["B"])
 
 
-ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None,
-                                                              reason="vLLM is not installed"))]  # fmt: skip
+ENGINES = [
+    "hf",
+    pytest.param(
+        "vllm", marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+    ),
+]
 
 
 @pytest.mark.parametrize("generator", ENGINES)
@@ -565,8 +638,10 @@ def test_a_judge_with_another_vocabulary(trained: Path, tiny_matrix: Path, tmp_p
         ModelMatrix([CellConfig(path=str(tiny_matrix / "s.v1")), own])
     config = JudgeConfig(kind="llm", model=own, template=str(trained / "compare.txt"))
     # What the cells sampled is read as text: their token ids mean nothing here.
-    candidates = [dataclasses.replace(item, responses=tuple(dataclasses.replace(r, token_ids=(9999,))
-                                                            for r in item.responses)) for item in digits()]  # fmt: skip
+    candidates = [
+        dataclasses.replace(item, responses=tuple(dataclasses.replace(r, token_ids=(9999,)) for r in item.responses))
+        for item in digits()
+    ]
     out, cost = run(candidates, config, tmp_path, matrix)
     for c in out:
         first, second = (candidates[int(c.prompt_id[1:])].responses[i].text for i in c.responses)
@@ -618,8 +693,12 @@ def test_a_killed_judge_goes_on(trained: Path, tmp_path: Path) -> None:
     own = CellConfig(path=str(trained / "judge"))
     config = JudgeConfig(kind="llm", model=own, template=str(trained / "compare.txt"))
     whole, cost = run(digits(), config, tmp_path / "whole", shard_size=2)
-    ended = subprocess.run([sys.executable, "-c", KILLED, trained, tmp_path / "parts", Path(__file__).parent],
-                           capture_output=True, text=True, timeout=200)  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, trained, tmp_path / "parts", Path(__file__).parent],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     out, cost_again = run(digits(), config, tmp_path / "parts", shard_size=2)
     assert out == whole
@@ -656,8 +735,11 @@ def test_placeholders_are_replaced_at_once() -> None:
         ("{prompt} {first}", r"it has the placeholders \{prompt\}, \{first\}; expected"),
         ("{first} {second}", r"it has the placeholders \{first\}, \{second\}; expected"),
         ("{prompt} {first} {second} {response}", "it has the placeholders .*; expected"),
-        ("{prompt} {respnse}", r"the placeholder \{respnse\} is unknown; did you mean 'response'\?; expected .*"
-                               r"\{\{respnse\}\} stands for the text"),
+        (
+            "{prompt} {respnse}",
+            r"the placeholder \{respnse\} is unknown; did you mean 'response'\?; expected .*"
+            r"\{\{respnse\}\} stands for the text",
+        ),
         ("---\nreed: label\n---\n{prompt} {first} {second}", "the setting 'reed: label' is unknown; did you mean"),
         ("---\nlabel\n---\n{prompt} {first} {second}", "the setting 'label' is unknown"),
         ("---\nread: labels\n---\n{prompt} {first} {second}", "read: got 'labels', expected label or text"),
@@ -666,7 +748,7 @@ def test_placeholders_are_replaced_at_once() -> None:
         ("---\nrange: 5\n---\n{prompt} {response}", "range: got '5', expected the lowest and the highest rating"),
         ("---\nrange: 5-1\n---\n{prompt} {response}", "range: got '5-1', expected"),
     ],
-)  # fmt: skip
+)
 def test_a_template_that_cannot_be_used_is_named(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text(content)
@@ -683,8 +765,11 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
     file.write_bytes("{prompt} {response} ü".encode("latin-1"))
     with pytest.raises(InputError, match=r"cannot be read: .*expected a text in UTF-8"):
         template.load(str(file))
-    with pytest.raises(InputError, match=r"template: 'pairwize' is neither a file nor one of pairwise, pairwise_reas"
-                                         r"oned, pointwise, self_reference; did you mean 'pairwise'\?"):  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match=r"template: 'pairwize' is neither a file nor one of pairwise, pairwise_reas"
+        r"oned, pointwise, self_reference; did you mean 'pairwise'\?",
+    ):
         template.load("pairwize")
 
 
@@ -694,18 +779,72 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "texts"),
     [
-        (1.0, ["A", " a\n", "A.", "**A**", "(A)", "A)", "[A]", "`A`", '"A"', "[[A]]", "Answer: A", "answer is A",
-               "**Answer:** A", "Response A", "Response A is better.", "A is better", "Final answer: **A**", "[[ a ]]",
-               "The better response is A.", "If B were right, [[B]].\nBut [[A]]", "My verdict: [[A]] because ...",
-               "<think>B? [[B]]</think>\n\nA", "[[Response A]]", "Answer:\n\nA"]),
+        (
+            1.0,
+            [
+                "A",
+                " a\n",
+                "A.",
+                "**A**",
+                "(A)",
+                "A)",
+                "[A]",
+                "`A`",
+                '"A"',
+                "[[A]]",
+                "Answer: A",
+                "answer is A",
+                "**Answer:** A",
+                "Response A",
+                "Response A is better.",
+                "A is better",
+                "Final answer: **A**",
+                "[[ a ]]",
+                "The better response is A.",
+                "If B were right, [[B]].\nBut [[A]]",
+                "My verdict: [[A]] because ...",
+                "<think>B? [[B]]</think>\n\nA",
+                "[[Response A]]",
+                "Answer:\n\nA",
+            ],
+        ),
         (0.0, ["B", "b!", "Verdict: B", "Assistant B", "*B*", "The answer is B", "Choice: (B)"]),
         (0.5, ["[[C]]", "[[tie]]", "Tie", "a tie.", "Verdict: tie", "[[Tie]]"]),
-        (None, ["", " \n", "C", "AB", "A B", "A/B", "A or B", "A and B", "both", "neither", "A careful reading", "I",
-                "[[A]] or [[B]]", "[A] [B]", "B, since A is wrong", "Not A", "A is not better", "I prefer A",
-                "A is better than B", "<think>[[A]]", "[[D]]", "A\nB", "Apple", "A?", "1", "Ä", "Answer: A or B",
-                "As an AI language model I cannot judge."]),
+        (
+            None,
+            [
+                "",
+                " \n",
+                "C",
+                "AB",
+                "A B",
+                "A/B",
+                "A or B",
+                "A and B",
+                "both",
+                "neither",
+                "A careful reading",
+                "I",
+                "[[A]] or [[B]]",
+                "[A] [B]",
+                "B, since A is wrong",
+                "Not A",
+                "A is not better",
+                "I prefer A",
+                "A is better than B",
+                "<think>[[A]]",
+                "[[D]]",
+                "A\nB",
+                "Apple",
+                "A?",
+                "1",
+                "Ä",
+                "Answer: A or B",
+                "As an AI language model I cannot judge.",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_labels(value: float | None, texts: list[str]) -> None:
     for text in texts:
         got, reason = read_label(text)
@@ -716,22 +855,83 @@ def test_labels(value: float | None, texts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("value", "texts"),
     [
-        (7.0, ["7", " 7.\n", "[[7]]", "**7**", "Rating: 7", "rating = 7", "Rating: [[7]]", "Score: 7/10", "7/10",
-               "7 / 10",
-               "7 out of 10", "I give it 7/10.", "The rating is 7.", "**Rating:** 7", "Rating (1-10): 7", "Rating: 7.0",
-               "Overall score: 7/10, clear.", "[[7/10]]", "[[rating: 7]]", "Use [[1]] to [[10]].\nSo: [[7]]",
-               "Score: 3, then 5.\n[[7]]", "Rating: 7\n\n\nRationale: 3 mistakes, 2 of them grave.", "rating of 7",
-               "Rating: 7. I thought of 7/10 at once.", "<think>Rating: 2</think>Rating: 7", "Grade: 7",
-               "Rating: 7\n- 3 mistakes", "Right on 2 of 3 points: 7/10"]),
+        (
+            7.0,
+            [
+                "7",
+                " 7.\n",
+                "[[7]]",
+                "**7**",
+                "Rating: 7",
+                "rating = 7",
+                "Rating: [[7]]",
+                "Score: 7/10",
+                "7/10",
+                "7 / 10",
+                "7 out of 10",
+                "I give it 7/10.",
+                "The rating is 7.",
+                "**Rating:** 7",
+                "Rating (1-10): 7",
+                "Rating: 7.0",
+                "Overall score: 7/10, clear.",
+                "[[7/10]]",
+                "[[rating: 7]]",
+                "Use [[1]] to [[10]].\nSo: [[7]]",
+                "Score: 3, then 5.\n[[7]]",
+                "Rating: 7\n\n\nRationale: 3 mistakes, 2 of them grave.",
+                "rating of 7",
+                "Rating: 7. I thought of 7/10 at once.",
+                "<think>Rating: 2</think>Rating: 7",
+                "Grade: 7",
+                "Rating: 7\n- 3 mistakes",
+                "Right on 2 of 3 points: 7/10",
+            ],
+        ),
         (7.5, ["[[7.5]]", "Rating: 7.5/10", "7.5"]),
         (10.0, ["10", "10/10", "Rating: 10"]),
-        (None, ["", "seven", "Rating: seven", "[[11]]", "0", "-3", "Rating: -3", "Rating: −3", "100", "Rating: 7-8",
-                "Rating: 7 to 8", "7/10 or 8/10", "Rating: 7. Score: 8", "[[7]] [[8]]", "3.5/5", "Score: 4/5", "70%",
-                "Rating: 70%", "Rating: 7,5", "Rating: N/A", "7/10/2024", "I found 3 errors.", "Rating: 7th", "1e1",
-                "nan", "inf", "Rating: 1-10", "7 8", "٧", "Rating:\n1. Right\n2. Clear", "9" * 400,
-                "Rating: 7-8. Score: 5", "7 or 8 out of 10", "between 7 and 8/10", "Rating: 7/10 to 9/10"]),
+        (
+            None,
+            [
+                "",
+                "seven",
+                "Rating: seven",
+                "[[11]]",
+                "0",
+                "-3",
+                "Rating: -3",
+                "Rating: −3",
+                "100",
+                "Rating: 7-8",
+                "Rating: 7 to 8",
+                "7/10 or 8/10",
+                "Rating: 7. Score: 8",
+                "[[7]] [[8]]",
+                "3.5/5",
+                "Score: 4/5",
+                "70%",
+                "Rating: 70%",
+                "Rating: 7,5",
+                "Rating: N/A",
+                "7/10/2024",
+                "I found 3 errors.",
+                "Rating: 7th",
+                "1e1",
+                "nan",
+                "inf",
+                "Rating: 1-10",
+                "7 8",
+                "٧",
+                "Rating:\n1. Right\n2. Clear",
+                "9" * 400,
+                "Rating: 7-8. Score: 5",
+                "7 or 8 out of 10",
+                "between 7 and 8/10",
+                "Rating: 7/10 to 9/10",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_ratings_of_every_form(value: float | None, texts: list[str]) -> None:
     for text in texts:
         got, reason = read_rating(text, 1, 10)
@@ -741,9 +941,42 @@ def test_ratings_of_every_form(value: float | None, texts: list[str]) -> None:
 
 def test_replies_of_any_kind_are_read_fast_or_not_at_all() -> None:
     """Parts that mean something, in any order: no error, nothing out of range, no two verdicts at once."""
-    parts = ["[[", "]]", "A", "B", "7", "10", "/", " ", "\n", "Rating", ":", ".", "-", "**", "Answer", "is", "better",
-             "out of", "(", ")", "tie", "[[A]]", "[[B]]", "[[7]]", "[[3]]", "<think>", "</think>", "ü", "\ud800",
-             "9" * 30, "1.5", ",", "%", "\x00"]  # fmt: skip
+    parts = [
+        "[[",
+        "]]",
+        "A",
+        "B",
+        "7",
+        "10",
+        "/",
+        " ",
+        "\n",
+        "Rating",
+        ":",
+        ".",
+        "-",
+        "**",
+        "Answer",
+        "is",
+        "better",
+        "out of",
+        "(",
+        ")",
+        "tie",
+        "[[A]]",
+        "[[B]]",
+        "[[7]]",
+        "[[3]]",
+        "<think>",
+        "</think>",
+        "ü",
+        "\ud800",
+        "9" * 30,
+        "1.5",
+        ",",
+        "%",
+        "\x00",
+    ]
     r = random.Random(0)
     for n in range(20_000):
         text = "".join(r.choices(parts, k=r.randint(0, 12)))

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from tso_fast.losses import LOSSES, clipped_sides, dpo, dual_clip, loss_options, resolve_loss, sft
+from tso_fast.losses import (
+    LOSSES,
+    clipped_sides,
+    dpo,
+    dual_clip,
+    find_loss,
+    loss_options,
+    resolve_loss,
+    sft,
+    weighted_sum,
+)
 from tso_fast.types import PairLogprobs
 
 N = 400
@@ -48,8 +58,14 @@ def records(seed: int = 0, *, soft: bool = True, margin: bool = True) -> PairLog
 
 def pair(chosen: float, rejected: float, **fields: float) -> PairLogprobs:
     """One pair with these log-ratios against a reference of 0."""
-    values = {"chosen": chosen, "rejected": rejected, "ref_chosen": 0.0, "ref_rejected": 0.0,
-              "num_chosen_tokens": 1.0, "num_rejected_tokens": 1.0} | fields  # fmt: skip
+    values = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "ref_chosen": 0.0,
+        "ref_rejected": 0.0,
+        "num_chosen_tokens": 1.0,
+        "num_rejected_tokens": 1.0,
+    } | fields
     tensors = {name: torch.tensor([value], dtype=torch.float64) for name, value in values.items()}
     tensors["chosen"].requires_grad_()
     tensors["rejected"].requires_grad_()
@@ -114,8 +130,10 @@ def test_without_bounds_dual_clip_is_dpo_bit_for_bit(dtype: torch.dtype) -> None
     clipped = gradient(dual_clip, r, beta=0.2, clip_chosen=INF, clip_rejected=INF)
     assert all(torch.equal(x, y) for x, y in zip(clipped, gradient(dpo, r, beta=0.2), strict=True))
     # A bound that nothing reaches is no bound either.
-    assert all(torch.equal(x, y) for x, y in zip(clipped, gradient(dual_clip, r, beta=0.2, clip_chosen=1e6,
-                                                                   clip_rejected=1e6), strict=True))  # fmt: skip
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(clipped, gradient(dual_clip, r, beta=0.2, clip_chosen=1e6, clip_rejected=1e6), strict=True)
+    )
 
 
 # Rewards of (chosen, rejected) at beta 1 with bounds 0.5 and 0.25: beyond, exactly at, and just inside each bound.
@@ -213,4 +231,56 @@ def test_resolve_binds_options_of_names_and_functions() -> None:
     r = records(3)
     assert torch.equal(resolve_loss("dpo", {"beta": 0.7})(r), dpo(r, beta=0.7))
     assert torch.equal(resolve_loss(dpo, {"beta": 0.7})(r), dpo(r, beta=0.7))
-    assert resolve_loss(dpo, {}) is dpo
+    assert resolve_loss("dpo", {}) is LOSSES["dpo"]
+    assert resolve_loss(dpo, {}).function is dpo
+    assert not resolve_loss(dpo, {}).is_per_pair  # nothing is known of a bare function
+
+
+def test_a_row_is_its_function_and_what_others_must_know() -> None:
+    r = records(3)
+    assert {name for name, loss in LOSSES.items() if not loss.needs_reference} == {"sft"}
+    assert {name for name, loss in LOSSES.items() if not loss.takes_labels} == {"sft"}
+    for name, loss in LOSSES.items():
+        assert torch.equal(loss(r), loss.function(r)), name
+        assert loss.title
+
+
+def test_a_loss_from_elsewhere_is_found_by_its_address() -> None:
+    assert find_loss("tso_fast.losses:dpo").function is dpo
+    for address, message in (
+        ("nowhere.at_all:loss", "cannot be imported: ModuleNotFoundError"),
+        ("tso_fast.losses:nothing", "cannot be imported: AttributeError"),
+        ("tso_fast.losses:__doc__", "expected a function or a tso_fast.losses.Loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_loss(address)
+
+
+def test_a_weighted_sum_is_the_sum_of_its_losses() -> None:
+    r = records(5)
+    total = weighted_sum(["dual_clip", "sft"], [1.0, 0.3], {"beta": 0.2, "dual_clip": {"clip_chosen": 0.7}})
+    want = dual_clip(r, beta=0.2, clip_chosen=0.7) + 0.3 * sft(r)
+    torch.testing.assert_close(total(r), want, rtol=1e-12, atol=0)
+    assert total.title == "dual clip (TSO) + 0.3 x chosen-only NLL"
+    assert total.needs_reference
+    assert total.takes_labels
+    assert loss_options(total) == {"beta": 0.2, "clip_chosen": 0.7, "clip_rejected": 0.3}
+    assert weighted_sum(["dpo"], None, {"beta": 0.2})(r).equal(dpo(r, beta=0.2))
+    assert not weighted_sum(["sft"], [2.0], {}).needs_reference
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "options", "message"),
+    [
+        ([], None, {}, "got the losses none; expected one or more, each once"),
+        (["dpo", "dpo"], None, {}, "got the losses dpo, dpo; expected one or more, each once"),
+        (["dpo", "sft"], [1.0], {}, "loss_weights has 1 items for 2 losses"),
+        (["dpo", "sft"], None, {"clip_chosen": 1}, "none of the losses has the option 'clip_chosen'"),
+        (["dpo", "sft"], None, {"sft": {"beta": 1}}, "'sft' has no option 'beta'"),
+        (["dpo", "nmae"], None, {}, "unknown loss 'nmae'"),
+        (["dpo"], None, {"beta": 0}, "beta must be a finite number > 0"),
+    ],
+)
+def test_a_weighted_sum_that_cannot_be(names: Any, weights: Any, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weighted_sum(names, weights, options)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tso_fast.answering import ask
-from tso_fast.config import CellConfig, GenerateConfig
+from tso_fast.config.settings import CellConfig, GenerateConfig
 from tso_fast.errors import InputError
+from tso_fast.files.rows import BadRows
 from tso_fast.matrix import ModelMatrix, check_fits, open_cell
-from tso_fast.policy import load_model, load_tokenizer
+from tso_fast.models.load import load_model, load_tokenizer
 from tso_fast.quickstart.build import Recipe, make_tokenizer
-from tso_fast.records import BadRows
 from tso_fast.types import HUMAN, Candidates, Message, Prompt, Response
 
 NAMES = ("s.v1", "s.v2", "m.v1", "m.v2")
@@ -216,15 +216,21 @@ LONG = "Sam has 2 pears. " * 20
 @pytest.mark.parametrize(
     ("bad_item", "message"),
     [
-        (item(LONG), r"field 'prompt' has \d+ tokens; with max_completion_length 16 that exceeds the context of 64; "
-                     r"expected at most 48"),
-        (item("2 + 3?", Response(model=HUMAN, text=LONG)), r"field 'human_response' has \d+ tokens; with the prompt's"
-                                                           r" \d+ that exceeds the context of 64"),
+        (
+            item(LONG),
+            r"field 'prompt' has \d+ tokens; with max_completion_length 16 that exceeds the context of 64; "
+            r"expected at most 48",
+        ),
+        (
+            item("2 + 3?", Response(model=HUMAN, text=LONG)),
+            r"field 'human_response' has \d+ tokens; with the prompt's"
+            r" \d+ that exceeds the context of 64",
+        ),
         (item("2 + 3?", Response(model="old", text=LONG)), r"field 'responses\[old\]' has \d+ tokens"),
         (item("2 + 3?", Response(model="old", text="", token_ids=(3,) * 64)), r"'responses\[old\]' has 64 tokens"),
     ],
     ids=["prompt", "human_response", "response", "token_ids"],
-)  # fmt: skip
+)
 def test_too_long_raises_or_is_skipped(tokenizer: Any, bad_item: Candidates, message: str) -> None:
     with pytest.raises(InputError, match=r"p\.jsonl:4: .*" + message):
         check_fits([item(), bad_item], tokenizer, 64, 16, BadRows())

@@ -24,9 +24,15 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(
-    *, bias: bool = False, dtype: torch.dtype = torch.float32, pairs: int = 3, length: int = 7, dim: int = 13,
-    vocab: int = 67, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    pairs: int = 3,
+    length: int = 7,
+    dim: int = 13,
+    vocab: int = 67,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Forward's arguments by name; every sequence has a prompt, a completion and padding."""
     g = torch.Generator().manual_seed(seed)
 

@@ -12,19 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-from tso_fast.batching import EncodedPair
 from tso_fast.errors import TrainingError
-from tso_fast.losses import dpo, dual_clip, sft
-from tso_fast.monitors import Meter, MetricsLog, NonFiniteGuard, check_first_step, drift_warnings, finite
-from tso_fast.types import PreferenceOutput
+from tso_fast.losses import LOSSES, weighted_sum
+from tso_fast.training.batches import EncodedPair
+from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, drift_warnings, finite
+from tso_fast.types import PairBatch, PreferenceOutput
 
 LN2 = math.log(2)
 NAN, INF = math.nan, math.inf
 
 
 def encoded(scale: float = 1.0, soft_label: float = 1.0, margin: float = 0.0) -> EncodedPair:
-    return EncodedPair(prompt=(5,), chosen=(6, 2), rejected=(7, 8, 2), scale=scale, soft_label=soft_label,
-                       margin=margin, prompt_id="q1")  # fmt: skip
+    return EncodedPair(
+        prompt=(5,),
+        chosen=(6, 2),
+        rejected=(7, 8, 2),
+        scale=scale,
+        soft_label=soft_label,
+        margin=margin,
+        prompt_id="q1",
+    )
 
 
 def output(**changes: Any) -> PreferenceOutput:
@@ -44,10 +51,18 @@ def output(**changes: Any) -> PreferenceOutput:
 
 SCALE, PADDING = torch.tensor([1.0, 3.0, 0.0]), [False, False, True]
 EXPECTED = {
-    "loss": (0.5 + 3 * 0.9) / 4, "rewards/chosen": 0.1, "rewards/rejected": -0.2, "rewards/margins": 0.3,
-    "rewards/accuracies": 1.0, "logps/chosen": -5.0, "logps/rejected": -5.0, "clip/chosen": 1.0, "clip/rejected": 0.5,
-    "num_tokens/chosen": 4.0, "num_tokens/rejected": 4.0,
-}  # fmt: skip
+    "loss": (0.5 + 3 * 0.9) / 4,
+    "rewards/chosen": 0.1,
+    "rewards/rejected": -0.2,
+    "rewards/margins": 0.3,
+    "rewards/accuracies": 1.0,
+    "logps/chosen": -5.0,
+    "logps/rejected": -5.0,
+    "clip/chosen": 1.0,
+    "clip/rejected": 0.5,
+    "num_tokens/chosen": 4.0,
+    "num_tokens/rejected": 4.0,
+}
 
 
 def test_meter_counts_real_pairs_and_weighs_the_loss() -> None:
@@ -91,11 +106,23 @@ def means(loss: float, chosen: float = 0.0, rejected: float = 0.0) -> dict[str, 
     return {"loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected}
 
 
-@pytest.mark.parametrize("loss", [dual_clip, dpo])
-def test_first_loss_is_ln_2(loss: Any) -> None:
-    batch = [encoded(), encoded(scale=3.0, soft_label=0.7)]
-    check_first_step(means(LN2), loss, batch, is_exact=True)
-    check_first_step(means(LN2 + 4e-2, 4e-2), loss, batch, is_exact=False)
+def first_step(loss: str, *pairs: tuple[float, float, float]) -> FirstStep:
+    """Of pairs (scale, soft label, margin), whose responses have any log-probs."""
+    scale, soft_label, margin = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    n = len(pairs)
+    empty = torch.empty(0)
+    batch = PairBatch(input_ids=empty, attention_mask=empty, targets=empty, scale=scale, soft_label=soft_label,
+                      margin=margin)  # fmt: skip
+    step = FirstStep(LOSSES[loss])
+    step.add(output(logprobs=torch.linspace(-9, -2, 2 * n), num_tokens=torch.arange(1, 2 * n + 1)), batch)
+    return step
+
+
+@pytest.mark.parametrize("loss", ["dual_clip", "dpo"])
+def test_first_loss_is_ln_2(loss: str) -> None:
+    step = first_step(loss, (1.0, 1.0, 0.0), (3.0, 0.7, 0.0))
+    step.check(means(LN2), is_exact=True)
+    step.check(means(LN2 + 4e-2, 4e-2), is_exact=False)
     for wrong in (
         means(LN2 + 2e-3),  # something differs
         means(2 * LN2),  # a sum instead of a mean
@@ -104,27 +131,31 @@ def test_first_loss_is_ln_2(loss: Any) -> None:
         means(LN2, 0.0, -2e-3),
     ):
         with pytest.raises(TrainingError, match=r"the first step has loss .* they must be 0\.693147 and 0"):
-            check_first_step(wrong, loss, batch, is_exact=True)
+            step.check(wrong, is_exact=True)
 
 
 def test_first_loss_follows_from_margin_soft_label_and_scale() -> None:
-    batch = [encoded(scale=3.0, margin=1.0, soft_label=0.9), encoded()]
+    step = first_step("dual_clip", (3.0, 0.9, 1.0), (1.0, 1.0, 0.0))
     first = 0.9 * math.log1p(math.exp(1)) + 0.1 * math.log1p(math.exp(-1))
-    expected = (3 * first + LN2) / 4
-    check_first_step(means(expected), dual_clip, batch, is_exact=True)
+    step.check(means((3 * first + LN2) / 4), is_exact=True)
     with pytest.raises(TrainingError):
-        check_first_step(means(LN2), dual_clip, batch, is_exact=True)
+        step.check(means(LN2), is_exact=True)
 
 
-def test_first_step_of_a_loss_without_reference_is_judged_by_its_rewards() -> None:
-    check_first_step(means(3.7), sft, [encoded()], is_exact=True)
+def test_first_loss_of_a_sum_of_losses_follows_from_the_log_probs() -> None:
+    """A loss with an NLL in it has no constant first value; what the function says of log-ratios of 0 is expected."""
+    step = FirstStep(weighted_sum(["dpo", "sft"], [1.0, 0.5], {}))
+    batch = PairBatch(**dict.fromkeys(("input_ids", "attention_mask", "targets"), torch.empty(0)),
+                      scale=torch.ones(1), soft_label=torch.ones(1), margin=torch.zeros(1))  # fmt: skip
+    step.add(output(logprobs=torch.tensor([-6.0, -8.0]), num_tokens=torch.tensor([3, 2])), batch)
+    step.check(means(LN2 + 0.5 * 6 / 3), is_exact=True)
     with pytest.raises(TrainingError):
-        check_first_step(means(3.7, 0.3), sft, [encoded()], is_exact=True)
+        step.check(means(LN2), is_exact=True)
 
 
 def test_first_step_leaves_what_is_not_finite_to_the_guard() -> None:
-    check_first_step(means(NAN, NAN, NAN), dpo, [encoded()], is_exact=True)
-    check_first_step(means(NAN), dpo, [encoded(scale=0.0)], is_exact=True)
+    first_step("dpo", (1.0, 1.0, 0.0)).check(means(NAN, NAN, NAN), is_exact=True)
+    first_step("dpo", (0.0, 1.0, 0.0)).check(means(NAN), is_exact=True)
 
 
 # -------------------------------------------------------------------------------------------------- non-finite steps
@@ -142,9 +173,22 @@ def test_guard_counts_saves_and_stops(tmp_path: Path, caplog: pytest.LogCaptureF
     ]
     assert (guard.total, guard.in_a_row) == (2, 0)
     saved = json.loads((tmp_path / "iter-1/nonfinite-step-2.json").read_text())
-    assert saved == {"step": 2, "loss": "0.6", "grad_norm": "nan", "pairs": [{
-        "prompt": [5], "chosen": [6, 2], "rejected": [7, 8, 2], "scale": 0.5, "soft_label": 1.0, "margin": 0.25,
-        "prompt_id": "q1"}]}  # fmt: skip
+    assert saved == {
+        "step": 2,
+        "loss": "0.6",
+        "grad_norm": "nan",
+        "pairs": [
+            {
+                "prompt": [5],
+                "chosen": [6, 2],
+                "rejected": [7, 8, 2],
+                "scale": 0.5,
+                "soft_label": 1.0,
+                "margin": 0.25,
+                "prompt_id": "q1",
+            }
+        ],
+    }
     assert "step 3: loss 0.6, gradient norm inf: skipped" in caplog.text
     assert not guard.is_finite(5, INF, 1.0, batch)
     assert not guard.is_finite(6, 0.6, NAN, batch)
@@ -195,8 +239,12 @@ def test_rewind_keeps_what_came_before_and_drops_a_line_that_a_kill_cut(
 def figures(
     reward: float | None = 0.1, tokens: float | None = 10.0, distinct: float | None = 0.8, skipped: int = 0
 ) -> Any:
-    return {"final": {"rewards/chosen": reward}, "generated_tokens": tokens, "distinct_responses": distinct,
-            "skipped_steps": skipped}  # fmt: skip
+    return {
+        "final": {"rewards/chosen": reward},
+        "generated_tokens": tokens,
+        "distinct_responses": distinct,
+        "skipped_steps": skipped,
+    }
 
 
 @pytest.mark.parametrize(

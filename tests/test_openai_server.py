@@ -29,7 +29,7 @@ import torch
 from tso_fast.errors import EngineError, InputError
 from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling, Server, generate, openai_server
 from tso_fast.generators.openai_server import OpenAIEngine
-from tso_fast.policy import load_tokenizer
+from tso_fast.models.load import load_tokenizer
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.seeds import seed_of
 from tso_fast.types import Cell
@@ -42,8 +42,19 @@ TEXTS = [("Add 1 and 2.", "3"), ("Write Sam twice.", "Sam Sam")] * 4
 TOKENIZER = make_tokenizer(TEXTS, Recipe(seed=0))
 EOS = TOKENIZER.eos_token_id
 KEY = "sk-very-secret"
-OPENAI_FIELDS = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "logprobs", "stop", "n",
-                 "presence_penalty", "frequency_penalty"}  # fmt: skip
+OPENAI_FIELDS = {
+    "model",
+    "prompt",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "logprobs",
+    "stop",
+    "n",
+    "presence_penalty",
+    "frequency_penalty",
+}
 Reply = Callable[["Handler", dict[str, Any]], None]
 
 
@@ -87,8 +98,15 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, *replies: Reply, models: tuple[str, ...] = ("m",), fields: set[str] | None = None,
-                 key: str = "", tells_tokens: bool = True, adapters: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *replies: Reply,
+        models: tuple[str, ...] = ("m",),
+        fields: set[str] | None = None,
+        key: str = "",
+        tells_tokens: bool = True,
+        adapters: bool = False,
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.replies, self.reply = list(replies), ok
         self.probe_reply: Reply = ok
@@ -139,8 +157,11 @@ def choice(handler: Handler, body: dict[str, Any], **changed: Any) -> dict[str, 
     told = {"token_ids": ids, "prompt_token_ids": body["prompt"]} if handler.server.tells_tokens else {}
     logprobs = {"token_logprobs": [-1.0, -0.5], "tokens": TOKENIZER.convert_ids_to_tokens(ids)}
     finish_reason = "length" if body["max_tokens"] <= 2 else "stop"
-    return {"choices": [{"text": TOKENIZER.decode(ids), "finish_reason": finish_reason, "logprobs": logprobs, **told,
-                         **changed}]}  # fmt: skip
+    return {
+        "choices": [
+            {"text": TOKENIZER.decode(ids), "finish_reason": finish_reason, "logprobs": logprobs, **told, **changed}
+        ]
+    }
 
 
 def ok(handler: Handler, body: dict[str, Any]) -> None:
@@ -209,8 +230,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_cell(name: str, base: Path, path: Path | None = None) -> Cell:
-    return Cell(name=name, path=path or base, base=base, size_b=0.001, version_rank=1, weight_hash="0" * 16,
-                architecture="llama", context=None, lora_rank=8 if path else None)  # fmt: skip
+    return Cell(
+        name=name,
+        path=path or base,
+        base=base,
+        size_b=0.001,
+        version_rank=1,
+        weight_hash="0" * 16,
+        architecture="llama",
+        context=None,
+        lora_rank=8 if path else None,
+    )
 
 
 Open = Callable[..., OpenAIEngine]
@@ -222,8 +252,11 @@ def engine(folder: Path) -> Iterator[Open]:
     with contextlib.ExitStack() as stack:
 
         def start(*servers: FakeServer, backoff_s: float = 0.001, **changed: Any) -> OpenAIEngine:
-            named = {f"{model}{i or ''}": Server(url=server.url, model=model)
-                     for i, server in enumerate(servers) for model in server.models}  # fmt: skip
+            named = {
+                f"{model}{i or ''}": Server(url=server.url, model=model)
+                for i, server in enumerate(servers)
+                for model in server.models
+            }
             cells = tuple(make_cell(name, folder) for name in named)
             spec = EngineSpec(kind="openai", cells=cells, tokenizer=str(folder), dtype="float32", servers=named)
             # A machine under load may take a second for what takes a millisecond.
@@ -235,8 +268,16 @@ def engine(folder: Path) -> Iterator[Open]:
 
 
 def ask(n: int, cell: str = "m", **sampling: Any) -> list[Request]:
-    return [Request(key=f"{cell}/{i}".encode(), cell=cell, token_ids=(5, 7, 50 + i), seed=seed_of("ask", i),
-                    sampling=Sampling(**{"max_tokens": 2, **sampling})) for i in range(n)]  # fmt: skip
+    return [
+        Request(
+            key=f"{cell}/{i}".encode(),
+            cell=cell,
+            token_ids=(5, 7, 50 + i),
+            seed=seed_of("ask", i),
+            sampling=Sampling(**{"max_tokens": 2, **sampling}),
+        )
+        for i in range(n)
+    ]
 
 
 def collect_all(engine: OpenAIEngine, requests: list[Request]) -> dict[bytes, Completion | Refusal]:
@@ -261,8 +302,9 @@ def test_tokens_in_tokens_out(serve: Callable[..., FakeServer], engine: Open) ->
     answers = collect_all(engine(server), asked)
     for request in asked:
         want = expected(request)
-        assert answers[request.key] == Completion(key=request.key, token_ids=want, text=TOKENIZER.decode(want),
-                                                  finish_reason="length", logprob=-1.5)  # fmt: skip
+        assert answers[request.key] == Completion(
+            key=request.key, token_ids=want, text=TOKENIZER.decode(want), finish_reason="length", logprob=-1.5
+        )
     assert Counter((body["model"], tuple(body["prompt"]), body["seed"]) for body in server.asked) == Counter(
         (request.cell, request.token_ids, request.seed) for request in asked
     )
@@ -276,17 +318,36 @@ def test_a_request_says_all_that_a_server_would_fill_in(serve: Callable[..., Fak
     generate(opened, ask(1))
     sampled, greedy, plain = server.asked
     neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    assert sampled == {"model": "m", "prompt": [5, 7, 50], "max_tokens": 9, "temperature": 0.7, "top_p": 0.9,
-                       "top_k": 4, "seed": seed_of("ask", 0), "stop": ["x", "yz"], "logprobs": 0,
-                       "return_token_ids": True, "skip_special_tokens": True, "stop_token_ids": [EOS],
-                       **neutral}  # fmt: skip
+    assert sampled == {
+        "model": "m",
+        "prompt": [5, 7, 50],
+        "max_tokens": 9,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 4,
+        "seed": seed_of("ask", 0),
+        "stop": ["x", "yz"],
+        "logprobs": 0,
+        "return_token_ids": True,
+        "skip_special_tokens": True,
+        "stop_token_ids": [EOS],
+        **neutral,
+    }
     assert (greedy["temperature"], greedy["top_p"], greedy["top_k"]) == (0.0, 1.0, -1)
     assert (plain["temperature"], plain["top_p"], plain["top_k"]) == (1.0, 1.0, -1)
 
 
-@pytest.mark.parametrize(("sampling", "logprob"), [({}, -1.5), ({"temperature": 0.0, "top_k": 3}, -1.5),
-                                                   ({"temperature": 0.7}, None), ({"top_p": 0.9}, None),
-                                                   ({"top_k": 3}, None)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("sampling", "logprob"),
+    [
+        ({}, -1.5),
+        ({"temperature": 0.0, "top_k": 3}, -1.5),
+        ({"temperature": 0.7}, None),
+        ({"top_p": 0.9}, None),
+        ({"top_k": 3}, None),
+    ],
+    ids=str,
+)
 def test_logprob_only_where_raw_and_processed_are_the_same(
     sampling: dict[str, Any], logprob: float | None, serve: Callable[..., FakeServer], engine: Open
 ) -> None:
@@ -295,20 +356,32 @@ def test_logprob_only_where_raw_and_processed_are_the_same(
 
 
 def test_incomplete_logprobs_are_none(serve: Callable[..., FakeServer], engine: Open) -> None:
-    replies = [says(logprobs=logprobs) for logprobs in (None, {}, {"token_logprobs": [-1.0]},
-                                                        {"token_logprobs": [-1.0, None]})]  # fmt: skip
+    replies = [
+        says(logprobs=logprobs) for logprobs in (None, {}, {"token_logprobs": [-1.0]}, {"token_logprobs": [-1.0, None]})
+    ]
     opened = engine(serve(*replies))
     assert [generate(opened, ask(1))[0].logprob for _ in range(5)] == [None] * 4 + [-1.5]
 
 
-@pytest.mark.parametrize(("sampling", "is_told"), [({}, True), ({"temperature": 0.0}, True), ({"top_p": 0.5}, False),
-                                                   ({"temperature": 0.5}, False), ({"top_logprobs": 0}, False)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("sampling", "is_told"),
+    [
+        ({}, True),
+        ({"temperature": 0.0}, True),
+        ({"top_p": 0.5}, False),
+        ({"temperature": 0.5}, False),
+        ({"top_logprobs": 0}, False),
+    ],
+    ids=str,
+)
 def test_top_logprobs_of_the_first_token(
     sampling: dict[str, Any], is_told: bool, serve: Callable[..., FakeServer], engine: Open
 ) -> None:
-    told = {"tokens": ["B", "x"], "token_logprobs": [-1.5, -0.5],
-            "top_logprobs": [{"B": -1.5, "A": -0.25, " A": -2.0}, {"x": -0.5}]}  # fmt: skip
+    told = {
+        "tokens": ["B", "x"],
+        "token_logprobs": [-1.5, -0.5],
+        "top_logprobs": [{"B": -1.5, "A": -0.25, " A": -2.0}, {"x": -0.5}],
+    }
     server = serve(says(logprobs=told))
     [answer] = generate(engine(server), ask(1, **{"top_logprobs": 2, **sampling}))
     assert server.asked[0]["logprobs"] == sampling.get("top_logprobs", 2)
@@ -318,8 +391,14 @@ def test_top_logprobs_of_the_first_token(
 def test_no_more_top_logprobs_than_openai_gives_and_none_where_there_are_none(
     serve: Callable[..., FakeServer], engine: Open
 ) -> None:
-    logprobs = [None, {}, {"top_logprobs": None}, {"top_logprobs": []}, {"top_logprobs": [None]},
-                {"top_logprobs": [{"A": None}]}]  # fmt: skip
+    logprobs = [
+        None,
+        {},
+        {"top_logprobs": None},
+        {"top_logprobs": []},
+        {"top_logprobs": [None]},
+        {"top_logprobs": [{"A": None}]},
+    ]
     server = serve(*[says(logprobs=told) for told in logprobs])
     opened = engine(server)
     assert [generate(opened, ask(1, top_logprobs=20))[0].top_logprobs for _ in logprobs] == [None] * len(logprobs)
@@ -341,22 +420,38 @@ def test_a_response_cut_by_the_server_is_refused(serve: Callable[..., FakeServer
     server = serve(says(finish_reason="length"))
     [answer] = collect_all(engine(server), ask(1, max_tokens=3)).values()
     assert isinstance(answer, Refusal)
-    assert answer.reason == (f"{server.url}: m ended the response after 2 of 3 tokens; prompt and response exceed the "
-                             "server's context")  # fmt: skip
+    assert answer.reason == (
+        f"{server.url}: m ended the response after 2 of 3 tokens; prompt and response exceed the server's context"
+    )
 
 
 # --- faults ---
 
 FAULTS: dict[str, Reply] = {
-    "500": fails(500), "502": fails(502, "<html>bad gateway</html>"), "503": fails(503, ""), "504": fails(504),
-    "429": fails(429, {"error": {"message": "slow down"}}), "429 now": fails(429, "", retry_after="0"),
-    "429 nonsense": fails(429, "", retry_after="soon"), "429 past": fails(429, "", retry_after="-5"),
-    "half": half, "truncated": truncated, "reset": resets, "empty": fails(200, ""), "html": fails(200, "<html>"),
-    "no choices": fails(200, {"object": "text_completion"}), "empty choices": fails(200, {"choices": []}),
-    "null": fails(200, "null"), "list": fails(200, [1]), "aborted": says(finish_reason="abort"),
-    "unfinished": says(finish_reason=None), "no text": says(text=None), "no tokens": says(token_ids=[]),
-    "odd tokens": says(token_ids=["a"]), "gzip": fails(200, "no gzip", content_encoding="gzip"),
-}  # fmt: skip
+    "500": fails(500),
+    "502": fails(502, "<html>bad gateway</html>"),
+    "503": fails(503, ""),
+    "504": fails(504),
+    "429": fails(429, {"error": {"message": "slow down"}}),
+    "429 now": fails(429, "", retry_after="0"),
+    "429 nonsense": fails(429, "", retry_after="soon"),
+    "429 past": fails(429, "", retry_after="-5"),
+    "half": half,
+    "truncated": truncated,
+    "reset": resets,
+    "empty": fails(200, ""),
+    "html": fails(200, "<html>"),
+    "no choices": fails(200, {"object": "text_completion"}),
+    "empty choices": fails(200, {"choices": []}),
+    "null": fails(200, "null"),
+    "list": fails(200, [1]),
+    "aborted": says(finish_reason="abort"),
+    "unfinished": says(finish_reason=None),
+    "no text": says(text=None),
+    "no tokens": says(token_ids=[]),
+    "odd tokens": says(token_ids=["a"]),
+    "gzip": fails(200, "no gzip", content_encoding="gzip"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -472,8 +567,10 @@ def test_one_bad_prompt_is_refused_and_the_rest_goes_on(serve: Callable[..., Fak
     asked = ask(6)
     answers = list(collect_all(engine(server), asked).items())
     refused = {key: answer.reason for key, answer in answers if isinstance(answer, Refusal)}
-    assert refused == {f"m/{i}".encode(): f"{server.url}/completions: {status}: too long: {status}"
-                       for i, status in ((2, 400), (3, 413), (4, 422))}  # fmt: skip
+    assert refused == {
+        f"m/{i}".encode(): f"{server.url}/completions: {status}: too long: {status}"
+        for i, status in ((2, 400), (3, 413), (4, 422))
+    }
     assert len(server.asked) == 6
 
 
@@ -541,19 +638,24 @@ def test_a_server_without_logprobs(serve: Callable[..., FakeServer], engine: Ope
     assert answer.token_ids == expected(ask(1)[0])
 
 
-@pytest.mark.parametrize(("told", "tokens"), [
-    ({"finish_reason": "length"}, "ids"), ({"finish_reason": "stop"}, "ids eos"),
-    ({"finish_reason": "stop", "stop_reason": None}, "ids eos"), ({"finish_reason": "stop", "stop_reason": 9}, "ids 9"),
-    ({"finish_reason": "stop", "stop_reason": "Write"}, "ids Write"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("told", "tokens"),
+    [
+        ({"finish_reason": "length"}, "ids"),
+        ({"finish_reason": "stop"}, "ids eos"),
+        ({"finish_reason": "stop", "stop_reason": None}, "ids eos"),
+        ({"finish_reason": "stop", "stop_reason": 9}, "ids 9"),
+        ({"finish_reason": "stop", "stop_reason": "Write"}, "ids Write"),
+    ],
+    ids=str,
+)
 def test_text_becomes_tokens_where_the_server_tells_none(
     told: dict[str, Any], tokens: str, serve: Callable[..., FakeServer], engine: Open
 ) -> None:
     server = serve(says(text="Sam 1 and", **told), tells_tokens=False)
     [answer] = generate(engine(server), ask(1))
     ids = TOKENIZER.encode("Sam 1 and", add_special_tokens=False)
-    end = {"ids": [], "ids eos": [EOS], "ids 9": [9],
-           "ids Write": TOKENIZER.encode("Write", add_special_tokens=False)}  # fmt: skip
+    end = {"ids": [], "ids eos": [EOS], "ids 9": [9], "ids Write": TOKENIZER.encode("Write", add_special_tokens=False)}
     assert answer.token_ids == (*ids, *end[tokens])
     assert answer.text == "Sam 1 and"
 
@@ -565,13 +667,21 @@ def test_a_model_that_is_not_there(serve: Callable[..., FakeServer], folder: Pat
     server = serve(models=("llama.v1", "llama.v2"))
     with pytest.raises(InputError) as caught:
         open_one(folder, server.url, "lama.v1")
-    assert str(caught.value) == (f"servers.m: no model 'lama.v1' at {server.url}; did you mean 'llama.v1'?; it has "
-                                 "llama.v1, llama.v2")  # fmt: skip
+    assert str(caught.value) == (
+        f"servers.m: no model 'lama.v1' at {server.url}; did you mean 'llama.v1'?; it has llama.v1, llama.v2"
+    )
 
 
 def open_one(folder: Path, url: str, model: str = "m", path: Path | None = None, **changed: Any) -> None:
-    spec = EngineSpec(kind="openai", cells=(make_cell("m", folder, path),), tokenizer=str(folder), dtype="float32",
-                      servers={"m": Server(url=url, model=model)}, timeout_s=20.0, max_retries=2)  # fmt: skip
+    spec = EngineSpec(
+        kind="openai",
+        cells=(make_cell("m", folder, path),),
+        tokenizer=str(folder),
+        dtype="float32",
+        servers={"m": Server(url=url, model=model)},
+        timeout_s=20.0,
+        max_retries=2,
+    )
     OpenAIEngine(dataclasses.replace(spec, **changed), backoff_s=0.001).close()
 
 
@@ -723,25 +833,58 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = ["--model", folder / "base", "--served-model-name", "base", "--dtype", "float32", "--enforce-eager",
-                 "--max-model-len", 256, "--enable-lora", "--max-lora-rank", 8, "--max-loras", 3, "--max-num-seqs", 16,
-                 "--lora-modules", f"a={folder / 'a'}", "--distributed-executor-backend", "uni",
-                 "--host", "127.0.0.1", "--port", port]  # fmt: skip
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_NO_USAGE_STATS": "1",
-                   "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # fmt: skip
+    arguments = [
+        "--model",
+        folder / "base",
+        "--served-model-name",
+        "base",
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        256,
+        "--enable-lora",
+        "--max-lora-rank",
+        8,
+        "--max-loras",
+        3,
+        "--max-num-seqs",
+        16,
+        "--lora-modules",
+        f"a={folder / 'a'}",
+        "--distributed-executor-backend",
+        "uni",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+    ]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *map(str, arguments)],
-            cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         url = f"http://127.0.0.1:{port}/v1"
         wait_for(url, process, log)
         cells = tuple(make_cell(name, folder / "base", folder / name if name != "base" else None) for name in models)
         servers = {name: Server(url=url, model=name) for name in models}
-        spec = EngineSpec(kind="openai", cells=cells, tokenizer=str(folder / "base"), dtype="float32", servers=servers,
-                          timeout_s=60.0)  # fmt: skip
+        spec = EngineSpec(
+            kind="openai", cells=cells, tokenizer=str(folder / "base"), dtype="float32", servers=servers, timeout_s=60.0
+        )
         yield Vllm(process, spec, models)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -754,23 +897,39 @@ def make_models(folder: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, pad_token_id=TOKENIZER.pad_token_id, eos_token_id=EOS,
+        vocab_size=len(TOKENIZER),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        pad_token_id=TOKENIZER.pad_token_id,
+        eos_token_id=EOS,
         bos_token_id=TOKENIZER.bos_token_id,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     torch.nn.init.normal_(model.lm_head.weight, std=0.35)
     model.save_pretrained(folder / "base")
     TOKENIZER.save_pretrained(folder / "base")
     # What a server fills in where a request says nothing; ours must say all of it.
-    (folder / "base/generation_config.json").write_text(json.dumps({
-        "eos_token_id": [EOS, OTHER_END], "temperature": 0.2, "top_k": 1, "top_p": 0.3, "repetition_penalty": 3.0,
-    }))  # fmt: skip
+    (folder / "base/generation_config.json").write_text(
+        json.dumps(
+            {
+                "eos_token_id": [EOS, OTHER_END],
+                "temperature": 0.2,
+                "top_k": 1,
+                "top_p": 0.3,
+                "repetition_penalty": 3.0,
+            }
+        )
+    )
     models: dict[str, Any] = {"base": model}
     for i, name in enumerate(("a", "b")):
-        lora = LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False,
-                          task_type="CAUSAL_LM")  # fmt: skip
+        lora = LoraConfig(
+            r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         torch.manual_seed(10 + i)
         get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), lora).save_pretrained(folder / name)
         models[name] = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / name)
@@ -799,9 +958,16 @@ def prompts(n: int, cell: str = "base", **sampling: Any) -> list[Request]:
     """Prompts of 1 to 24 tokens, any token among them."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 25, (n,), generator=generator).tolist()
-    return [Request(key=f"{cell}/{i}".encode(), cell=cell, seed=seed_of("vllm", i), sampling=Sampling(**sampling),
-                    token_ids=tuple(torch.randint(0, len(TOKENIZER), (size,), generator=generator).tolist()))
-            for i, size in enumerate(sizes)]  # fmt: skip
+    return [
+        Request(
+            key=f"{cell}/{i}".encode(),
+            cell=cell,
+            seed=seed_of("vllm", i),
+            sampling=Sampling(**sampling),
+            token_ids=tuple(torch.randint(0, len(TOKENIZER), (size,), generator=generator).tolist()),
+        )
+        for i, size in enumerate(sizes)
+    ]
 
 
 def logits_of(model: Any, ids: tuple[int, ...]) -> torch.Tensor:

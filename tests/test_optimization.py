@@ -14,16 +14,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tso_fast import optimization
-from tso_fast.batching import EncodedPair, plan_steps
-from tso_fast.config import CellConfig, TrainConfig
-from tso_fast.errors import TrainingError
-from tso_fast.monitors import Meter
-from tso_fast.policy import Policy
-from tso_fast.store import Run
+from tso_fast.config.settings import CellConfig, TrainConfig
+from tso_fast.errors import InputError, TrainingError
+from tso_fast.files.run import Run
+from tso_fast.losses import LOSSES, Loss
+from tso_fast.models.policy import Policy
+from tso_fast.training import optimise
+from tso_fast.training.batches import EncodedPair, plan_steps
+from tso_fast.training.monitors import Meter
+from tso_fast.types import PairLogprobs, Weights
 
 CPU = torch.device("cpu")
 
@@ -31,8 +34,19 @@ CPU = torch.device("cpu")
 def tiny() -> Any:
     """In float64 throughout, so that sums in another order differ by 1e-16 and no step turns the other way."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2,
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=61,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=0.2,
+    )
     return GPT2LMHeadModel(config).double()
 
 
@@ -44,17 +58,30 @@ def encoded(n: int, seed: int = 0) -> list[EncodedPair]:
         return tuple(r.integers(3, 61, r.integers(1, most)).tolist())
 
     return [
-        EncodedPair(prompt=tokens(9), chosen=(*tokens(8), 2), rejected=(*tokens(12), 2), prompt_id=str(i),
-                    scale=float(r.choice([0.0, 0.25, 1.0, 2.5])) if i else 1.0, soft_label=float(r.uniform(0.6, 1)),
-                    margin=float(r.choice([0.0, 0.2])))
+        EncodedPair(
+            prompt=tokens(9),
+            chosen=(*tokens(8), 2),
+            rejected=(*tokens(12), 2),
+            prompt_id=str(i),
+            scale=float(r.choice([0.0, 0.25, 1.0, 2.5])) if i else 1.0,
+            soft_label=float(r.uniform(0.6, 1)),
+            margin=float(r.choice([0.0, 0.2])),
+        )
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def settings(folder: Path | str = "", **changes: Any) -> TrainConfig:
     cell = CellConfig(path="-")
-    return TrainConfig(output_dir=str(folder), prompts="-", cells=[cell], use_cpu=True, learning_rate=1e-2,
-                       adam_epsilon=1e-6, **changes)  # fmt: skip
+    return TrainConfig(
+        output_dir=str(folder),
+        prompts="-",
+        cells=[cell],
+        use_cpu=True,
+        learning_rate=1e-2,
+        adam_epsilon=1e-6,
+        **changes,
+    )
 
 
 def gradients(
@@ -66,12 +93,28 @@ def gradients(
     meters = []
     for rank in range(world):
         policy = Policy(tiny())
-        process = SimpleNamespace(device=CPU, num_processes=world, backward=lambda loss: loss.backward(),
-                                  no_sync=lambda policy: contextlib.nullcontext())  # fmt: skip
-        step = next(plan_steps(len(pairs), epochs=1, micro_size=micro, accumulation=accumulation, rank=rank,
-                               world=world, seed=5))  # fmt: skip
+        process = SimpleNamespace(
+            device=CPU,
+            num_processes=world,
+            backward=lambda loss: loss.backward(),
+            no_sync=lambda policy: contextlib.nullcontext(),
+        )
+        step = next(
+            plan_steps(
+                len(pairs), epochs=1, micro_size=micro, accumulation=accumulation, rank=rank, world=world, seed=5
+            )
+        )
         meters.append(Meter())
-        optimization.backward(process, policy, pairs, step, reference, 0, config, meters[-1])
+        run: Any = SimpleNamespace(
+            accelerator=process,
+            policy=policy,
+            pairs=pairs,
+            ref_logprobs=reference,
+            pad_token_id=0,
+            config=config,
+            loss=optimise.configured_loss(config),
+        )
+        optimise.backward(run, step, meters[-1])
         grads = [p.grad / world for p in policy.parameters()]
         total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
     summed = Meter()
@@ -110,8 +153,9 @@ def test_the_gradient_is_that_of_the_scaled_mean() -> None:
         u = (0.02 * (logprob(pair, pair.chosen) - ref_w)).clamp(max=0.5)
         v = (0.02 * (logprob(pair, pair.rejected) - ref_l)).clamp(min=-0.3)
         z = u - v - pair.margin
-        total = total + pair.scale * (pair.soft_label * nn.functional.softplus(-z)
-                                      + (1 - pair.soft_label) * nn.functional.softplus(z))  # fmt: skip
+        total = total + pair.scale * (
+            pair.soft_label * nn.functional.softplus(-z) + (1 - pair.soft_label) * nn.functional.softplus(z)
+        )
     loss = total / sum(pair.scale for pair in pairs)
     want = torch.autograd.grad(loss, list(model.parameters()))
     got, means = gradients(pairs, reference, 2, 3, 1, beta=0.02)
@@ -132,7 +176,15 @@ def trained(folder: Path, pairs: list[EncodedPair], **changes: Any) -> tuple[lis
     config = settings(folder, **changes)
     model = tiny()
     with Run.open(folder, {}, {}, {}) as run:
-        figures = optimization.optimise(1, model, pairs, None, run, Accelerator(cpu=True), 0, config)
+        figures = optimise.optimise(
+            model,
+            pairs,
+            config,
+            files=run.iteration(1),
+            accelerator=Accelerator(cpu=True),
+            reference=None,
+            pad_token_id=0,
+        )
         run.commit("iter-1/train", [], figures)  # they can be written
     return [p.detach() for p in model.parameters()], figures
 
@@ -151,33 +203,39 @@ def test_trajectories_do_not_depend_on_accumulation(tmp_path: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(want, tiny().parameters(), strict=True))
     for micro in (1, 2, 4):
         folder = tmp_path / str(micro)
-        got, same = trained(folder, pairs, per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro,
-                            **common)  # fmt: skip
+        got, same = trained(
+            folder, pairs, per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro, **common
+        )
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
         for row, other in zip(rows(folder), rows(tmp_path / "8"), strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
         assert same["means"] == pytest.approx(figures["means"], rel=1e-3, abs=1e-5)
-        again, _ = trained(tmp_path / f"{micro} again", pairs, per_device_train_batch_size=micro,
-                           gradient_accumulation_steps=8 // micro, **common)  # fmt: skip
+        again, _ = trained(
+            tmp_path / f"{micro} again",
+            pairs,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=8 // micro,
+            **common,
+        )
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Makes the log-probs of these steps NaN, and with them the loss and the gradient."""
-    real, count = optimization.backward, iter(range(1, 1000))
+    real, count = optimise.backward, iter(range(1, 1000))
 
-    def backward(accelerator: Any, policy: Any, *rest: Any) -> None:
+    def backward(run: Any, *rest: Any) -> None:
         handle = None
         if next(count) in steps:
-            handle = policy.model.base_model.register_forward_hook(
+            handle = run.policy.model.base_model.register_forward_hook(
                 lambda module, args, out: setattr(out, "last_hidden_state", out.last_hidden_state * math.nan)
             )
-        real(accelerator, policy, *rest)
+        real(run, *rest)
         if handle is not None:
             handle.remove()
 
-    monkeypatch.setattr(optimization, "backward", backward)
+    monkeypatch.setattr(optimise, "backward", backward)
 
 
 def test_a_non_finite_step_is_skipped_and_counted_and_in_no_mean(
@@ -213,15 +271,172 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_reference_of_other_weights_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = optimization.reference_logprobs
-    monkeypatch.setattr(optimization, "reference_logprobs", lambda *args, **kwargs: real(*args, **kwargs) - 0.1)
+    real = optimise.reference_logprobs
+    monkeypatch.setattr(optimise, "reference_logprobs", lambda *args, **kwargs: real(*args, **kwargs) - 0.1)
     with pytest.raises(TrainingError, match="Policy and reference see different weights or tokens"):
         trained(tmp_path, encoded(4))
 
 
 def test_a_wrong_reduction_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Meter.add
-    monkeypatch.setattr(Meter, "add", lambda self, output, scale, is_padding: real(
-        self, dataclasses.replace(output, losses=output.losses * 6), scale, is_padding))  # fmt: skip
+    monkeypatch.setattr(
+        Meter,
+        "add",
+        lambda self, output, scale, is_padding: real(
+            self, dataclasses.replace(output, losses=output.losses * 6), scale, is_padding
+        ),
+    )
     with pytest.raises(TrainingError, match="the first step has loss 4"):
         trained(tmp_path, [dataclasses.replace(pair, margin=0.0) for pair in encoded(4)])
+
+
+# ---- the loss, the reference, the tracker
+
+
+def test_a_loss_from_outside_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three lines add a loss that needs no reference; a configuration names it, and the model learns from it."""
+    monkeypatch.setattr(optimise, "reference_logprobs", lambda *args, **kwargs: pytest.fail("it needs no reference"))
+
+    def toy(pairs: PairLogprobs, *, sharpness: float = 1.0) -> torch.Tensor:
+        return nn.functional.softplus(sharpness * (pairs.rejected - pairs.chosen))
+
+    monkeypatch.setitem(LOSSES, "toy", Loss(toy, title="a toy", needs_reference=False))
+    common: dict[str, Any] = {"num_train_epochs": 8, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    _, figures = trained(tmp_path, encoded(8), loss_type="toy", loss_args={"sharpness": 0.5}, **common)
+    log = rows(tmp_path)
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    assert figures["loss"] == "a toy"
+    assert log[0]["rewards/chosen"] is None  # there is no reference, and so no reward
+    assert log[0]["logps/chosen"] < 0
+
+
+def test_several_losses_are_trained_on_as_their_weighted_sum(tmp_path: Path) -> None:
+    pairs = [dataclasses.replace(pair, margin=0.0, soft_label=1.0) for pair in encoded(8)]
+    settings = {"loss_type": ["dual_clip", "sft"], "loss_weights": [1.0, 0.3], "beta": 0.2, "logging_steps": 1}
+    _, figures = trained(tmp_path / "both", pairs, **settings)
+    trained(tmp_path / "sft", pairs, loss_type="sft", logging_steps=1)
+    assert figures["loss"] == "dual clip (TSO) + 0.3 x chosen-only NLL"
+    (both, *_), (nll, *_) = rows(tmp_path / "both"), rows(tmp_path / "sft")
+    assert both["loss"] == pytest.approx(math.log(2) + 0.3 * nll["loss"], rel=1e-6)
+    assert both["clip/chosen"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "nmae"}, "loss_type: unknown loss 'nmae'"),
+        ({"loss_type": "dpo", "clip_chosen": 1.0}, "loss_type: loss 'dpo' has no option 'clip_chosen'"),
+        ({"beta": 0.1, "loss_args": {"beta": 0.1}}, "loss_args.beta: beta is given beside loss_args too"),
+        ({"loss_type": "sft", "margin_weight": 1.0}, "margin_weight: it has no effect on loss_type 'sft'"),
+        ({"loss_type": "sft", "soft_label_kappa": 1.0}, "soft_label_kappa: it has no effect on loss_type 'sft'"),
+        ({"loss_type": "sft", "soft_label_by": "win_rate"}, "soft_label_by: it has no effect on loss_type 'sft'"),
+        ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "loss_type: loss_weights has 1 items for 2 losses"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_cannot_be_trained_on(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        optimise.configured_loss(settings(**changes))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the tiny model in float32, as a reference of its own."""
+    model = tiny().float()
+    model.save_pretrained(tmp_path / "reference")
+    return tmp_path / "reference"
+
+
+def with_reference(folder: Path, saved: Path, **changes: Any) -> dict[str, Any]:
+    with Run.open(folder, {}, {}, {}) as run:
+        return optimise.optimise(
+            tiny().float(),
+            encoded(8),
+            settings(folder, logging_steps=1, **changes),
+            files=run.iteration(2),
+            accelerator=Accelerator(cpu=True, mixed_precision="bf16" if changes.get("bf16") else "no"),
+            reference=Weights(saved, saved),
+            pad_token_id=0,
+        )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_separate_reference_rounds_like_the_policy(bf16: bool, tmp_path: Path, saved: Path) -> None:
+    """The same weights loaded apart: log-ratios of the first step are 0 up to the order of sums, under autocast too."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with_reference(tmp_path / "run", saved, bf16=bf16, beta=1.0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    first = rows(tmp_path / "run")[0]
+    assert first["rewards/chosen"] == pytest.approx(0, abs=1e-5)
+    assert first["rewards/rejected"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_separate_reference_is_given_back_before_training(
+    tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+    load, backward = optimise.load_reference, optimise.backward
+    monkeypatch.setattr(optimise, "load_reference", lambda *args: loaded.append(load(*args)) or loaded[-1])
+
+    def check(run: Any, *rest: Any) -> None:
+        assert [sum(p.numel() for p in model.parameters()) for model in loaded] == [0]
+        backward(run, *rest)
+
+    monkeypatch.setattr(optimise, "backward", check)
+    with_reference(tmp_path / "run", saved)
+
+
+def test_steps_of_a_tracker_go_on_over_iterations_of_unequal_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[int] = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, row, step: logged.append(step))
+    steps = 0
+    for t, count in enumerate((6, 2, 4), start=1):
+        with Run.open(tmp_path / str(t), {}, {}, {}) as run:
+            figures = optimise.optimise(
+                tiny(),
+                encoded(count),
+                settings(logging_steps=1, per_device_train_batch_size=2),
+                files=run.iteration(t),
+                accelerator=Accelerator(cpu=True),
+                reference=None,
+                pad_token_id=0,
+                steps_before=steps,
+            )
+        steps += figures["steps"]
+    assert logged == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resume_with_dropout_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What dropout draws from is part of a checkpoint."""
+
+    def make() -> Any:
+        model = tiny()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        return model
+
+    def train(folder: Path) -> list[torch.Tensor]:
+        model = make()
+        torch.manual_seed(7)
+        with Run.open(folder, {}, {}, {}) as run:
+            optimise.optimise(
+                model,
+                encoded(12),
+                settings(save_steps=1, per_device_train_batch_size=2, disable_dropout=False),
+                files=run.iteration(1),
+                accelerator=Accelerator(cpu=True),
+                reference=None,
+                pad_token_id=0,
+            )
+        return [p.detach() for p in model.parameters()]
+
+    whole = train(tmp_path / "whole")
+    real, calls = optimise.backward, iter(range(1, 100))
+    with monkeypatch.context() as patch:
+        patch.setattr(optimise, "backward", lambda *args: real(*args) if next(calls) < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "cut")
+    assert all(torch.equal(a, b) for a, b in zip(train(tmp_path / "cut"), whole, strict=True))

@@ -17,8 +17,14 @@ PACKAGE = ROOT / "tso_fast"
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, **environment})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -26,8 +32,13 @@ def python(*arguments: str, cwd: Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                             capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
     for name in tracked:
         if (ROOT / name).is_file():
             (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +51,18 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(sdist: Path) -> Path:
     """Built from the sdist, so whatever the sdist lacks shows."""
     folder = sdist.parent / "wheel"
-    python("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(sdist),
-           cwd=sdist.parent)  # fmt: skip
+    python(
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(folder),
+        str(sdist),
+        cwd=sdist.parent,
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -71,8 +92,10 @@ def test_wheel_installs_the_packages_under_their_names(wheel: Path, tmp_path: Pa
 
 def test_the_installed_package_leaves_the_name_kernels_free(tmp_path: Path) -> None:
     """transformers probes for a package `kernels`; ours must not answer, wherever a program is started."""
-    code = ("import importlib.util, tso_fast.kernels; assert tso_fast.kernels.__version__ == '0.0.0'; "
-            "spec = importlib.util.find_spec('kernels'); print(spec and spec.origin)")  # fmt: skip
+    code = (
+        "import importlib.util, tso_fast.kernels; assert tso_fast.kernels.__version__ == '0.0.0'; "
+        "spec = importlib.util.find_spec('kernels'); print(spec and spec.origin)"
+    )
     assert str(ROOT) not in python("-c", code, cwd=tmp_path)
 
 
@@ -120,8 +143,13 @@ def test_imports_go_one_way() -> None:
         if module == "tso_fast":
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else \
-                [alias.name for alias in node.names] if isinstance(node, ast.Import) else []  # fmt: skip
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
             if isinstance(node, ast.ImportFrom) and node.module == "tso_fast":
                 names = [f"tso_fast.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
             for name in names:

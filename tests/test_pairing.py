@@ -9,13 +9,14 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+from helpers import corrected
 
-from tso_fast.config import EvidenceConfig, PairingConfig
-from tso_fast.correction import Corrected, Counts, correct
+from tso_fast.config.settings import EvidenceConfig, PairingConfig
+from tso_fast.correction.decide import Corrected, Counts
+from tso_fast.correction.make_pairs import make_pairs
+from tso_fast.correction.pairing import select, to_pair
+from tso_fast.files.rows import BadRows, pair_row, read_candidates
 from tso_fast.judges.verifier import make_verifier, verify
-from tso_fast.pairing import select, to_pair
-from tso_fast.records import BadRows, pair_row, read_candidates
-from tso_fast.stages import make_pairs
 from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
 
 NAN = math.nan
@@ -29,7 +30,7 @@ def item(*texts: str, id: str = "q") -> Candidates:  # noqa: A002
 
 def selected(candidates: Candidates, scores: Any, seed: int = 0, **settings: Any) -> list[Corrected]:
     config = PairingConfig(**settings)
-    decided = correct(candidates, scores, config, Counts())
+    decided = corrected(candidates, scores, config, Counts())
     (chosen,) = select([candidates], [decided], [np.array(scores, dtype=np.float32)], config, seed)
     return chosen
 
@@ -37,7 +38,7 @@ def selected(candidates: Candidates, scores: Any, seed: int = 0, **settings: Any
 def strength(scores: list[float], chosen: int, rejected: int, **settings: Any) -> PreferencePair:
     candidates = item(*"abcdefgh"[: len(scores)])
     config = PairingConfig(**settings)
-    decided = correct(candidates, scores, config, Counts())
+    decided = corrected(candidates, scores, config, Counts())
     (pair,) = [p for p in decided if (p.chosen, p.rejected) == (chosen, rejected)]
     return to_pair(candidates, pair, scores, config)
 
@@ -89,8 +90,13 @@ def test_selection_depends_on_prompt_and_seed_only(gsm8k_dev: Path) -> None:
 
     def pairs_of(some: list[Candidates], seed: int = 0) -> dict[str, list[Any]]:
         ids = {c.prompt.id for c in some}
-        made, _ = make_pairs(some, [v for v in verdicts if v.prompt_id in ids], EvidenceConfig(verifier="numeric"),
-                             PairingConfig(max_pairs=2), seed)  # fmt: skip
+        made, _ = make_pairs(
+            some,
+            [v for v in verdicts if v.prompt_id in ids],
+            EvidenceConfig(verifier="numeric"),
+            PairingConfig(max_pairs=2),
+            seed,
+        )
         out: dict[str, list[Any]] = {}
         for pair in made:
             out.setdefault(pair.prompt.id, []).append(pair_row(pair))
@@ -115,8 +121,11 @@ def test_chosen_never_scores_lower(gsm8k_dev: Path) -> None:
 
 
 def test_best_against_random_ones() -> None:
-    seen = {(p.chosen, p.rejected) for seed in range(40)
-            for p in selected(item(*"abcd"), [0, 3, 1, 2], seed, pair_strategy="best_random")}  # fmt: skip
+    seen = {
+        (p.chosen, p.rejected)
+        for seed in range(40)
+        for p in selected(item(*"abcd"), [0, 3, 1, 2], seed, pair_strategy="best_random")
+    }
     assert seen == {(1, 0), (1, 2), (1, 3)}
 
 
@@ -144,10 +153,13 @@ def test_the_most_different_response_within_the_band() -> None:
 
 
 def test_tokens_where_they_are_known() -> None:
-    responses = tuple(Response(model="m", text=t, sample=i, token_ids=ids)
-                      for i, (t, ids) in enumerate([("x", (1, 2, 3)), ("y", (1, 2, 3)), ("z", (4, 5, 6))]))  # fmt: skip
-    pairs = selected(Candidates(prompt=Prompt(id="q", prompt="?"), responses=responses), [2, 1, 1.5],
-                     pair_strategy="diverse")  # fmt: skip
+    responses = tuple(
+        Response(model="m", text=t, sample=i, token_ids=ids)
+        for i, (t, ids) in enumerate([("x", (1, 2, 3)), ("y", (1, 2, 3)), ("z", (4, 5, 6))])
+    )
+    pairs = selected(
+        Candidates(prompt=Prompt(id="q", prompt="?"), responses=responses), [2, 1, 1.5], pair_strategy="diverse"
+    )
     assert [(p.chosen, p.rejected) for p in pairs] == [(0, 2)]
 
 
@@ -173,8 +185,15 @@ def roles() -> Candidates:
 def test_roles(strategy: str, chosen_from: Any, rejected_from: Any, allowed: set[tuple[int, int]]) -> None:
     seen = set()
     for seed in range(40):
-        pairs = selected(roles(), [4, 1, 2, 3], seed, pair_strategy=strategy, chosen_from=chosen_from,
-                         rejected_from=rejected_from, max_pairs=9)  # fmt: skip
+        pairs = selected(
+            roles(),
+            [4, 1, 2, 3],
+            seed,
+            pair_strategy=strategy,
+            chosen_from=chosen_from,
+            rejected_from=rejected_from,
+            max_pairs=9,
+        )
         seen |= {(p.chosen, p.rejected) for p in pairs}
     assert seen <= allowed
     assert bool(seen) == bool(allowed)
@@ -189,8 +208,9 @@ def test_a_person_overrules_scores_in_every_strategy(strategy: str) -> None:
     label = Comparison(prompt_id="q", responses=(0, 1), judge="human", annotator="ann", probability=0.0)
     verdicts = [Verdict(prompt_id="q", response=i, judge="rater", score=s) for i, s in enumerate([2.0, 1.0, 0.0])]
     for seed in range(10):
-        made, _ = make_pairs([candidates], [*verdicts, label], EvidenceConfig(),
-                             PairingConfig(pair_strategy=strategy, max_pairs=9), seed)  # type: ignore[arg-type]  # fmt: skip
+        made, _ = make_pairs(
+            [candidates], [*verdicts, label], EvidenceConfig(), PairingConfig(pair_strategy=strategy, max_pairs=9), seed
+        )  # type: ignore[arg-type]
         assert {(p.chosen.text, p.rejected.text) for p in made} <= {("b", "a"), ("a", "c"), ("b", "c")}
 
 
@@ -235,7 +255,7 @@ def test_without_evidence_every_pair_counts_alike(scale_by: str) -> None:
         responses=(Response(model="v1", text="a", version_rank=1), Response(model="v0", text="b", version_rank=0)),
     )
     config = PairingConfig(scale_by=scale_by, soft_label_kappa=2.0, margin_weight=1.0)  # type: ignore[arg-type]
-    (decided,) = correct(candidates, [NAN, NAN], config, Counts())
+    (decided,) = corrected(candidates, [NAN, NAN], config, Counts())
     pair = to_pair(candidates, decided, [NAN, NAN], config)
     assert (pair.scale, pair.soft_label, pair.margin) == (1.0, 0.5, 0.0)
     assert (pair.score_chosen, pair.score_rejected, pair.reason) == (None, None, "prior alone")
@@ -246,9 +266,13 @@ def test_ranges() -> None:
     for _ in range(300):
         candidates = item(*(r.choice("abcdef") for _ in range(r.randrange(8))))
         scores = [r.choice([NAN, 0.0, 0.3, 0.7, 1.0]) for _ in candidates.responses]
-        config = PairingConfig(scale_by=r.choice(["unit", "gap", "hardness"]), soft_label_kappa=r.choice([None, 4.0]),
-                               margin_weight=r.choice([0.0, 2.0]), max_pairs=r.randrange(1, 9),
-                               pair_strategy=r.choice(STRATEGIES))  # fmt: skip
+        config = PairingConfig(
+            scale_by=r.choice(["unit", "gap", "hardness"]),
+            soft_label_kappa=r.choice([None, 4.0]),
+            margin_weight=r.choice([0.0, 2.0]),
+            max_pairs=r.randrange(1, 9),
+            pair_strategy=r.choice(STRATEGIES),
+        )
         chosen = selected(candidates, scores, r.randrange(9), **vars(config))
         assert len(chosen) <= config.max_pairs
         made = [to_pair(candidates, pair, scores, config) for pair in chosen]

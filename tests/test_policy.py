@@ -15,13 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tso_fast import policy as policy_module
-from tso_fast.batching import EncodedPair, collate
 from tso_fast.errors import InputError
-from tso_fast.policy import (
-    Policy,
+from tso_fast.models import load
+from tso_fast.models.load import (
     device_of,
-    disable_dropout,
     end_token_ids,
     load_config,
     load_model,
@@ -29,14 +26,32 @@ from tso_fast.policy import (
     resolve_attention,
     save_model,
 )
+from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.quickstart.build import Recipe, make_tokenizer
+from tso_fast.training.batches import EncodedPair, collate
 
 VOCAB = 101
-SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
-        "eos_token_id": 2}  # fmt: skip
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", SHAPE),
     "gpt2": ("GPT2Config", GPT2),
@@ -76,11 +91,19 @@ def tiny(name: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
 def pair_batch() -> Any:
     pairs = [
-        EncodedPair(prompt=(5, 6, 7), chosen=(8, 9, 2), rejected=(10, 2), scale=1.0, soft_label=1.0, margin=0.0,
-                    prompt_id="a"),
-        EncodedPair(prompt=(11,), chosen=(12, 2), rejected=(13, 14, 15, 16, 17, 2), scale=0.5, soft_label=0.8,
-                    margin=0.1, prompt_id="b"),
-    ]  # fmt: skip
+        EncodedPair(
+            prompt=(5, 6, 7), chosen=(8, 9, 2), rejected=(10, 2), scale=1.0, soft_label=1.0, margin=0.0, prompt_id="a"
+        ),
+        EncodedPair(
+            prompt=(11,),
+            chosen=(12, 2),
+            rejected=(13, 14, 15, 16, 17, 2),
+            scale=0.5,
+            soft_label=0.8,
+            margin=0.1,
+            prompt_id="b",
+        ),
+    ]
     return pairs, collate(pairs, [0, 1], pad_token_id=0, device=torch.device("cpu"))
 
 
@@ -134,9 +157,10 @@ def test_forward_is_the_loss_with_the_scalars_of_the_batch() -> None:
     out = policy(batch, impl="auto", loss="dpo", beta=0.5)
     torch.testing.assert_close(out.logprobs, sums)
     # Log-ratios: chosen 1, -2; rejected -1, 2; so z = 1 and -2 - 0.1.
-    losses = [torch.nn.functional.softplus(torch.tensor(-1.0)),
-              0.8 * torch.nn.functional.softplus(torch.tensor(2.1))
-              + 0.2 * torch.nn.functional.softplus(torch.tensor(-2.1))]  # fmt: skip
+    losses = [
+        torch.nn.functional.softplus(torch.tensor(-1.0)),
+        0.8 * torch.nn.functional.softplus(torch.tensor(2.1)) + 0.2 * torch.nn.functional.softplus(torch.tensor(-2.1)),
+    ]
     torch.testing.assert_close(out.loss, (losses[0] + 0.5 * losses[1]) / 1.5)
 
 
@@ -147,8 +171,9 @@ def test_in_bf16_and_under_autocast_the_reference_cancels() -> None:
         policy = Policy(model)
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             sums = policy(batch, impl="auto").detach()
-            again = collate(pairs, [0, 1], pad_token_id=0, device=torch.device("cpu"),
-                            ref_logprobs=sums.reshape(2, 2).T)  # fmt: skip
+            again = collate(
+                pairs, [0, 1], pad_token_id=0, device=torch.device("cpu"), ref_logprobs=sums.reshape(2, 2).T
+            )
             out = policy(again, impl="auto", loss="dual_clip")
         assert sums.dtype == torch.float32
         torch.testing.assert_close(out.logprobs, sums, rtol=0, atol=1e-5)
@@ -210,12 +235,34 @@ DROPOUT = {
     "gpt2": ("GPT2Config", {**GPT2, "resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
     "llama": ("LlamaConfig", {**SHAPE, "attention_dropout": 0.5}),
     # OPT and Bloom keep probabilities as numbers of their modules, OPT drops whole layers too.
-    "opt": ("OPTConfig", {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3,
-                          "num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32,
-                          "dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5, "pad_token_id": 0}),
-    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4,
-                              "hidden_dropout": 0.5, "attention_dropout": 0.5}),
-}  # fmt: skip
+    "opt": (
+        "OPTConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 32,
+            "dropout": 0.5,
+            "attention_dropout": 0.5,
+            "layerdrop": 0.5,
+            "pad_token_id": 0,
+        },
+    ),
+    "bloom": (
+        "BloomConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "hidden_dropout": 0.5,
+            "attention_dropout": 0.5,
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -255,9 +302,9 @@ def test_save_and_load_round_trip_is_bitwise(name: str, dtype: str, tmp_path: Pa
 
 
 def test_loading_what_is_not_whole_is_refused(tmp_path: Path) -> None:
-    for load in (load_tokenizer, load_config, lambda path: load_model(path, **LOAD)):
+    for loader in (load_tokenizer, load_config, lambda path: load_model(path, **LOAD)):
         with pytest.raises(InputError, match="nowhere"):
-            load(tmp_path / "nowhere")
+            loader(tmp_path / "nowhere")
     tiny().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -318,8 +365,9 @@ def load_adapter(folder: Path, **options: Any) -> Any:
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
-@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 3},
-                                    {"modules_to_save": ["lm_head"]}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "config", [{}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 3}, {"modules_to_save": ["lm_head"]}], ids=str
+)
 def test_a_lora_cell_is_what_peft_makes_of_it(config: dict[str, Any], tmp_path: Path) -> None:
     want = adapter(tmp_path, **config)
     model = load_adapter(tmp_path)
@@ -346,8 +394,9 @@ def test_a_lora_cell_is_what_peft_makes_of_it(config: dict[str, Any], tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), merged.parameters(), strict=True))
     pairs, batch = pair_batch()
     with torch.no_grad():
-        torch.testing.assert_close(Policy(model)(batch, impl="auto").double(), own_sums(model, pairs), rtol=1e-5,
-                                   atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(
+            Policy(model)(batch, impl="auto").double(), own_sums(model, pairs), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_an_unmerged_adapter_keeps_what_bf16_weights_would_round_away(tmp_path: Path) -> None:
@@ -436,12 +485,14 @@ def test_without_peft_its_installation_is_named(tmp_path: Path, monkeypatch: pyt
 def test_auto_attention_is_the_best_that_can_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "tso_fast.policy")
-    policy_module._log_attention.cache_clear()
+    caplog.set_level(logging.INFO, "tso_fast.models.load")
+    load._log_attention.cache_clear()
     assert resolve_attention("auto", "cpu", "bfloat16") == "sdpa"
     assert resolve_attention("auto", "cpu", "bfloat16") == "sdpa"
-    assert caplog.messages == ["attn_implementation='auto' chose 'sdpa' for bfloat16 on cpu; no flash_attention_2: "
-                               "it needs a GPU, the model is on cpu"]  # fmt: skip
+    assert caplog.messages == [
+        "attn_implementation='auto' chose 'sdpa' for bfloat16 on cpu; no flash_attention_2: "
+        "it needs a GPU, the model is on cpu"
+    ]
     assert resolve_attention("eager", "cuda", "bfloat16") == "eager"
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert resolve_attention("auto", "cuda:1", "bfloat16") == "sdpa"

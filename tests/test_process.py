@@ -121,10 +121,19 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-CELL = Cell(name="tiny", path=Path("tiny"), base=Path("tiny"), size_b=0.0001, version_rank=1, weight_hash="tiny",
-            architecture="tiny", context=64)  # fmt: skip
-SPEC = EngineSpec(kind="hf", cells=(CELL,), tokenizer="tiny", dtype="float32", use_cpu=True, start_timeout_s=60.0,
-                  timeout_s=30.0)  # fmt: skip
+CELL = Cell(
+    name="tiny",
+    path=Path("tiny"),
+    base=Path("tiny"),
+    size_b=0.0001,
+    version_rank=1,
+    weight_hash="tiny",
+    architecture="tiny",
+    context=64,
+)
+SPEC = EngineSpec(
+    kind="hf", cells=(CELL,), tokenizer="tiny", dtype="float32", use_cpu=True, start_timeout_s=60.0, timeout_s=30.0
+)
 
 
 @pytest.fixture
@@ -144,8 +153,16 @@ def start(scripted: dict[str, str]) -> Iterator[Callable[..., EngineProcess]]:
 
 
 def ask(what: str, seconds: float = 0.0, n: int = 1) -> list[Request]:
-    return [Request(key=f"{what}{i}".encode(), cell=what, token_ids=(1, 5), seed=int(1000 * seconds),
-                    sampling=Sampling(max_tokens=6)) for i in range(n)]  # fmt: skip
+    return [
+        Request(
+            key=f"{what}{i}".encode(),
+            cell=what,
+            token_ids=(1, 5),
+            seed=int(1000 * seconds),
+            sampling=Sampling(max_tokens=6),
+        )
+        for i in range(n)
+    ]
 
 
 def group_of(engine: EngineProcess) -> int:
@@ -183,8 +200,14 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, log = tmp_path / "tiny", tmp_path / "logs" / "engine.log"
     tokenizer: Any = make_tokenizer([("Add 1 and 2.", "3"), ("Write Sam twice.", "Sam Sam")] * 4, Recipe(seed=0))
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     cell = dataclasses.replace(CELL, path=path, base=path)
@@ -208,8 +231,10 @@ def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shards(start: Callable[..., EngineProcess]) -> None:
     engine = start()
     assert engine.collect() == []
-    shards = [[dataclasses.replace(r, key=b"%d %d" % (i, j)) for j, r in enumerate(ask("work", 0.002, n=40))]
-              for i in range(5)]  # fmt: skip
+    shards = [
+        [dataclasses.replace(r, key=b"%d %d" % (i, j)) for j, r in enumerate(ask("work", 0.002, n=40))]
+        for i in range(5)
+    ]
     for shard in shards:
         engine.submit(shard)
     got = []

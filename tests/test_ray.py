@@ -15,11 +15,11 @@ import pytest
 from helpers import make_adapter, read_rows
 
 from tso_fast.answering import answer, ask
-from tso_fast.config import AnsweringConfig, CellConfig, GenerateConfig, JudgeConfig
+from tso_fast.config.settings import AnsweringConfig, CellConfig, GenerateConfig, JudgeConfig
 from tso_fast.errors import EngineError, InputError
+from tso_fast.files.responses import ResponseStore
+from tso_fast.files.rows import BadRows
 from tso_fast.matrix import ModelMatrix
-from tso_fast.records import BadRows
-from tso_fast.response_store import ResponseStore
 from tso_fast.types import Candidates, Prompt, Response
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'tso-fast[ray]'")
@@ -32,8 +32,10 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # The workers' models are tiny, and the head node takes no engine.
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False,
-                                                             "object_store_memory": 80 * 2**20})  # fmt: skip
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20},
+        )
         try:
             yield made
         finally:
@@ -58,11 +60,21 @@ def run(tiny_matrix: Path, tmp_path: Path, cluster: Any) -> Any:
     prompts = [Candidates(prompt=Prompt(id=row["id"], prompt=row["prompt"]), responses=()) for row in rows]
 
     def start(name: str, cells: list[CellConfig] | None = None, **settings: Any) -> list[Candidates]:
-        values = {"max_completion_length": 400, "top_k": 40, "num_generations": 4, "use_cpu": True, "shard_size": 1,
-                  "executor": "ray", "ray_address": cluster.address, "engine_start_timeout_s": 90.0,
-                  "engine_timeout_s": 60.0, **settings}  # fmt: skip
-        config = GenerateConfig(prompts="-", output="-", cells=cells or [CellConfig(path=str(tiny_matrix / "s.v1"))],
-                                **values)  # fmt: skip
+        values = {
+            "max_completion_length": 400,
+            "top_k": 40,
+            "num_generations": 4,
+            "use_cpu": True,
+            "shard_size": 1,
+            "executor": "ray",
+            "ray_address": cluster.address,
+            "engine_start_timeout_s": 90.0,
+            "engine_timeout_s": 60.0,
+            **settings,
+        }
+        config = GenerateConfig(
+            prompts="-", output="-", cells=cells or [CellConfig(path=str(tiny_matrix / "s.v1"))], **values
+        )
         matrix = ModelMatrix(config.cells)
         asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
         with ResponseStore(tmp_path / name) as store:

@@ -13,7 +13,8 @@ import pytest
 from helpers import read_rows, write_rows
 
 from tso_fast.errors import InputError
-from tso_fast.records import (
+from tso_fast.files.atomic import write_jsonl
+from tso_fast.files.rows import (
     BadRows,
     candidates_row,
     pair_row,
@@ -23,7 +24,6 @@ from tso_fast.records import (
     text_hash,
     verdict_row,
 )
-from tso_fast.store import write_jsonl
 from tso_fast.types import Candidates, Comparison, Message, PreferencePair, Prompt, Response, Verdict
 
 
@@ -205,8 +205,15 @@ def test_the_human_response_is_a_candidate_once(tmp_path: Path) -> None:
 
 def test_skip_sets_rows_aside_with_their_error(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
-    lines = ['{"id": "1", "prompt": "a"}', "{", '{"id": "1", "prompt": "b"}', '{"prompt": NaN}', '{"prompt": ""}',
-             '{"prompt": "\\udc00"}', '{"id": "2", "prompt": "c"}']  # fmt: skip
+    lines = [
+        '{"id": "1", "prompt": "a"}',
+        "{",
+        '{"id": "1", "prompt": "b"}',
+        '{"prompt": NaN}',
+        '{"prompt": ""}',
+        '{"prompt": "\\udc00"}',
+        '{"id": "2", "prompt": "c"}',
+    ]
     file.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xe9"}\n')
     bad = BadRows("skip")
     assert [c.prompt.id for c in read_candidates(file, bad)] == ["1", "2"]
@@ -305,9 +312,11 @@ def test_comparisons_round_trip(tmp_path: Path) -> None:
     ]
     made = [
         dataclasses.replace(c, hashes=tuple(text_hash(item.responses[i].text) for i in c.responses))
-        if r.random() < 0.5 else c
-        for item, of in zip(candidates, zip(*[iter(made)] * 3, strict=True), strict=True) for c in of
-    ]  # fmt: skip
+        if r.random() < 0.5
+        else c
+        for item, of in zip(candidates, zip(*[iter(made)] * 3, strict=True), strict=True)
+        for c in of
+    ]
     assert len(made) > 60
     write_jsonl(tmp_path / "v.jsonl", map(verdict_row, made))
     assert read_verdicts(tmp_path / "v.jsonl", candidates, BadRows()) == made
@@ -443,9 +452,17 @@ def test_pairs_train_in_trl_unchanged(tmp_path: Path, gsm8k_dev: Path, tiny_matr
     assert cli("pairs", ["--responses", few, "--verifier", "numeric", "--output", file]).status == 0
     data = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(data) == len(read_rows(file)) > 20
-    arguments = trl.DPOConfig(output_dir=str(tmp_path / "dpo"), max_steps=1, per_device_train_batch_size=4,
-                              use_cpu=True, report_to="none", logging_steps=1, save_strategy="no",
-                              max_length=256, bf16=False)  # fmt: skip
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path / "dpo"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        max_length=256,
+        bf16=False,
+    )
     trainer = trl.DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(tiny_matrix / "s.v2"),
         args=arguments,

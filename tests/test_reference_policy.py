@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tso_fast.batching import EncodedPair
-from tso_fast.config import CellConfig, TrainConfig
-from tso_fast.policy import Policy, load_model, save_model
+from tso_fast.config.settings import CellConfig, TrainConfig
+from tso_fast.files.run import Run
+from tso_fast.models.load import load_model, save_model
+from tso_fast.models.policy import Policy
 from tso_fast.quickstart.build import Recipe, make_tokenizer
-from tso_fast.reference_policy import load_reference, reference_logprobs, reference_weights, save_ema
+from tso_fast.training.batches import EncodedPair
+from tso_fast.training.reference import load_reference, reference_logprobs, reference_weights, save_ema
 from tso_fast.types import Weights
 
 CPU = torch.device("cpu")
@@ -23,10 +25,20 @@ CPU = torch.device("cpu")
 def tiny(seed: int, *, tied: bool = False) -> Any:
     torch.manual_seed(seed)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                    max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
-                    tie_word_embeddings=tied)
-    ).eval()  # fmt: skip
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.3,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -36,8 +48,10 @@ def settings(**changes: Any) -> TrainConfig:
 def test_which_weights_are_the_reference() -> None:
     new, old = Weights(Path("new"), Path("new")), Weights(Path("adapter"), Path("base"))
     matrix: Any = SimpleNamespace(policy=SimpleNamespace(weights=new), initial=SimpleNamespace(weights=old))
-    found = {kind: [reference_weights(settings(reference=kind), matrix, Path("run"), t) for t in (1, 2, 3)]
-             for kind in ("previous", "initial", "ema")}  # fmt: skip
+    found = {
+        kind: [reference_weights(settings(reference=kind), matrix, Run(Path("run"), {}, None), t) for t in (1, 2, 3)]
+        for kind in ("previous", "initial", "ema")
+    }
     assert found["previous"] == [new] * 3
     assert found["initial"] == [new, old, old]
     means = [Weights(Path(f"run/iter-{t}/reference"), Path(f"run/iter-{t}/reference")) for t in (1, 2)]
@@ -51,15 +65,34 @@ def test_reference_log_probs_do_not_depend_on_how_they_are_shared_out(batch_size
     def tokens(most: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 61, (int(torch.randint(1, most, (), generator=g)),), generator=g).tolist())
 
-    pairs = [EncodedPair(prompt=tokens(9), chosen=tokens(8), rejected=tokens(12), scale=0.0, soft_label=1.0, margin=0.0,
-                         prompt_id=str(i)) for i in range(11)]  # fmt: skip
+    pairs = [
+        EncodedPair(
+            prompt=tokens(9),
+            chosen=tokens(8),
+            rejected=tokens(12),
+            scale=0.0,
+            soft_label=1.0,
+            margin=0.0,
+            prompt_id=str(i),
+        )
+        for i in range(11)
+    ]
     model = tiny(0)
     passes = []
     total = torch.zeros(11, 2)
     for rank in range(world):
         done: list[int] = []
-        total += reference_logprobs(Policy(model), pairs, batch_size=batch_size, pad_token_id=0, device=CPU, rank=rank,
-                                    world=world, impl="auto", advance=done.append)  # fmt: skip
+        total += reference_logprobs(
+            Policy(model),
+            pairs,
+            batch_size=batch_size,
+            pad_token_id=0,
+            device=CPU,
+            rank=rank,
+            world=world,
+            impl="auto",
+            advance=done.append,
+        )
         passes.append(len(done))
     assert len(set(passes)) == 1  # wrapped models need as many forward passes on every process
     for i, pair in enumerate(pairs):
@@ -79,7 +112,7 @@ def test_running_mean(tied: bool, alpha: float | None, share: float, tmp_path: P
     old, new = tiny(1, tied=tied), tiny(2, tied=tied)
     save_model(old, tokenizer, tmp_path / "old")
     config = settings(reference="ema", ref_model_mixup_alpha=alpha)
-    save_ema(config, new, tokenizer, Weights(tmp_path / "old", tmp_path / "old"), tmp_path / "mean")
+    save_ema(config, config, new, tokenizer, Weights(tmp_path / "old", tmp_path / "old"), tmp_path / "mean")
     mean = load_model(tmp_path / "mean", dtype="float32", attn_implementation="sdpa", device="cpu")
     for (name, a), b, m in zip(old.named_parameters(), new.parameters(), mean.parameters(), strict=True):
         torch.testing.assert_close(m, (1 - share) * a + share * b, msg=name)

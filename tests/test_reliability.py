@@ -9,13 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tso_fast.reliability import (
-    Combination,
-    combine,
-    expected_calibration_error,
-    fit_temperature,
-    tempered,
-)
+from tso_fast.correction.calibration import expected_calibration_error, fit_temperature, tempered
+from tso_fast.correction.reliability import Combination, combine
 
 NAN = math.nan
 

@@ -22,50 +22,116 @@ def evaluation(model, accuracy):
 
 
 def iteration(t):
-    means = {"loss": 0.6 - 0.01 * t, "rewards/chosen": 0.1, "rewards/rejected": -0.4, "clip/chosen": 0.05 * t,
-             "clip/rejected": 0.5, "num_tokens/chosen": 2.5, "num_tokens/rejected": 3.5}  # fmt: skip
+    means = {
+        "loss": 0.6 - 0.01 * t,
+        "rewards/chosen": 0.1,
+        "rewards/rejected": -0.4,
+        "clip/chosen": 0.05 * t,
+        "clip/rejected": 0.5,
+        "num_tokens/chosen": 2.5,
+        "num_tokens/rejected": 3.5,
+    }
     return [
-        (f"iter-{t}/generate", {"responses": 90, "cells": ["s.v1", "m.v1"], "generated_tokens": 4.0 + t,
-                                "distinct_responses": 0.6}),
+        (
+            f"iter-{t}/generate",
+            {"responses": 90, "cells": ["s.v1", "m.v1"], "generated_tokens": 4.0 + t, "distinct_responses": 0.6},
+        ),
         (f"iter-{t}/score", {"verdicts": 90, "skipped_prompts": 0}),
-        (f"iter-{t}/pairs", {"decisions": {"human": {"drop": 7, "keep": 40 * t}, "none": {"drop": 5, "keep": 3},
-                                           "newer+larger": {"drop": 1000, "keep": 200, "swap": 30 + t}},
-                             "reasons": {}, "prompts": 10, "prompts_with_pairs": 9, "used": {"keep": 19, "swap": 6},
-                             "abstained": 0, "human_chosen": 2, "pairs": 25}),
-        (f"iter-{t}/train", {"steps": 20, "skipped_steps": 0, "means": means, "final": means, "too_long": 0,
-                             "generated_tokens": 4.0 + t, "distinct_responses": 0.6, "warnings": []}),
+        (
+            f"iter-{t}/pairs",
+            {
+                "decisions": {
+                    "human": {"drop": 7, "keep": 40 * t},
+                    "none": {"drop": 5, "keep": 3},
+                    "newer+larger": {"drop": 1000, "keep": 200, "swap": 30 + t},
+                },
+                "reasons": {},
+                "prompts": 10,
+                "prompts_with_pairs": 9,
+                "used": {"keep": 19, "swap": 6},
+                "abstained": 0,
+                "human_chosen": 2,
+                "pairs": 25,
+            },
+        ),
+        (
+            f"iter-{t}/train",
+            {
+                "steps": 20,
+                "skipped_steps": 0,
+                "means": means,
+                "final": means,
+                "too_long": 0,
+                "generated_tokens": 4.0 + t,
+                "distinct_responses": 0.6,
+                "warnings": [],
+            },
+        ),
         (f"iter-{t}/eval", evaluation(f"tso-{t}", 0.3 + 0.1 * t)),
-    ]  # fmt: skip
+    ]
 
 
 STAGES = [("iter-0/eval", evaluation("m.v1", 0.3)), *iteration(1), *iteration(2)]
 
 
 def pair(i, prior="newer", decision="keep", prompt=NASTY, chosen=NASTY):
-    return {"prompt": [{"role": "user", "content": prompt}], "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": "long " * 100}], "score_chosen": 1.0, "score_rejected": 0.0,
-            "margin": 0.0, "scale": 1.0, "soft_label": 1.0, "prompt_id": f"q{i}", "prompt_text": prompt, "answer": "5",
-            "prior": prior, "decision": decision, "reason": "confirmed", "chosen_model": "tso-1", "chosen_sample": 0,
-            "rejected_model": "m.v1", "rejected_sample": 0}  # fmt: skip
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": "long " * 100}],
+        "score_chosen": 1.0,
+        "score_rejected": 0.0,
+        "margin": 0.0,
+        "scale": 1.0,
+        "soft_label": 1.0,
+        "prompt_id": f"q{i}",
+        "prompt_text": prompt,
+        "answer": "5",
+        "prior": prior,
+        "decision": decision,
+        "reason": "confirmed",
+        "chosen_model": "tso-1",
+        "chosen_sample": 0,
+        "rejected_model": "m.v1",
+        "rejected_sample": 0,
+    }
 
 
 def make_run(folder, stages=STAGES, **config):
     """A run folder with the stages given."""
     folder.mkdir(parents=True)
     stages = [{"name": name, "info": copy.deepcopy(info), "files": []} for name, info in stages]
-    settings = {"loss_type": "dual_clip", "num_iterations": 2, "policy": None, "reference": "previous", "seed": 3,
-                "clip_chosen": 0.5, "clip_rejected": 0.3, "margin_weight": 0.0, "prompts": NASTY,
-                "cells": [{"path": "models/m.v1", "name": None}], **config}  # fmt: skip
-    state = {"format": 1, "versions": {"tso_fast": "0.1.0", "torch": "2.9"}, "config": settings, "inputs": {},
-             "stages": stages, "manifest": {}}  # fmt: skip
+    settings = {
+        "loss_type": "dual_clip",
+        "num_iterations": 2,
+        "policy": None,
+        "reference": "previous",
+        "seed": 3,
+        "clip_chosen": 0.5,
+        "clip_rejected": 0.3,
+        "margin_weight": 0.0,
+        "prompts": NASTY,
+        "cells": [{"path": "models/m.v1", "name": None}],
+        **config,
+    }
+    state = {
+        "format": 1,
+        "versions": {"tso_fast": "0.1.0", "torch": "2.9"},
+        "config": settings,
+        "inputs": {},
+        "stages": stages,
+        "manifest": {},
+    }
     (folder / "run.json").write_text(json.dumps(state))
     names = {stage["name"] for stage in stages}
     with open(folder / "metrics.jsonl", "w") as metrics:
         for t in (1, 2):
             if f"iter-{t}/pairs" in names:
                 (folder / f"iter-{t}").mkdir()
-                rows = [pair(i, prior, decision) for i, (prior, decision) in enumerate(
-                    [("newer", "keep"), ("newer", "swap"), ("human", "keep")] * 9)]  # fmt: skip
+                rows = [
+                    pair(i, prior, decision)
+                    for i, (prior, decision) in enumerate([("newer", "keep"), ("newer", "swap"), ("human", "keep")] * 9)
+                ]
                 (folder / f"iter-{t}/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             if f"iter-{t}/train" in names:
                 means = dict(STAGES)[f"iter-{t}/train"]["means"]

@@ -14,15 +14,7 @@ from pathlib import Path
 import pytest
 
 from tso_fast.errors import InputError, OutputError
-from tso_fast.response_store import (
-    CHUNK,
-    STORE_FILE,
-    ResponseStore,
-    Row,
-    prompt_hash,
-    response_key,
-    settings_hash,
-)
+from tso_fast.files.responses import CHUNK, STORE_FILE, ResponseStore, Row, prompt_hash, response_key, settings_hash
 
 
 def key(number: int) -> bytes:
@@ -162,8 +154,10 @@ def test_a_store_of_format_1_goes_on(tmp_path: Path) -> None:
     """As the first release made it: its responses stay under their keys, and new ones join them."""
     db = sqlite3.connect(tmp_path / STORE_FILE)
     db.execute("CREATE TABLE keys (id INTEGER PRIMARY KEY, key BLOB NOT NULL)")
-    db.execute("CREATE TABLE responses (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL, text TEXT NOT NULL, "
-               "finish_reason TEXT, logprob REAL, crc32 INTEGER)")  # fmt: skip
+    db.execute(
+        "CREATE TABLE responses (id INTEGER PRIMARY KEY, token_ids BLOB NOT NULL, text TEXT NOT NULL, "
+        "finish_reason TEXT, logprob REAL, crc32 INTEGER)"
+    )
     ids = array("i", [5, 6]).tobytes()
     db.execute("INSERT INTO keys VALUES (1, ?)", (key(1),))
     db.execute(

@@ -25,10 +25,14 @@ def bytes_of(run: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     folder = tmp_path_factory.mktemp("chain")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-                   "TSO_FAST_CACHE": str(folder / "cache")}  # fmt: skip
-    done = subprocess.run([sys.executable, HERE / "resume_chain.py", folder], capture_output=True, text=True,
-                          env=environment, timeout=600)  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "TSO_FAST_CACHE": str(folder / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, HERE / "resume_chain.py", folder], capture_output=True, text=True, env=environment, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads(done.stdout)
 

@@ -471,8 +471,11 @@ def verdicts(seed, num_prompts=30, max_rows=7, share=0.6):
 @pytest.mark.parametrize("shape", [{}, {"share": 0.1}, {"share": 1.0}, {"max_rows": 1}, {"max_rows": 25}], ids=str)
 def test_bradley_terry_agrees_with_reference(shape, regularization):
     for seed in range(3):
-        pairs, wins, offsets = verdicts(seed, **shape) if shape != {"max_rows": 1} else (
-            np.empty((0, 2), np.int64), np.empty((0, 2)), np.array([0, 1, 1, 2]))  # fmt: skip
+        pairs, wins, offsets = (
+            verdicts(seed, **shape)
+            if shape != {"max_rows": 1}
+            else (np.empty((0, 2), np.int64), np.empty((0, 2)), np.array([0, 1, 1, 2]))
+        )
         got = bradley_terry(pairs, wins, offsets, regularization=regularization)
         expected = bradley_terry_reference(pairs, wins, offsets, regularization=regularization)
         assert got.dtype == expected.dtype == np.float32
@@ -584,8 +587,19 @@ def test_bradley_terry_errors(function, change, message):
 AGREEMENTS = pytest.mark.parametrize("function", [agreement, agreement_reference])
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_scorers": 1}, {"missing": 0.0}, {"missing": 0.9}, {"num_scorers": 9},
-                                   {"levels": 1}, {"max_rows": 150, "num_prompts": 6}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"num_scorers": 1},
+        {"missing": 0.0},
+        {"missing": 0.9},
+        {"num_scorers": 9},
+        {"levels": 1},
+        {"max_rows": 150, "num_prompts": 6},
+    ],
+    ids=str,
+)
 def test_agreement_agrees_with_reference(shape):
     for seed in range(4):
         scores, offsets = ragged(seed, **shape)

@@ -104,10 +104,22 @@ def test_best_worst_of_many_alike_prompts(n):
             expected = select_pairs_reference(scores, offsets, **options)
             for isa in extension.scoring_isas():
                 got = extension.select_pairs(
-                    scores, offsets, **options, positives=None, negatives=None, text_ids=None, forbidden=None,
-                    keys=None, baseline=None, distances=None, band=np.inf, reuse_texts=False, seed=0, num_threads=1,
+                    scores,
+                    offsets,
+                    **options,
+                    positives=None,
+                    negatives=None,
+                    text_ids=None,
+                    forbidden=None,
+                    keys=None,
+                    baseline=None,
+                    distances=None,
+                    band=np.inf,
+                    reuse_texts=False,
+                    seed=0,
+                    num_threads=1,
                     isa=isa,
-                )  # fmt: skip
+                )
                 np.testing.assert_array_equal(got[0], expected[0])
                 np.testing.assert_array_equal(got[1], expected[1])
                 assert got[2]
@@ -140,7 +152,7 @@ def test_best_worst_of_many_alike_prompts(n):
         ([1, 4, 2, 3], {"text_ids": [7, 7, 8, 8], "reuse_texts": True}, [(1, 2)]),
         ([1e30, 1, 0, 5], {}, [(0, 2), (3, 1)]),
     ],
-)  # fmt: skip
+)
 def test_best_worst_by_hand(function, scores, options, expected):
     dtypes = {"positives": bool, "negatives": bool, "forbidden": np.int64, "text_ids": np.int64}
     options = {name: np.array(v, dtypes[name]) if name in dtypes else v for name, v in options.items()}
@@ -178,13 +190,16 @@ def test_baseline_by_hand(function):
 
 @BOTH
 def test_diverse_by_hand(function):
-    distances = np.array([
-        [0.0, 0.2, 0.9, 0.5, 0.5],
-        [0.2, 0.0, 0.1, 0.1, 0.1],
-        [0.9, 0.1, 0.0, 0.1, 0.1],
-        [0.5, 0.1, 0.1, 0.0, 0.1],
-        [0.5, 0.1, 0.1, 0.1, 0.0],
-    ], np.float32)  # fmt: skip
+    distances = np.array(
+        [
+            [0.0, 0.2, 0.9, 0.5, 0.5],
+            [0.2, 0.0, 0.1, 0.1, 0.1],
+            [0.9, 0.1, 0.0, 0.1, 0.1],
+            [0.5, 0.1, 0.1, 0.0, 0.1],
+            [0.5, 0.1, 0.1, 0.1, 0.0],
+        ],
+        np.float32,
+    )
     options = {"strategy": "diverse", "max_pairs": 1, "distances": distances.ravel()}
     scores = [9, 8, 1, 7, 6]
     assert one_prompt(function, scores, **options) == [(0, 2)]
@@ -235,8 +250,9 @@ def test_draws_are_uniform_and_distinct(function):
         pairs = one_prompt(function, [1, 2, 3, 4, 5], strategy="random", max_pairs=3, seed=seed)
         assert len({row for pair in pairs[:2] for row in pair}) == 4
         assert len(set(pairs)) == 3
-        assert pairs[:2] == one_prompt(function, [1, 2, 3, 4, 5], strategy="random", max_pairs=3, seed=seed,
-                                       reuse_texts=False)  # fmt: skip
+        assert pairs[:2] == one_prompt(
+            function, [1, 2, 3, 4, 5], strategy="random", max_pairs=3, seed=seed, reuse_texts=False
+        )
 
 
 # Upper 0.1 % points of chi-square at 1, 2, 3, 9, 14 degrees of freedom.
@@ -313,9 +329,14 @@ def test_prompts_do_not_see_each_other(strategy):
     def select(which):
         more = {"distances": distances[which].ravel()} if strategy == "diverse" else {}
         pairs, margin = select_pairs(
-            scores[which].ravel(), np.arange(len(which) + 1) * n, strategy=strategy, max_pairs=3, keys=keys[which],
-            seed=9, **more,
-        )  # fmt: skip
+            scores[which].ravel(),
+            np.arange(len(which) + 1) * n,
+            strategy=strategy,
+            max_pairs=3,
+            keys=keys[which],
+            seed=9,
+            **more,
+        )
         found = {int(p): [] for p in which}
         for pair, gap in zip(pairs.tolist(), margin.tolist(), strict=True):
             found[int(which[pair[0] // n])].append((pair[0] % n, pair[1] % n, gap))
@@ -447,7 +468,7 @@ SCORES, OFFSETS = np.array([1, 2, 3, 4, 5], np.float32), np.array([0, 3, 5])
             "band must be above min_margin = 0.5",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(function, change, message):
     arguments = {"consensus": SCORES, "offsets": OFFSETS, "strategy": "best_worst", "max_pairs": 1} | change
     with pytest.raises(ValueError, match=message):
@@ -469,8 +490,9 @@ def test_margin_is_compared_as_it_is_returned():
     low, high = np.float32(0.4), np.float32(0.5)
     for function in (select_pairs, select_pairs_reference):
         for min_margin in (float(high - low), np.nextafter(float(high - low), 0)):
-            pairs, _ = function(np.array([low, high]), np.array([0, 2]), strategy="all", max_pairs=1,
-                                min_margin=min_margin)  # fmt: skip
+            pairs, _ = function(
+                np.array([low, high]), np.array([0, 2]), strategy="all", max_pairs=1, min_margin=min_margin
+            )
             assert len(pairs) == 0
 
 
@@ -529,9 +551,12 @@ def test_decided_by_hand(function):
 )
 def test_decided_bad_input(function, change, message):
     arguments = {
-        "pairs": np.array([[0, 1], [2, 3]]), "margin": np.ones(2, np.float32), "offsets": np.array([0, 2]),
-        "strategy": "best_worst", "max_pairs": 1,
-    } | change  # fmt: skip
+        "pairs": np.array([[0, 1], [2, 3]]),
+        "margin": np.ones(2, np.float32),
+        "offsets": np.array([0, 2]),
+        "strategy": "best_worst",
+        "max_pairs": 1,
+    } | change
     with pytest.raises(ValueError, match=message):
         function(**arguments)
 

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from tso_fast.config.ranges import free_keys
+from tso_fast.config.settings import TrainConfig
 from tso_fast.errors import InputError, OutputError
-from tso_fast.store import Run, atomic_file, atomic_folder, read_run, write_json, write_jsonl
+from tso_fast.files.atomic import atomic_file, atomic_folder, write_json, write_jsonl
+from tso_fast.files.run import Run, read_run
 
 VERSIONS = {"tso_fast": "0"}
 
 
 def open_run(folder: Path, **config: object) -> Run:
-    return Run.open(folder, {"a": 1, **config}, {"prompts": "00"}, VERSIONS)
+    return Run.open(folder, {"a": 1, **config}, {"prompts": "00"}, VERSIONS, free_keys(TrainConfig))
 
 
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:

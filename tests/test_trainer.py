@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tso_fast.cli import main
-from tso_fast.config import CellConfig, JudgeConfig, TrainConfig
+from tso_fast.commands import train_and_compare
+from tso_fast.config.settings import CellConfig, JudgeConfig, TrainConfig
 from tso_fast.errors import InputError, Paused, TrainingError
-from tso_fast.judges.human import LABELS_FILE, LabelFile, make_label
+from tso_fast.files.labels import LabelFile, make_label
+from tso_fast.files.rows import BadRows, read_candidates
+from tso_fast.files.run import LABELS_FILE, read_run
 from tso_fast.quickstart.build import make_tokenizer
-from tso_fast.records import BadRows, read_candidates
 from tso_fast.report import write_report
-from tso_fast.store import read_run
-from tso_fast.trainer import train, train_and_compare
+from tso_fast.trainer import train
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -78,8 +79,17 @@ def test_metrics_carry_trl_names_and_a_first_loss_of_ln_2(run: Path) -> None:
         assert first["step"] == 1
         assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
         assert first["rewards/chosen"] == pytest.approx(0, abs=1e-4)
-        assert {"rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-                "clip/chosen", "clip/rejected", "grad_norm", "learning_rate"} <= set(first)  # fmt: skip
+        assert {
+            "rewards/rejected",
+            "rewards/margins",
+            "rewards/accuracies",
+            "logps/chosen",
+            "logps/rejected",
+            "clip/chosen",
+            "clip/rejected",
+            "grad_norm",
+            "learning_rate",
+        } <= set(first)
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(run: Path, base: TrainConfig, tmp_path: Path) -> None:
@@ -147,7 +157,7 @@ def test_an_interrupted_checkpoint_goes_on_bitwise(
     base: TrainConfig, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped inside iteration 1 after a checkpoint: the steps before it are not made again, the weights are equal."""
-    import tso_fast.optimization as optimization
+    import tso_fast.training.optimise as optimization
 
     settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), per_device_train_batch_size=1, save_steps=1)
     train(dataclasses.replace(settings, output_dir=str(tmp_path / "whole")))
@@ -173,8 +183,11 @@ def test_an_interrupted_checkpoint_goes_on_bitwise(
 def test_accumulation_gives_the_trajectory_of_one_batch(base: TrainConfig, tmp_path: Path) -> None:
     scaled = dataclasses.replace(base, scale_by="gap", num_iterations=1, num_train_epochs=2)
     train(dataclasses.replace(scaled, output_dir=str(tmp_path / "4"), per_device_train_batch_size=4))
-    train(dataclasses.replace(scaled, output_dir=str(tmp_path / "2x2"), per_device_train_batch_size=2,
-                              gradient_accumulation_steps=2))  # fmt: skip
+    train(
+        dataclasses.replace(
+            scaled, output_dir=str(tmp_path / "2x2"), per_device_train_batch_size=2, gradient_accumulation_steps=2
+        )
+    )
     one, two = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("4", "2x2"))
     assert len(one) == len(two) > 1
     for a, b in zip(one, two, strict=True):
@@ -193,8 +206,13 @@ def test_two_processes_give_the_trajectory_of_one(base: TrainConfig, tmp_path: P
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     for launcher, name, size in (([], "one", "4"), (["-m", "torch.distributed.run", "--nproc_per_node=2"], "two", "2")):
-        done = subprocess.run([sys.executable, *launcher, str(script), str(tmp_path / name), size], env=environment,
-                              capture_output=True, text=True, timeout=240)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), str(tmp_path / name), size],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     one, two = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) > 2
@@ -244,8 +262,9 @@ def test_no_pair_at_all_stops_with_the_reasons(base: TrainConfig, tmp_path: Path
 
 
 def test_a_raising_verifier_names_the_prompt_and_keeps_the_responses(base: TrainConfig, tmp_path: Path) -> None:
-    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), verifier="toy_verifier:breaks",
-                                   eval_prompts=None)  # fmt: skip
+    settings = dataclasses.replace(
+        base, output_dir=str(tmp_path / "run"), verifier="toy_verifier:breaks", eval_prompts=None
+    )
     with pytest.raises(InputError, match="raised RuntimeError: out of patience"):
         train(settings)
     assert (tmp_path / "run/iter-1/responses.jsonl").exists()
@@ -256,12 +275,21 @@ def test_scores_that_come_with_the_data_need_no_verifier_and_no_generation(base:
     rows = rows_of(Path(base.prompts))
     for i, row in enumerate(rows):
         row.pop("human_response", None)
-        row["responses"] = [{"model": "other", "text": f" {j}", "scores": {"elsewhere": float(j == i % 3)}}
-                            for j in range(3)]  # fmt: skip
+        row["responses"] = [
+            {"model": "other", "text": f" {j}", "scores": {"elsewhere": float(j == i % 3)}} for j in range(3)
+        ]
     prompts = tmp_path / "scored.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train(dataclasses.replace(base, output_dir=str(tmp_path / "run"), prompts=str(prompts), verifier=None,
-                              eval_prompts=None, num_generations=0))  # fmt: skip
+    train(
+        dataclasses.replace(
+            base,
+            output_dir=str(tmp_path / "run"),
+            prompts=str(prompts),
+            verifier=None,
+            eval_prompts=None,
+            num_generations=0,
+        )
+    )
     pairs = rows_of(tmp_path / "run/iter-1/pairs.jsonl")
     assert len(pairs) == 12
     index = {row["id"]: i for i, row in enumerate(rows)}
@@ -281,10 +309,18 @@ def test_gsm8k_with_human_solutions_from_a_config_file(
     cells = []
     for i, (name, layers) in enumerate((("small", 1), ("large", 2), ("large-new", 2))):
         torch.manual_seed(i)
-        shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=layers,
-                            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=768,
-                            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-                            pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        shape = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=768,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         LlamaForCausalLM(shape).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         cells.append(f"- {{path: {tmp_path / name}, version_rank: {int(name.endswith('new'))}}}")
@@ -317,8 +353,14 @@ def test_an_adapter_can_be_the_policy(base: TrainConfig, tmp_path: Path) -> None
     adapter = make_adapter(newest, tmp_path / "lora", strength=1)
     cells = [*base.cells, CellConfig(path=str(adapter), version_rank=9)]
     for reference in ("initial", "ema"):
-        config = dataclasses.replace(base, output_dir=str(tmp_path / reference), cells=cells, reference=reference,
-                                     num_iterations=2, eval_prompts=None)  # fmt: skip
+        config = dataclasses.replace(
+            base,
+            output_dir=str(tmp_path / reference),
+            cells=cells,
+            reference=reference,
+            num_iterations=2,
+            eval_prompts=None,
+        )
         train(config)
         first = next(r for r in rows_of(tmp_path / reference / "metrics.jsonl") if r["iteration"] == 1)
         assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
@@ -333,13 +375,34 @@ def test_an_adapter_can_be_the_policy(base: TrainConfig, tmp_path: Path) -> None
 def test_config_fields_are_really_used_by_training(base: TrainConfig, run: Path, tmp_path: Path) -> None:
     """Turning a field changes the weights, or for those that must not, leaves them as they are."""
     weights = (run / "model.safetensors").read_bytes()
-    changing = {"beta": 0.5, "learning_rate": 2e-3, "weight_decay": 0.5, "adam_beta1": 0.5, "adam_beta2": 0.9,
-                "adam_epsilon": 1e-3, "max_grad_norm": 0.01, "warmup_steps": 3, "lr_scheduler_type": "constant",
-                "num_train_epochs": 2, "temperature": 0.5, "top_k": 3, "top_p": 0.5, "max_pairs": 2,
-                "scale_by": "gap", "margin_weight": 1.0, "soft_label_kappa": 1.0, "num_generations": 3,
-                "policy_num_generations": 3, "pair_strategy": "best_worst", "score_normalize": "z",
-                "max_versions": 1, "clip_rejected": 0.0, "clip_chosen": 0.0, "policy": "m.v1",
-                "impl": "reference"}  # fmt: skip
+    changing = {
+        "beta": 0.5,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.5,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 0.01,
+        "warmup_steps": 3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.5,
+        "max_pairs": 2,
+        "scale_by": "gap",
+        "margin_weight": 1.0,
+        "soft_label_kappa": 1.0,
+        "num_generations": 3,
+        "policy_num_generations": 3,
+        "pair_strategy": "best_worst",
+        "score_normalize": "z",
+        "max_versions": 1,
+        "clip_rejected": 0.0,
+        "clip_chosen": 0.0,
+        "policy": "m.v1",
+        "impl": "reference",
+    }
     unchanged = {"generation_batch_size": 3, "gradient_checkpointing": True, "logging_steps": 7}
     same = {"score_normalize": "scale_by", "max_versions": None}
     for name, value in {**changing, **unchanged}.items():
@@ -367,8 +430,15 @@ def test_every_kind_of_judge_in_the_loop(base: TrainConfig, tmp_path: Path) -> N
         JudgeConfig(kind="agreement"),
         JudgeConfig(kind="verifier", name="lenient", verifier="toy_verifier:letters"),
     ]
-    config = dataclasses.replace(base, output_dir=str(tmp_path / "run"), num_iterations=1, judges=judges,
-                                 evidence="calibrated", soft_label_by="probability", eval_prompts=None)  # fmt: skip
+    config = dataclasses.replace(
+        base,
+        output_dir=str(tmp_path / "run"),
+        num_iterations=1,
+        judges=judges,
+        evidence="calibrated",
+        soft_label_by="probability",
+        eval_prompts=None,
+    )
     train(config)
     rows = rows_of(tmp_path / "run/iter-1/verdicts.jsonl")
     assert {row["judge"] for row in rows} == {"verifier", "llm", "rater", "implicit", "agreement", "lenient"}
@@ -399,9 +469,13 @@ def test_held_out_prompts_need_only_the_verifier(base: TrainConfig, tmp_path: Pa
     """Constraints of a second judge are asked of the training prompts alone."""
     rows = [{**row, "constraints": [{"id": "punctuation:no_comma"}]} for row in rows_of(Path(base.prompts))]
     write_rows(tmp_path / "prompts.jsonl", rows)
-    config = dataclasses.replace(base, output_dir=str(tmp_path / "run"), prompts=str(tmp_path / "prompts.jsonl"),
-                                 judges=[JudgeConfig(kind="verifier", name="commas", verifier="ifeval")],
-                                 num_iterations=1)  # fmt: skip
+    config = dataclasses.replace(
+        base,
+        output_dir=str(tmp_path / "run"),
+        prompts=str(tmp_path / "prompts.jsonl"),
+        judges=[JudgeConfig(kind="verifier", name="commas", verifier="ifeval")],
+        num_iterations=1,
+    )
     train(config)
     scores = [row["score"] for row in rows_of(tmp_path / "run/iter-1/verdicts.jsonl") if row["judge"] == "commas"]
     assert set(scores) <= {0.0, 1.0}

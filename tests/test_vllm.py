@@ -46,7 +46,7 @@ from tso_fast.generators import (
 )
 from tso_fast.generators.process import EngineProcess
 from tso_fast.generators.vllm_engine import VLLMEngine, check_adapter, import_vllm, set_environment, weight_shapes
-from tso_fast.policy import load_tokenizer
+from tso_fast.models.load import load_tokenizer
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.types import Cell
 
@@ -65,10 +65,18 @@ Models = dict[str, Cell]
 def make_model(seed: int) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(  # a head of 32: vLLM's attention on CPUs takes multiples of it
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=CONTEXT, pad_token_id=TOKENIZER.pad_token_id,
-        eos_token_id=TOKENIZER.eos_token_id, bos_token_id=TOKENIZER.bos_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=TOKENIZER.pad_token_id,
+        eos_token_id=TOKENIZER.eos_token_id,
+        bos_token_id=TOKENIZER.bos_token_id,
+        tie_word_embeddings=False,
+    )
     model: Any = LlamaForCausalLM(config)
     nn.init.normal_(model.lm_head.weight, std=0.35)  # a distribution that is neither flat nor a single token
     return model
@@ -78,8 +86,16 @@ def save(model: Any, folder: Path) -> None:
     """With a generation config of its own, all of which but the ends has to stay without effect."""
     model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
-    own = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.5, "repetition_penalty": 9.0,
-           "max_new_tokens": 2, "eos_token_id": [TOKENIZER.eos_token_id, *OTHER_ENDS]}  # fmt: skip
+    own = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "top_k": 1,
+        "top_p": 0.1,
+        "min_p": 0.5,
+        "repetition_penalty": 9.0,
+        "max_new_tokens": 2,
+        "eos_token_id": [TOKENIZER.eos_token_id, *OTHER_ENDS],
+    }
     (folder / "generation_config.json").write_text(json.dumps(own))
 
 
@@ -93,8 +109,17 @@ def save_adapter(base: Path, folder: Path, seed: int, **options: Any) -> None:
 
 
 def cell(path: Path, base: Path | None = None, rank: int | None = None) -> Cell:
-    return Cell(name=path.name, path=path, base=base or path, size_b=0.0001, version_rank=1, weight_hash=str(path),
-                architecture="tiny", context=CONTEXT, lora_rank=rank)  # fmt: skip
+    return Cell(
+        name=path.name,
+        path=path,
+        base=base or path,
+        size_b=0.0001,
+        version_rank=1,
+        weight_hash=str(path),
+        architecture="tiny",
+        context=CONTEXT,
+        lora_rank=rank,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +139,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def spec_of(cells: Sequence[Cell], **options: Any) -> EngineSpec:
-    given = {"kind": "vllm", "dtype": "float32", "tokenizer": str(cells[0].base), "context": CONTEXT, "use_cpu": True,
-             "start_timeout_s": 120.0, "timeout_s": 60.0}  # fmt: skip
+    given = {
+        "kind": "vllm",
+        "dtype": "float32",
+        "tokenizer": str(cells[0].base),
+        "context": CONTEXT,
+        "use_cpu": True,
+        "start_timeout_s": 120.0,
+        "timeout_s": 60.0,
+    }
     return EngineSpec(cells=tuple(cells), **{**given, **options})
 
 
@@ -221,8 +253,17 @@ def test_greedy_is_that_of_transformers(engine: Engine, models: Models) -> None:
         assert got.logprob == pytest.approx(logprob(models["one"], request, got.token_ids), abs=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.5}, {"temperature": 1.7, "top_k": 9}, {"top_p": 0.6},
-                                      {"temperature": 0.8, "top_p": 0.8, "top_k": 20}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 1.7, "top_k": 9},
+        {"top_p": 0.6},
+        {"temperature": 0.8, "top_p": 0.8, "top_k": 20},
+    ],
+    ids=str,
+)
 def test_logprob_is_that_of_the_tokens_under_the_sampling_distribution(
     engine: Engine, models: Models, sampling: dict[str, Any]
 ) -> None:
@@ -385,8 +426,9 @@ def test_bases_one_after_the_other(engine: Engine, models: Models) -> None:
 def test_reloaded_weights_are_as_good_as_fresh_ones(engine: Engine, fresh: Engine, models: Models) -> None:
     # The prefix cache, which keeps blocks of 128 tokens, must not outlive the weights.
     long = tuple(np.random.default_rng(1).integers(5, VOCAB, 270).tolist())
-    ones, twos = ([dataclasses.replace(r, token_ids=long + r.token_ids) for r in requests(12, [name])]
-                  for name in ("one", "two"))  # fmt: skip
+    ones, twos = (
+        [dataclasses.replace(r, token_ids=long + r.token_ids) for r in requests(12, [name])] for name in ("one", "two")
+    )
     before = generate(engine, ones)
     reloaded = generate(engine, twos)
     assert same(reloaded, generate(fresh, twos))
@@ -513,8 +555,9 @@ def greedy(cell: Cell, spec: EngineSpec) -> Completion:
         with torch.no_grad():
             tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     answer = tuple(tokens[len(request.token_ids) :])
-    return Completion(key=request.key, token_ids=answer, text="", finish_reason="length",
-                      logprob=logprob(cell, request, answer))  # fmt: skip
+    return Completion(
+        key=request.key, token_ids=answer, text="", finish_reason="length", logprob=logprob(cell, request, answer)
+    )
 
 
 @needs_peft

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from tso_fast import executors
-from tso_fast.batching import encode_prompt
-from tso_fast.config import AnsweringConfig, CellConfig
+from tso_fast.config.settings import AnsweringConfig, CellConfig
 from tso_fast.errors import InputError
 from tso_fast.executors import Answer, Executor, Job
+from tso_fast.files.responses import ResponseStore, prompt_hash, response_key, settings_hash
+from tso_fast.files.rows import BadRows, prompt_row
 from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server
 from tso_fast.matrix import ModelMatrix, require_weights
-from tso_fast.policy import device_of
-from tso_fast.records import BadRows, prompt_row
-from tso_fast.response_store import ResponseStore, prompt_hash, response_key, settings_hash
+from tso_fast.models.load import device_of
+from tso_fast.models.tokens import encode_prompt
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, Cell, FinishReason, Response
 
@@ -95,8 +95,10 @@ def _first(own: Any, of_all: Any) -> Any:
 
 def _server(cell: Cell, url: str | None, served_name: str | None) -> Server:
     if url is None:
-        raise InputError(f"url: cell {cell.name!r} has none, and generator 'openai' needs to know its server; set url, "
-                         "or the url of this cell")  # fmt: skip
+        raise InputError(
+            f"url: cell {cell.name!r} has none, and generator 'openai' needs to know its server; set url, "
+            "or the url of this cell"
+        )
     return Server(url=url.rstrip("/"), model=served_name or cell.name)
 
 
@@ -204,10 +206,11 @@ class _Plan:
         self.prompt_of: dict[bytes, int] = {}
         """Prompts of the requests handed out, by key, for refusals."""
         self.settings = {
-            a.cell.name: settings_hash(weights=a.cell.weight_hash, engine=a.kind, dtype=config.dtype,
-                                       sampling=_identity(a.sampling))
+            a.cell.name: settings_hash(
+                weights=a.cell.weight_hash, engine=a.kind, dtype=config.dtype, sampling=_identity(a.sampling)
+            )
             for a in asked
-        }  # fmt: skip
+        }
 
     def requests(self, number: int, asked: Sequence[Asked]) -> Iterator[tuple[Asked, int, Request]]:
         """Those of a prompt: cell, sample, request."""
@@ -255,8 +258,12 @@ class _Plan:
 
     def _shards(self, group: Sequence[Asked], advance: Advance) -> Iterator[list[Request]]:
         """What the store lacks, cells of one base model together, so that an engine loads each base once."""
-        bases = [list(of_base) for _, of_base in itertools.groupby(
-            sorted(group, key=lambda a: str(a.cell.base)), key=lambda a: a.cell.base)]  # fmt: skip
+        bases = [
+            list(of_base)
+            for _, of_base in itertools.groupby(
+                sorted(group, key=lambda a: str(a.cell.base)), key=lambda a: a.cell.base
+            )
+        ]
         size = self.config.shard_size
         for of_base in bases:
             for start in range(0, len(self.candidates), size):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tso_fast.config import TrainConfig
+    from tso_fast.config.settings import TrainConfig
 
 USAGE = """usage: tso-fast COMMAND [CONFIG.yaml] [--key value ...]
 
@@ -43,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if arguments[0] not in COMMANDS:
-            raise InputError(f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; "
-                             f"expected one of {', '.join(COMMANDS)}")  # fmt: skip
+            raise InputError(
+                f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; "
+                f"expected one of {', '.join(COMMANDS)}"
+            )
         _show_log()
         COMMANDS[arguments[0]](arguments[1:])
     except (EngineError, InputError, OutputError, TrainingError) as error:
@@ -76,13 +78,14 @@ def _show_log() -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from tso_fast.config import TrainConfig
-    from tso_fast.options import is_given, parse
+    from tso_fast.config.parse import is_given, parse
+    from tso_fast.config.settings import TrainConfig
 
-    if is_given(arguments, "config", "cells", "prompts", "help"):
-        _run_training(parse("train", TrainConfig, arguments))
-    else:
-        _run_training(quickstart_config(arguments))
+    is_own = is_given(arguments, "config", "cells", "prompts", "help")
+    config = parse("train", TrainConfig, arguments) if is_own else quickstart_config(arguments)
+    from tso_fast import commands
+
+    commands.train(config)
 
 
 def quickstart_config(arguments: list[str], eval_set: str = "held_out") -> TrainConfig:
@@ -90,8 +93,8 @@ def quickstart_config(arguments: list[str], eval_set: str = "held_out") -> Train
     from pathlib import Path
 
     import tso_fast.quickstart
-    from tso_fast.config import TrainConfig
-    from tso_fast.options import parse
+    from tso_fast.config.parse import parse
+    from tso_fast.config.settings import TrainConfig
 
     settings = Path(tso_fast.quickstart.__file__).with_name("quickstart.yaml")
     # Placeholders for what the quickstart makes itself.
@@ -105,33 +108,24 @@ def quickstart_config(arguments: list[str], eval_set: str = "held_out") -> Train
     return config
 
 
-def _run_training(config: TrainConfig) -> None:
-    from tso_fast.report import print_summary, write_report
-    from tso_fast.trainer import train_and_compare
-
-    runs = train_and_compare(config)
-    write_report(runs[0], runs[1:])
-    print_summary(runs)
-
-
 def _single(name: str, config_name: str, function: str = "") -> Callable[[list[str]], None]:
     """A command that is one stage: its configuration is read before anything heavy is imported."""
 
     def run(arguments: list[str]) -> None:
         from tso_fast import config
-        from tso_fast.options import parse
+        from tso_fast.config.parse import parse
 
         settings = parse(name, getattr(config, config_name), arguments)
-        from tso_fast import single
+        from tso_fast import commands
 
-        getattr(single, function or name)(settings)
+        getattr(commands, function or name)(settings)
 
     return run
 
 
 def _annotate(arguments: list[str]) -> None:
-    from tso_fast.config import AnnotateConfig
-    from tso_fast.options import parse
+    from tso_fast.config.parse import parse
+    from tso_fast.config.settings import AnnotateConfig
 
     if arguments and not arguments[0].startswith("-") and not arguments[0].endswith((".yaml", ".yml")):
         arguments = ["--run", *arguments]
@@ -149,18 +143,17 @@ def _report(arguments: list[str]) -> None:
             print("usage: tso-fast report RUN\n\nWrites RUN/report.html and prints the run's table.")
             return
         raise InputError(f"report: got {' '.join(arguments) or 'nothing'}, expected one run folder")
-    from tso_fast.report import print_summary, write_report
-    from tso_fast.report.summary import comparisons
+    from tso_fast import commands
 
-    runs = [arguments[0], *comparisons(arguments[0])]
-    write_report(runs[0], runs[1:])
-    print_summary(runs)
+    commands.report(arguments[0])
 
 
 def _env(arguments: list[str]) -> None:
     if arguments in (["-h"], ["--help"]):
-        print("usage: tso-fast env [--json]\n\nPrints what is installed and usable here, and what to install for the "
-              "rest.\n--json: the same for programs and bug reports.")  # fmt: skip
+        print(
+            "usage: tso-fast env [--json]\n\nPrints what is installed and usable here, and what to install for the "
+            "rest.\n--json: the same for programs and bug reports."
+        )
         return
     from tso_fast.errors import InputError
 

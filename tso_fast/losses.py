@@ -1,12 +1,21 @@
 """Preference losses: pure functions from ``PairLogprobs`` to one loss a pair.
 
-Reduction, scaling and logging belong to the caller. A new loss is a function and a row in ``LOSSES``.
+Reduction, scaling and logging belong to the caller. A new loss is a function and a row in ``LOSSES``, here or from
+outside::
+
+    def hinge(pairs: PairLogprobs, *, beta: float = 0.1) -> torch.Tensor:
+        return torch.relu(1 - beta * (pairs.chosen - pairs.ref_chosen - pairs.rejected + pairs.ref_rejected))
+
+    LOSSES["hinge"] = Loss(hinge, title="hinge")
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +23,28 @@ import torch.nn.functional as F
 
 from tso_fast.types import PairLogprobs
 
-Loss = Callable[..., torch.Tensor]
+LossFunction = Callable[..., torch.Tensor]
+"""From ``PairLogprobs`` and keyword-only options to [N] losses."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what others must know of it; callable as its function."""
+
+    function: LossFunction
+    title: str
+    """What tables and reports call it."""
+    needs_reference: bool = True
+    """Whether it looks at the reference's log-probs; without, they may be NaN."""
+    takes_labels: bool = True
+    """Whether soft labels and margins enter it."""
+    is_per_pair: bool = True
+    """Whether a pair's loss depends on that pair alone, so that pairs may go in several chunks."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options that are bound; the others have the function's defaults."""
+
+    def __call__(self, pairs: PairLogprobs, **options: Any) -> torch.Tensor:
+        return self.function(pairs, **{**self.options, **options})
 
 
 def _soft_logistic(z: torch.Tensor, pairs: PairLogprobs) -> torch.Tensor:
@@ -90,8 +120,12 @@ def sft(pairs: PairLogprobs) -> torch.Tensor:
     return -pairs.chosen / pairs.num_chosen_tokens
 
 
-LOSSES: dict[str, Loss] = {"dual_clip": dual_clip, "dpo": dpo, "sft": sft}
-"""Loss name -> function(PairLogprobs, *, options) -> [N] losses."""
+LOSSES: dict[str, Loss] = {
+    "dual_clip": Loss(dual_clip, title="dual clip (TSO)"),
+    "dpo": Loss(dpo, title="plain DPO"),
+    "sft": Loss(sft, title="chosen-only NLL", needs_reference=False, takes_labels=False),
+}
+"""The losses by name."""
 
 
 def scaled_mean(losses: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -100,18 +134,47 @@ def scaled_mean(losses: torch.Tensor, scale: torch.Tensor | None) -> torch.Tenso
     return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def loss_options(loss: str | Loss) -> dict[str, Any]:
-    """Keyword-only options of a loss and their defaults.
+def find_loss(loss: str | Loss | LossFunction) -> Loss:
+    """The row of a loss.
+
+    Args:
+        loss: a name in ``LOSSES``, ``package.module:name`` of a function or row, or one of these itself. Of a function
+            without a row it is assumed that it needs a reference and looks at all pairs together.
 
     Raises:
-        ValueError: a name that is not in ``LOSSES``.
+        ValueError: a name that is not known, or cannot be imported.
     """
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}; known: {', '.join(sorted(LOSSES))}")
-        loss = LOSSES[loss]
-    parameters = inspect.signature(loss).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    if isinstance(loss, Loss):
+        return loss
+    if callable(loss):
+        return Loss(loss, title=getattr(loss, "__name__", repr(loss)), is_per_pair=False)
+    if loss in LOSSES:
+        return LOSSES[loss]
+    module, colon, name = loss.partition(":")
+    if not colon:
+        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(sorted(LOSSES))}, or package.module:function")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the module does when it is imported
+        raise ValueError(
+            f"loss {loss!r} cannot be imported: {type(error).__name__}: {error}; expected "
+            "package.module:function, with the package's folder on PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"loss {loss!r} is {found!r:.60}; expected a function or a tso_fast.losses.Loss")
+    return find_loss(found)
+
+
+def loss_options(loss: str | Loss | LossFunction) -> dict[str, Any]:
+    """Keyword-only options of a loss and their values: bound ones, else the function's defaults.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    row = find_loss(loss)
+    parameters = inspect.signature(row.function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    return {**defaults, **row.options}
 
 
 _ONE_PAIR = PairLogprobs(
@@ -121,22 +184,75 @@ _ONE_PAIR = PairLogprobs(
 )
 
 
-def resolve_loss(loss: str | Loss, options: dict[str, Any]) -> Loss:
-    """The loss with its options bound and checked: a function from ``PairLogprobs`` to [N].
+def resolve_loss(loss: str | Loss | LossFunction, options: Mapping[str, Any]) -> Loss:
+    """The loss with its options bound and checked.
 
     Raises:
         ValueError: an unknown name, or an option that the loss does not take, or one outside its range.
     """
-    if callable(loss):
-        return (lambda pairs: loss(pairs, **options)) if options else loss
-    known = loss_options(loss)
-    if unknown := sorted(set(options) - set(known)):
+    row = find_loss(loss)
+    if not options:
+        return row
+    if unknown := sorted(name for name in options if not _takes(row, name)):
+        known = ", ".join(loss_options(row)) or "none"
         raise ValueError(
-            f"loss {loss!r} has no option {', '.join(map(repr, unknown))}; its options: {', '.join(known) or 'none'}"
+            f"loss {loss if isinstance(loss, str) else row.title!r} has no option "
+            f"{', '.join(map(repr, unknown))}; its options: {known}"
         )
-    function = LOSSES[loss]
-    function(_ONE_PAIR, **options)  # an option outside its range is refused here, before any work
-    return lambda pairs: function(pairs, **options)
+    bound = dataclasses.replace(row, options={**row.options, **options})
+    if isinstance(loss, str):
+        bound(_ONE_PAIR)  # an option outside its range is refused here, before any work
+    return bound
+
+
+def _takes(loss: Loss, option: str) -> bool:
+    parameters = inspect.signature(loss.function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_any or (option in parameters and parameters[option].kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def weighted_sum(names: Sequence[str], weights: Sequence[float] | None, options: Mapping[str, Any]) -> Loss:
+    """The loss that is trained on: one, or a weighted sum of several, with its options bound.
+
+    Args:
+        names: of ``find_loss``.
+        weights: one for each name; None: 1.
+        options: by name; each loss gets those that it takes, and those under its own name: ``{"sft": {...}}``.
+
+    Raises:
+        ValueError: see ``resolve_loss``; an option that no loss takes; another number of weights than of losses.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"got the losses {', '.join(names) or 'none'}; expected one or more, each once")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(f"loss_weights has {len(weights)} items for {len(names)} losses; expected one each")
+    rows = {name: find_loss(name) for name in names}
+    own = {name: options[name] for name in names if isinstance(options.get(name), Mapping)}
+    shared = {key: value for key, value in options.items() if key not in own}
+    if len(names) > 1 and (idle := sorted(key for key in shared if not any(_takes(row, key) for row in rows.values()))):
+        known = "; ".join(f"{name}: {', '.join(loss_options(row)) or 'none'}" for name, row in rows.items())
+        raise ValueError(f"none of the losses has the option {idle[0]!r}; their options are {known}")
+    parts = [
+        resolve_loss(name, {k: v for k, v in shared.items() if len(names) == 1 or _takes(row, k)} | own.get(name, {}))
+        for name, row in rows.items()
+    ]
+    scales = [1.0] * len(parts) if weights is None else list(weights)
+    return parts[0] if scales == [1.0] else _sum(parts, scales)
+
+
+def _sum(parts: Sequence[Loss], scales: Sequence[float]) -> Loss:
+    def total(pairs: PairLogprobs, **bound_in_the_parts: Any) -> torch.Tensor:
+        return torch.stack([scale * part(pairs) for part, scale in zip(parts, scales, strict=True)]).sum(dim=0)
+
+    titles = [p.title if scale == 1 else f"{scale:g} x {p.title}" for p, scale in zip(parts, scales, strict=True)]
+    return Loss(
+        total,
+        title=" + ".join(titles),
+        needs_reference=any(part.needs_reference for part in parts),
+        takes_labels=any(part.takes_labels for part in parts),
+        is_per_pair=all(part.is_per_pair for part in parts),
+        options={name: value for part in reversed(parts) for name, value in loss_options(part).items()},
+    )
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tso_fast.batching import encode_prompt, response_ids
-from tso_fast.config import CellConfig
+from tso_fast.config.settings import CellConfig
 from tso_fast.errors import InputError
-from tso_fast.policy import load_config, load_tokenizer, tensor_shapes
-from tso_fast.records import BadRows, prompt_row
-from tso_fast.store import sha256_file
+from tso_fast.files.atomic import sha256_file
+from tso_fast.files.rows import BadRows, prompt_row
+from tso_fast.models.load import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    load_config,
+    load_tokenizer,
+    tensor_shapes,
+    weight_files,
+)
+from tso_fast.models.tokens import encode_prompt, response_ids
 from tso_fast.types import HUMAN, Candidates, Cell
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What a model or an adapter is does not depend on these keys of its configuration.
-VOLATILE = frozenset({
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache",
-    "base_model_name_or_path", "inference_mode", "revision", "peft_version", "auto_mapping",
-})  # fmt: skip
+VOLATILE = frozenset(
+    {
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "base_model_name_or_path",
+        "inference_mode",
+        "revision",
+        "peft_version",
+        "auto_mapping",
+    }
+)
 
 
 def open_cell(config: CellConfig, place: str = "cells") -> Cell:
@@ -38,15 +55,18 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
     """
     path = Path(config.path)
     if not path.is_dir():
-        raise InputError(f"{place}: path {config.path!r} is no folder; expected a local Hugging Face model or a LoRA "
-                         "adapter")  # fmt: skip
+        raise InputError(
+            f"{place}: path {config.path!r} is no folder; expected a local Hugging Face model or a LoRA adapter"
+        )
     rank: int | None = None
     parts: list[str] = []
     if (path / ADAPTER_CONFIG).is_file():
         rank, parts, base = _open_adapter(path, config.base, place)
     elif config.base is not None:
-        raise InputError(f"{place}: base {config.base!r} is given, but {path} holds no {ADAPTER_CONFIG}; leave it out "
-                         "or give an adapter's folder")  # fmt: skip
+        raise InputError(
+            f"{place}: base {config.base!r} is given, but {path} holds no {ADAPTER_CONFIG}; leave it out "
+            "or give an adapter's folder"
+        )
     else:
         base = path
     name = config.name or os.path.basename(os.path.abspath(path))  # also of "."
@@ -54,8 +74,10 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
     if has_weights:
         num_parameters, hashes = _open_weights(base, place)
     elif config.size_b is None:
-        raise InputError(f"{place}: size_b is missing; {path} has no *.safetensors weights to count. A cell with a url "
-                         "needs none, but its size must be told")  # fmt: skip
+        raise InputError(
+            f"{place}: size_b is missing; {path} has no *.safetensors weights to count. A cell with a url "
+            "needs none, but its size must be told"
+        )
     else:
         num_parameters, hashes = 0, [f"served as {config.served_name or name}\n"]
     model_config = load_config(base)
@@ -79,8 +101,10 @@ def require_weights(cell: Cell, what: str) -> None:
         InputError: only a server has them.
     """
     if not cell.has_weights:
-        raise InputError(f"{what}: cell {cell.name!r} has no weights in {cell.path}, only its server has; expected "
-                         "*.safetensors there, or another cell")  # fmt: skip
+        raise InputError(
+            f"{what}: cell {cell.name!r} has no weights in {cell.path}, only its server has; expected "
+            "*.safetensors there, or another cell"
+        )
 
 
 def _hash_of(config: dict[str, Any]) -> str:
@@ -90,20 +114,19 @@ def _hash_of(config: dict[str, Any]) -> str:
 
 def _open_weights(path: Path, place: str) -> tuple[int, list[str]]:
     """Number of parameters, and a line for the hash of every weight file."""
-    weights = sorted(path.glob("*.safetensors"))
-    if not (path / "config.json").is_file() or not weights:
-        missing = "config.json" if weights else "*.safetensors weights"
-        hint = "; it has pickled *.bin weights: save them with safe_serialization" if [*path.glob("*.bin")] else ""
-        raise InputError(f"{place}: {path} has no {missing}; expected config.json and *.safetensors{hint}")
-    shapes = [shape for file in weights for shape in _shapes(file, place).values()]
-    return sum(map(math.prod, shapes)), [_hash_line(file) for file in weights]
+    with _named(place):
+        weights = weight_files(path)
+        num_parameters = sum(math.prod(shape) for file in weights for shape in tensor_shapes(file).values())
+    return num_parameters, [_hash_line(file) for file in weights]
 
 
-def _shapes(file: Path, place: str) -> dict[str, tuple[int, ...]]:
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Puts the setting that names a folder before an error about the folder."""
     try:
-        return tensor_shapes(file)
-    except Exception as error:
-        raise InputError(f"{place}: {file} is no readable safetensors file: {error}") from error
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 def _hash_line(file: Path) -> str:
@@ -130,15 +153,20 @@ def _open_adapter(path: Path, base: str | None, place: str) -> tuple[int, list[s
     if not weights.is_file():
         raise InputError(f"{place}: {path} has no {ADAPTER_WEIGHTS}; expected a LoRA adapter saved as safetensors")
     ranks = {rank, *(config.get("rank_pattern") or {}).values()}
-    for name, shape in _shapes(weights, place).items():
+    with _named(place):
+        shapes = tensor_shapes(weights)
+    for name, shape in shapes.items():
         side = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
         if side is not None and shape[side] not in ranks:
-            raise InputError(f"{place}: {weights} has {name} of rank {shape[side]}, but {ADAPTER_CONFIG} says "
-                             f"r {rank}; the two files do not belong together")  # fmt: skip
+            raise InputError(
+                f"{place}: {weights} has {name} of rank {shape[side]}, but {ADAPTER_CONFIG} says "
+                f"r {rank}; the two files do not belong together"
+            )
     named = base or config.get("base_model_name_or_path")
     if not named or not Path(named).is_dir():
-        raise InputError(f"{place}: the base model of {path}, {named!r}, is no folder; set {place}.base to its local "
-                         "folder")  # fmt: skip
+        raise InputError(
+            f"{place}: the base model of {path}, {named!r}, is no folder; set {place}.base to its local folder"
+        )
     return max(ranks), [f"adapter {_hash_of(config)}\n", _hash_line(weights)], Path(named)
 
 
@@ -185,14 +213,18 @@ class ModelMatrix:
             where = f"cells[{i}]: {cell.base}"
             if cell.base not in seen and (other := load_tokenizer(cell.base).get_vocab()) != vocabulary:
                 differing = {token for token, _ in other.items() ^ vocabulary.items()}
-                raise InputError(f"{where} has another vocabulary ({len(other)} tokens) than {self.policy.base} "
-                                 f"({len(vocabulary)} tokens); {len(differing)} differ, such as {min(differing)!r}. "
-                                 "All cells need the policy's tokenizer")  # fmt: skip
+                raise InputError(
+                    f"{where} has another vocabulary ({len(other)} tokens) than {self.policy.base} "
+                    f"({len(vocabulary)} tokens); {len(differing)} differ, such as {min(differing)!r}. "
+                    "All cells need the policy's tokenizer"
+                )
             seen.add(cell.base)
             size = load_config(cell.base).get_text_config().vocab_size
             if size <= max(vocabulary.values()):
-                raise InputError(f"{where} has embeddings for {size} tokens, but the tokenizer has ids up to "
-                                 f"{max(vocabulary.values())}")  # fmt: skip
+                raise InputError(
+                    f"{where} has embeddings for {size} tokens, but the tokenizer has ids up to "
+                    f"{max(vocabulary.values())}"
+                )
 
     def add_version(self, path: Path, name: str, max_versions: int = 0) -> None:
         """The trained policy joins as the newest version of its size and is the policy from now on."""
@@ -216,18 +248,24 @@ def check_fits(
         try:
             length = len(encode_prompt(tokenizer, prompt))
             if context is not None and length + max_tokens > context:
-                raise InputError(f"{prompt.where or prompt.id}: field 'prompt' has {length} tokens; with "
-                                 f"max_completion_length {max_tokens} that exceeds the context of {context}; expected "
-                                 f"at most {context - max_tokens}")  # fmt: skip
+                raise InputError(
+                    f"{prompt.where or prompt.id}: field 'prompt' has {length} tokens; with "
+                    f"max_completion_length {max_tokens} that exceeds the context of {context}; expected "
+                    f"at most {context - max_tokens}"
+                )
             for response in item.responses:
                 field = "human_response" if response.is_human else f"responses[{response.model}]"
                 if response.token_ids and max(response.token_ids) >= len(tokenizer):
-                    raise InputError(f"{prompt.where or prompt.id}: field {field!r} has token id "
-                                     f"{max(response.token_ids)}; the tokenizer has {len(tokenizer)}")  # fmt: skip
+                    raise InputError(
+                        f"{prompt.where or prompt.id}: field {field!r} has token id "
+                        f"{max(response.token_ids)}; the tokenizer has {len(tokenizer)}"
+                    )
                 tokens = len(response_ids(tokenizer, prompt, response))
                 if context is not None and length + tokens > context:
-                    raise InputError(f"{prompt.where or prompt.id}: field {field!r} has {tokens} tokens; with the "
-                                     f"prompt's {length} that exceeds the context of {context}")  # fmt: skip
+                    raise InputError(
+                        f"{prompt.where or prompt.id}: field {field!r} has {tokens} tokens; with the "
+                        f"prompt's {length} that exceeds the context of {context}"
+                    )
             fitting.append(item)
         except InputError as error:
             bad.handle(error, prompt_row(prompt))

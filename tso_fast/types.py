@@ -202,6 +202,14 @@ class PairEvidence:
     """Mean probability that the first is better, of the judges that compare two responses; None: none did."""
     labels: Mapping[str, float | None]
     """By annotator: 1 the first is better, -1 the second, 0 a tie; None: the pair is bad."""
+    is_same_text: bool = False
+    """Both responses say the same, white space around them aside."""
+
+    @property
+    def label(self) -> float | None:
+        """What people say together: the mean of their labels; None: nobody labelled it, or most call the pair bad."""
+        given = [label for label in self.labels.values() if label is not None]
+        return sum(given) / len(given) if 2 * len(given) > len(self.labels) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +254,6 @@ class PairBatch:
     """[S, L] int64."""
     targets: torch.Tensor
     """[S, L] int64, shifted: targets[s, t] is predicted from position t; -100 outside the completion."""
-    index: torch.Tensor
-    """[N] int64: which pairs of the data set."""
     scale: torch.Tensor
     """[N] float32."""
     soft_label: torch.Tensor
@@ -288,7 +294,7 @@ class PreferenceOutput:
     logprobs: torch.Tensor
     """[S] policy sums, nats."""
     ref_logprobs: torch.Tensor
-    """[S]"""
+    """[S]; NaN without a reference, as are the rewards."""
     num_tokens: torch.Tensor
     """[S] int64 completion tokens."""
     chosen_rewards: torch.Tensor

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tso_fast.annotate.queue import sign
-from tso_fast.judges.human import Pair
+from tso_fast.annotate.order import sign
+from tso_fast.files.labels import Pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,9 @@ def agreement(opinions: Iterable[Sequence[Hashable]]) -> Agreement | None:
         shares.append(equal / (m * (m - 1)))
         differing += (m * (m - 1) - equal) / (m - 1)
     expected = (total * (total - 1) - sum(n * (n - 1) for n in counts.values())) / (total - 1)
-    return Agreement(pairs=len(common), raw=sum(shares) / len(shares),
-                     alpha=1 - differing / expected if expected else None)  # fmt: skip
+    return Agreement(
+        pairs=len(common), raw=sum(shares) / len(shares), alpha=1 - differing / expected if expected else None
+    )
 
 
 def _preferences(opinions: Iterable[Sequence[float | None]]) -> Agreement | None:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from tso_fast.annotate.desk import Desk
 from tso_fast.annotate.exchange import LABEL_STUDIO_CONFIG, export_labels, import_labels
-from tso_fast.annotate.queue import evidence_of
-from tso_fast.config import AnnotateConfig
+from tso_fast.annotate.order import evidence_of
+from tso_fast.config.settings import AnnotateConfig
 from tso_fast.errors import InputError
-from tso_fast.judges.human import LABELS_FILE, LabelFile
+from tso_fast.files.atomic import check_writable
+from tso_fast.files.labels import LabelFile
+from tso_fast.files.rows import BadRows, read_candidates, read_verdicts
+from tso_fast.files.run import RUN_FILE, Iteration, iterations
 from tso_fast.progress import console
-from tso_fast.records import BadRows, read_candidates, read_verdicts
-from tso_fast.store import check_writable
 
 PASSWORD = "TSO_FAST_PASSWORD"
 
@@ -45,26 +46,29 @@ def find_files(config: AnnotateConfig) -> Files:
         stem = re.sub(r"\.jsonl(\.gz)?$", "", run.name)
         found = Files(responses=run, verdicts=given, labels=run.with_name(f"{stem}.labels.jsonl"))
     else:
-        folder = _iteration(run, config.iteration)
-        verdicts = folder / "verdicts.jsonl"
-        found = Files(responses=folder / "responses.jsonl", labels=folder / LABELS_FILE,
-                      verdicts=given or (verdicts if verdicts.is_file() else None))  # fmt: skip
+        of = _iteration(run, config.iteration)
+        found = Files(
+            responses=of.responses, labels=of.labels, verdicts=given or (of.verdicts if of.verdicts.is_file() else None)
+        )
     if config.labels is None:
         return found
     return Files(responses=found.responses, verdicts=found.verdicts, labels=Path(config.labels))
 
 
-def _iteration(run: Path, number: int | None) -> Path:
-    named = [(re.fullmatch(r"iter-(\d+)", path.name), path) for path in run.glob("iter-*")]
-    folders = {int(match[1]): path for match, path in named if match and (path / "responses.jsonl").is_file()}
-    if not folders:
-        what = "has no iteration with responses yet" if (run / "run.json").is_file() else \
-            "is neither a run folder nor a file of responses"  # fmt: skip
+def _iteration(run: Path, number: int | None) -> Iteration:
+    known = {of.number: of for of in iterations(run) if of.responses.is_file()}
+    if not known:
+        what = (
+            "has no iteration with responses yet"
+            if (run / RUN_FILE).is_file()
+            else "is neither a run folder nor a file of responses"
+        )
         raise InputError(f"run: {run} {what}; expected the output_dir of `tso-fast train`, or JSONL of responses")
-    if number is not None and number not in folders:
-        raise InputError(f"iteration: {run} has no responses of iteration {number}; expected one of "
-                         f"{', '.join(map(str, sorted(folders)))}")  # fmt: skip
-    return folders[max(folders) if number is None else number]
+    if number is not None and number not in known:
+        raise InputError(
+            f"iteration: {run} has no responses of iteration {number}; expected one of {', '.join(map(str, known))}"
+        )
+    return known[max(known) if number is None else number]
 
 
 def annotate(config: AnnotateConfig) -> None:
@@ -98,8 +102,10 @@ def annotate(config: AnnotateConfig) -> None:
 
         password = config.password or os.environ.get(PASSWORD) or None
         if password is None and not _is_loopback(config.host):
-            _say(f"warning: {config.host} can be reached from other machines, and nobody asks for a password; set "
-                 f"{PASSWORD}")  # fmt: skip
+            _say(
+                f"warning: {config.host} can be reached from other machines, and nobody asks for a password; set "
+                f"{PASSWORD}"
+            )
         serve(desk, config.annotator, config.host, config.port, password)
 
 

@@ -11,8 +11,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, get_args
 
 from tso_fast.annotate.agreement import Agreement, between_people, with_judges
-from tso_fast.annotate.queue import draw, ordered, sides
-from tso_fast.judges.human import Label, LabelFile, Pair, make_label, standing
+from tso_fast.annotate.order import draw, ordered, sides
+from tso_fast.files.labels import Label, LabelFile, Pair, make_label, standing
 from tso_fast.types import Candidates, PairEvidence
 
 Choice = Literal["left", "right", "tie", "bad"]
@@ -124,9 +124,16 @@ class Desk:
             left, right = task.shown
             probability = {"left": 1.0, "right": 0.0, "tie": 0.5, "bad": None}[choice]
             self.labels.append(
-                make_label(task.candidates, (left, right), annotator, probability, self._now(),
-                           seconds=self.clock() - seat.since, shown=task.shown)
-            )  # fmt: skip
+                make_label(
+                    task.candidates,
+                    (left, right),
+                    annotator,
+                    probability,
+                    self._now(),
+                    seconds=self.clock() - seat.since,
+                    shown=task.shown,
+                )
+            )
             del self._seats[annotator]
             return True
 

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tso_fast.annotate.queue import sides
+from tso_fast.annotate.order import sides
 from tso_fast.errors import InputError
-from tso_fast.judges.human import Label, LabelFile, Pair, label_row, make_label, parse_time, read_history, standing
-from tso_fast.records import BadRows, Row
-from tso_fast.store import write_json, write_jsonl
+from tso_fast.files.atomic import write_json, write_jsonl
+from tso_fast.files.labels import Label, LabelFile, Pair, label_row, make_label, parse_time, read_history, standing
+from tso_fast.files.rows import BadRows, Row
 from tso_fast.types import Candidates
 
 PROBABILITY: dict[str, float | None] = {"left": 1.0, "right": 0.0, "tie": 0.5, "bad": None}
@@ -54,10 +54,13 @@ def export_labels(
         of_pair.setdefault(pair, []).append(label)
     items = {c.prompt.id: c for c in candidates}
     make = _label_studio_task if form == "label_studio" else _argilla_record
-    write_json(path, [
-        make(number, items[pair[0]], sides(pair, "", seed), of_pair.get(pair, []))
-        for number, pair in enumerate(dict.fromkeys([*of_pair, *queue]), start=1)
-    ])  # fmt: skip
+    write_json(
+        path,
+        [
+            make(number, items[pair[0]], sides(pair, "", seed), of_pair.get(pair, []))
+            for number, pair in enumerate(dict.fromkeys([*of_pair, *queue]), start=1)
+        ],
+    )
     return len(newest)
 
 
@@ -82,8 +85,12 @@ def _names(item: Candidates, shown: tuple[int, int]) -> Row:
 
 def _label_studio_task(number: int, item: Candidates, shown: tuple[int, int], labels: Iterable[Label]) -> Row:
     def annotation(label: Label) -> Row:
-        result = {"from_name": "choice", "to_name": "prompt", "type": "choices",
-                  "value": {"choices": [_said(label, shown[0])]}}  # fmt: skip
+        result = {
+            "from_name": "choice",
+            "to_name": "prompt",
+            "type": "choices",
+            "value": {"choices": [_said(label, shown[0])]},
+        }
         # Not completed_by: Label Studio wants the number of one of its own users there.
         row: Row = {"annotator": label.annotator, "result": [result]}
         if label.time is not None:
@@ -92,15 +99,22 @@ def _label_studio_task(number: int, item: Candidates, shown: tuple[int, int], la
             row["lead_time"] = label.seconds
         return row
 
-    return {"id": number, "data": {**_texts(item, shown), **_names(item, shown)},
-            "annotations": [annotation(label) for label in labels]}  # fmt: skip
+    return {
+        "id": number,
+        "data": {**_texts(item, shown), **_names(item, shown)},
+        "annotations": [annotation(label) for label in labels],
+    }
 
 
 def _argilla_record(number: int, item: Candidates, shown: tuple[int, int], labels: Iterable[Label]) -> Row:
     answers = [{"user_id": label.annotator, "value": _said(label, shown[0]), "status": "submitted"} for label in labels]
-    return {"id": f"pair-{number}", "fields": _texts(item, shown), "metadata": _names(item, shown),
-            "questions": [{"name": "preference", "type": "label_selection", "labels": list(PROBABILITY)}],
-            "responses": {"preference": answers}}  # fmt: skip
+    return {
+        "id": f"pair-{number}",
+        "fields": _texts(item, shown),
+        "metadata": _names(item, shown),
+        "questions": [{"name": "preference", "type": "label_selection", "labels": list(PROBABILITY)}],
+        "responses": {"preference": answers},
+    }
 
 
 # ---- in
@@ -184,11 +198,14 @@ def _pair(names: Any, texts: Any, where: str, items: Mapping[str, Candidates]) -
     for side in ("left", "right"):
         index = _field(names, f"{side}_response", where, int, "the index of a response, as our export wrote it")
         if not 0 <= index < len(item.responses):
-            raise InputError(f"{where}: field '{side}_response' is {index}; prompt {prompt_id!r} has "
-                             f"{len(item.responses)} responses")  # fmt: skip
+            raise InputError(
+                f"{where}: field '{side}_response' is {index}; prompt {prompt_id!r} has {len(item.responses)} responses"
+            )
         if _field(texts, side, where, str, "the text that was shown") != item.responses[index].text:
-            raise InputError(f"{where}: field {side!r} is not the text of response {index} of prompt {prompt_id!r}: "
-                             "the label was given to another text")  # fmt: skip
+            raise InputError(
+                f"{where}: field {side!r} is not the text of response {index} of prompt {prompt_id!r}: "
+                "the label was given to another text"
+            )
         found.append(index)
     if found[0] == found[1]:
         raise InputError(f"{where}: left and right are the same response, {found[0]}; expected two")
@@ -221,9 +238,14 @@ def _from_label_studio(task: Any, where: str, items: Mapping[str, Candidates], a
     assert isinstance(task, dict)
     annotations = task.get("annotations")
     if annotations is None and "choice" in task:
-        annotations = [{"result": [{"from_name": "choice", "value": {"selected": task["choice"]}}],
-                        "completed_by": task.get("annotator"), "created_at": task.get("created_at"),
-                        "lead_time": task.get("lead_time")}]  # fmt: skip
+        annotations = [
+            {
+                "result": [{"from_name": "choice", "value": {"selected": task["choice"]}}],
+                "completed_by": task.get("annotator"),
+                "created_at": task.get("created_at"),
+                "lead_time": task.get("lead_time"),
+            }
+        ]
     out = []
     for k, annotation in enumerate(annotations or []):
         place = f"{where}.annotations[{k}]"
@@ -265,6 +287,14 @@ def _from_argilla(record: Any, where: str, items: Mapping[str, Candidates], anno
             raise InputError(f"{place}: is {answer!r:.60}; expected an object with 'user_id' and 'value'")
         if answer.get("status", "submitted") != "submitted":
             continue
-        out.append(make_label(item, (left, right), _name(answer.get("user_id"), annotator, place),
-                              _probability(answer.get("value"), place), shown=(left, right), where=place))  # fmt: skip
+        out.append(
+            make_label(
+                item,
+                (left, right),
+                _name(answer.get("user_id"), annotator, place),
+                _probability(answer.get("value"), place),
+                shown=(left, right),
+                where=place,
+            )
+        )
     return out

@@ -22,8 +22,10 @@ from tso_fast.progress import console
 
 HERE = Path(__file__).parent
 LONGEST_NAME = 60
-POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self'; form-action 'self'; "
-          "frame-ancestors 'none'; object-src 'none'")  # fmt: skip
+POLICY = (
+    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self'; form-action 'self'; "
+    "frame-ancestors 'none'; object-src 'none'"
+)
 SAID = {"left": "A is better", "right": "B is better", "tie": "a tie", "bad": "a bad pair"}
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"]
 SYSTEM_MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
@@ -44,19 +46,23 @@ def show(view: View, annotator: str, notice: str = "", is_error: bool = False) -
     task = view.task
     body = _done(view) if task is None else _task(task)
     kind = "notice error" if is_error else "notice"
-    return (f'<div class="tso" data-turn="{next(_turns)}" data-key="{task.key if task else ""}">'
-            f'{_progress(view, annotator)}{body}<div class="{kind}" role="status">{plain(notice)}</div></div>'
-            )  # fmt: skip
+    return (
+        f'<div class="tso" data-turn="{next(_turns)}" data-key="{task.key if task else ""}">'
+        f'{_progress(view, annotator)}{body}<div class="{kind}" role="status">{plain(notice)}</div></div>'
+    )
 
 
 def _progress(view: View, annotator: str) -> str:
     share = view.labelled / view.total if view.total else 1.0
-    yours = f"<b>{view.own}</b> by {plain(annotator)}" if view.own != view.labelled or view.people > 1 else \
-        plain(annotator)  # fmt: skip
-    return (f'<div class="progress"><span id="count"><b>{view.labelled}</b> / {view.total} labelled</span>'
-            f'<span class="track" role="progressbar" aria-valuemin="0" aria-valuemax="{view.total}" '
-            f'aria-valuenow="{view.labelled}" aria-label="pairs labelled"><i style="width: {share:.2%}"></i></span>'
-            f'<span id="who">{yours}</span></div>')  # fmt: skip
+    yours = (
+        f"<b>{view.own}</b> by {plain(annotator)}" if view.own != view.labelled or view.people > 1 else plain(annotator)
+    )
+    return (
+        f'<div class="progress"><span id="count"><b>{view.labelled}</b> / {view.total} labelled</span>'
+        f'<span class="track" role="progressbar" aria-valuemin="0" aria-valuemax="{view.total}" '
+        f'aria-valuenow="{view.labelled}" aria-label="pairs labelled"><i style="width: {share:.2%}"></i></span>'
+        f'<span id="who">{yours}</span></div>'
+    )
 
 
 def _text(text: str) -> str:
@@ -68,8 +74,9 @@ def _task(task: Task) -> str:
     if len(messages) == 1 and messages[0].role == "user":
         turns = f"<h2>Prompt</h2>{_text(messages[0].content)}"
     else:
-        turns = "".join(f'<div class="turn"><h2>{plain(m.role.capitalize())}</h2>{_text(m.content)}</div>'
-                        for m in messages)  # fmt: skip
+        turns = "".join(
+            f'<div class="turn"><h2>{plain(m.role.capitalize())}</h2>{_text(m.content)}</div>' for m in messages
+        )
     cards = "".join(
         f'<article class="card" id="{side}-response"><h2><span>{letter}</span>Response</h2>'
         f"{_text(task.candidates.responses[i].text)}</article>"
@@ -79,23 +86,33 @@ def _task(task: Task) -> str:
 
 
 def _done(view: View) -> str:
-    what = "There is no pair of different responses to label." if not view.total else \
-        f"{view.labelled} of {view.total} pairs have a label, {view.own} of them yours."  # fmt: skip
+    what = (
+        "There is no pair of different responses to label."
+        if not view.total
+        else f"{view.labelled} of {view.total} pairs have a label, {view.own} of them yours."
+    )
     return f'<section class="card done"><h1>Nothing is left for you</h1><p>{what} Thank you.</p></section>'
 
 
 def below(view: View | None) -> str:
     """Keys, and the agreement so far; before somebody has labelled anything there is none to influence them."""
-    keys = ('<span class="keys"><kbd>A</kbd> <kbd>1</kbd> <kbd>←</kbd> &nbsp; <kbd>B</kbd> <kbd>2</kbd> <kbd>→</kbd> '
-            "&nbsp; tie <kbd>T</kbd> <kbd>0</kbd> &nbsp; bad <kbd>X</kbd> &nbsp; undo <kbd>U</kbd> <kbd>⌫</kbd></span>"
-            )  # fmt: skip
-    rows = "" if view is None else "".join(
-        f"<tr><td>{name}</td><td>{found.raw:.0%} equal</td><td>α {'–' if found.alpha is None else f'{found.alpha:.2f}'}"
-        f"</td><td>{found.pairs} pairs</td></tr>"
-        for name, found in _agreements(view) if found is not None
-    )  # fmt: skip
-    agreement = f"<details id='agreement'><summary>Agreement so far</summary><table>{rows}</table></details>" if rows \
-        else ""  # fmt: skip
+    keys = (
+        '<span class="keys"><kbd>A</kbd> <kbd>1</kbd> <kbd>←</kbd> &nbsp; <kbd>B</kbd> <kbd>2</kbd> <kbd>→</kbd> '
+        "&nbsp; tie <kbd>T</kbd> <kbd>0</kbd> &nbsp; bad <kbd>X</kbd> &nbsp; undo <kbd>U</kbd> <kbd>⌫</kbd></span>"
+    )
+    rows = (
+        ""
+        if view is None
+        else "".join(
+            f"<tr><td>{name}</td><td>{found.raw:.0%} equal</td>"
+            f"<td>α {'–' if found.alpha is None else f'{found.alpha:.2f}'}</td><td>{found.pairs} pairs</td></tr>"
+            for name, found in _agreements(view)
+            if found is not None
+        )
+    )
+    agreement = (
+        f"<details id='agreement'><summary>Agreement so far</summary><table>{rows}</table></details>" if rows else ""
+    )
     return f'<div class="below">{agreement}{keys}</div>'
 
 
@@ -120,8 +137,18 @@ def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
     def render(name: str, notice: str = "", is_error: bool = False) -> list[Any]:
         view = desk.view(name)
         on = gr.update(interactive=view.task is not None)
-        return [name, hidden, shown, show(view, name, notice, is_error), below(view), on, on, on, on,
-                gr.update(interactive=view.own > 0)]  # fmt: skip
+        return [
+            name,
+            hidden,
+            shown,
+            show(view, name, notice, is_error),
+            below(view),
+            on,
+            on,
+            on,
+            on,
+            gr.update(interactive=view.own > 0),
+        ]
 
     def ask(notice: str = "") -> list[Any]:
         return ["", gr.update(visible=True), hidden, "", notice, *[gr.skip()] * 5]
@@ -151,8 +178,12 @@ def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
                 is_new = desk.label(name, key, choice)
             except OutputError as error:
                 return render(name, f"Not saved: {error}", is_error=True)
-            return render(name, f"Saved: {SAID[choice]}. Undo takes it back." if is_new else
-                          "That pair had been answered already; here is the next.")  # fmt: skip
+            return render(
+                name,
+                f"Saved: {SAID[choice]}. Undo takes it back."
+                if is_new
+                else "That pair had been answered already; here is the next.",
+            )
 
         return act
 
@@ -170,8 +201,13 @@ def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
         stored = gr.BrowserState("", storage_key="tso-fast-annotator", secret="tso-fast")  # a name is no secret
         key = gr.Textbox(visible=False)
         with gr.Column(visible=False, elem_id="name-form") as form:
-            typed = gr.Textbox(label="Your name", info="It stands with your labels, and brings you back to your place.",
-                               max_lines=1, autofocus=True, elem_id="name")  # fmt: skip
+            typed = gr.Textbox(
+                label="Your name",
+                info="It stands with your labels, and brings you back to your place.",
+                max_lines=1,
+                autofocus=True,
+                elem_id="name",
+            )
             go = gr.Button("Start", variant="primary", elem_id="start")
         with gr.Column(visible=False, elem_id="work") as work:
             above = gr.HTML(elem_id="desk", padding=False)
@@ -213,24 +249,40 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
             import gradio as gr
             import uvicorn
         except ImportError as error:
-            raise InputError(f"annotate: the page needs gradio, which cannot be imported ({error}): pip install "
-                             "'tso-fast[annotate]'") from error  # fmt: skip
+            raise InputError(
+                f"annotate: the page needs gradio, which cannot be imported ({error}): pip install 'tso-fast[annotate]'"
+            ) from error
         address = listening.getsockname()[:2]
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         page = build(desk, annotator, has_login=password is not None)
         gr.mount_gradio_app(
-            app, page, path="/", server_name=address[0], server_port=address[1], ssr_mode=False,
-            auth=None if password is None else lambda name, given: _is_let_in(name, given, password), pwa=False,
-            auth_message="Your name, which stands with your labels, and the password.", footer_links=[],
-            run_history=False, enable_monitoring=False, max_file_size="1kb", mcp_server=False, show_error=False,
+            app,
+            page,
+            path="/",
+            server_name=address[0],
+            server_port=address[1],
+            ssr_mode=False,
+            auth=None if password is None else lambda name, given: _is_let_in(name, given, password),
+            pwa=False,
+            auth_message="Your name, which stands with your labels, and the password.",
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            max_file_size="1kb",
+            mcp_server=False,
+            show_error=False,
             theme=gr.themes.Default(primary_hue="blue", neutral_hue="gray", font=SYSTEM_FONTS, font_mono=SYSTEM_MONO),
             # Not as css=...: gradio puts its own class before each selector.
-            head="".join(f"<{tag}>{(HERE / name).read_text(encoding='utf-8')}</{tag}>"
-                         for tag, name in (("style", "page.css"), ("script", "page.js"))),
-        )  # fmt: skip
+            head="".join(
+                f"<{tag}>{(HERE / name).read_text(encoding='utf-8')}</{tag}>"
+                for tag, name in (("style", "page.css"), ("script", "page.js"))
+            ),
+        )
         shown_host = f"[{host}]" if ":" in host else host
-        for line in (f"labels go to {desk.labels.path}",
-                     f"open http://{shown_host}:{address[1]}/ - stop with Ctrl-C; every label is on disk"):  # fmt: skip
+        for line in (
+            f"labels go to {desk.labels.path}",
+            f"open http://{shown_host}:{address[1]}/ - stop with Ctrl-C; every label is on disk",
+        ):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         server = uvicorn.Server(uvicorn.Config(_with_policy(app), log_level="critical", timeout_graceful_shutdown=1))
         server.run(sockets=[listening])
@@ -251,8 +303,9 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listening is not None:
             listening.close()
-        raise InputError(f"port: cannot listen on {host}:{port}: {error.strerror or error}; give another --port, or 0 "
-                         "for a free one") from error  # fmt: skip
+        raise InputError(
+            f"port: cannot listen on {host}:{port}: {error.strerror or error}; give another --port, or 0 for a free one"
+        ) from error
     return listening
 
 

@@ -197,8 +197,9 @@ def run(
             _start(executor, jobs, events, workers)
             if not workers:
                 if waiting := next((job for job in jobs if job.has_more()), None):
-                    raise EngineError(f"{waiting.title}: there is no room for its engine, which needs "
-                                      f"{waiting.spec.num_gpus} GPUs")  # fmt: skip
+                    raise EngineError(
+                        f"{waiting.title}: there is no room for its engine, which needs {waiting.spec.num_gpus} GPUs"
+                    )
                 return
             looked = time.monotonic()
             ended: list[_Ended] = []
@@ -258,10 +259,17 @@ def _give_back(event: _Ended, max_retries: int) -> None:
     for shard in event.unfinished:
         shard.failures += 1
         if shard.failures > max_retries:
-            raise EngineError(f"{event.job.title}: {shard.failures} engines died over one shard; stopped. What was "
-                              f"answered is kept. The last: {event.error}") from event.error  # fmt: skip
+            raise EngineError(
+                f"{event.job.title}: {shard.failures} engines died over one shard; stopped. What was "
+                f"answered is kept. The last: {event.error}"
+            ) from event.error
     tries = max(shard.failures for shard in event.unfinished)
-    logger.warning("%s: an engine died, its work is given to another (retry %d of %d): %s",
-                   event.job.title, tries, max_retries, event.error)  # fmt: skip
+    logger.warning(
+        "%s: an engine died, its work is given to another (retry %d of %d): %s",
+        event.job.title,
+        tries,
+        max_retries,
+        event.error,
+    )
     for shard in event.unfinished:
         event.job.give_back(shard)

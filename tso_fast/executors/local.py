@@ -45,8 +45,7 @@ class LocalExecutor:
 
     def acquire(self, spec: EngineSpec) -> Place | None:
         if spec.num_gpus > self.num_gpus:
-            raise InputError(f"num_gpus: {spec.names} needs {spec.num_gpus} GPUs, "
-                             f"this machine offers {self.num_gpus}")  # fmt: skip
+            raise InputError(f"num_gpus: {spec.names} needs {spec.num_gpus} GPUs, this machine offers {self.num_gpus}")
         if not spec.is_client and (self.running >= self.limit or len(self.free) < spec.num_gpus):
             return None
         self.running += not spec.is_client
@@ -60,8 +59,9 @@ class LocalExecutor:
 
     def open(self, spec: EngineSpec, place: Place) -> Engine:
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)} if place.gpus else {}
-        return open_engine(spec, own_process=self.limit > 1, environment=environment,
-                           log=str(self.logs / f"engine-{place.number}.log"))  # fmt: skip
+        return open_engine(
+            spec, own_process=self.limit > 1, environment=environment, log=str(self.logs / f"engine-{place.number}.log")
+        )
 
     def close(self) -> None:
         pass

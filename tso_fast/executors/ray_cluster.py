@@ -69,8 +69,9 @@ class RayExecutor:
                 _check_reachable(given or "")
                 self.ray.init(address=address, log_to_driver=False, logging_level="warning", **options)
             except (OSError, ValueError, RuntimeError) as error:
-                raise InputError(f"ray_address: no Ray cluster can be joined at {address or 'the default address'}: "
-                                 f"{error}") from error  # fmt: skip
+                raise InputError(
+                    f"ray_address: no Ray cluster can be joined at {address or 'the default address'}: {error}"
+                ) from error
 
     def acquire(self, spec: EngineSpec) -> Place | None:
         place = Place(spec.num_gpus, spec.is_client)
@@ -130,8 +131,13 @@ class RayEngine:
         self.ray = ray
         self.spec = spec
         self.tasks: list[Any] = []
-        options = {"num_gpus": spec.num_gpus, "num_cpus": 1, "max_restarts": 0, "max_concurrency": 8,
-                   "scheduling_strategy": "SPREAD"}  # fmt: skip
+        options = {
+            "num_gpus": spec.num_gpus,
+            "num_cpus": 1,
+            "max_restarts": 0,
+            "max_concurrency": 8,
+            "scheduling_strategy": "SPREAD",
+        }
         self.actor = ray.remote(EngineHost).options(**options).remote(spec)
         try:
             self._get(self.actor.ping.remote(), spec.start_timeout_s, "it did not start")
@@ -146,8 +152,10 @@ class RayEngine:
         try:
             return self.ray.get(task, timeout=timeout_s)
         except exceptions.GetTimeoutError as error:
-            raise EngineError(f"the {self.spec.kind} engine of {cells} on Ray: {what} in {timeout_s:g} s; free in the "
-                              f"cluster: {self.ray.available_resources()}") from error  # fmt: skip
+            raise EngineError(
+                f"the {self.spec.kind} engine of {cells} on Ray: {what} in {timeout_s:g} s; free in the "
+                f"cluster: {self.ray.available_resources()}"
+            ) from error
         except exceptions.RayTaskError as error:
             if isinstance(error.cause, InputError | EngineError):
                 raise type(error.cause)(str(error.cause)) from None

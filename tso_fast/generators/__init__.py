@@ -154,8 +154,9 @@ class EngineSpec:
         return ", ".join(cell.name for cell in self.cells)
 
 
-def open_engine(spec: EngineSpec, *, own_process: bool = False, environment: Mapping[str, str] | None = None,
-                log: str | None = None) -> Engine:  # fmt: skip
+def open_engine(
+    spec: EngineSpec, *, own_process: bool = False, environment: Mapping[str, str] | None = None, log: str | None = None
+) -> Engine:
     """An engine that is ready to answer.
 
     Args:

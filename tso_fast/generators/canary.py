@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tso_fast.errors import EngineError, InputError
 from tso_fast.generators import Completion, Engine, EngineSpec, Refusal, Request, Sampling
+from tso_fast.models.load import load_model, load_tokenizer, weight_shapes
+from tso_fast.models.memory import available_memory
 from tso_fast.types import Cell
 
 PROMPT = "The capital of France is"
@@ -103,8 +104,10 @@ def judge(answer: Completion, cell: Cell, spec: EngineSpec, before: tuple[Cell, 
     if _fits_memory(cell.base, spec.dtype):
         reference = _reference(cell, prompt, answer.token_ids, spec)
         if not math.isfinite(reference.logprob):
-            raise InputError(f"{where}: the model gives logits that are not finite; its weights are damaged, or "
-                             f"{spec.dtype} is too narrow for it")  # fmt: skip
+            raise InputError(
+                f"{where}: the model gives logits that are not finite; its weights are damaged, or "
+                f"{spec.dtype} is too narrow for it"
+            )
     if answer.logprob is None:
         return
     if not math.isfinite(answer.logprob):
@@ -114,10 +117,12 @@ def judge(answer: Completion, cell: Cell, spec: EngineSpec, before: tuple[Cell, 
     tolerance, n = TOLERANCES[spec.dtype], len(answer.token_ids)
     error = abs(answer.logprob - reference.logprob) / n
     if error > tolerance.mean or reference.gap > tolerance.gap:
-        raise EngineError(f"{where}: the engine does not answer with these weights: a greedy answer of {n} tokens has "
-                          f"log-prob {answer.logprob:.4f} by the engine and {reference.logprob:.4f} by transformers, "
-                          f"{error:.4f} a token, expected at most {tolerance.mean}; its tokens are up to "
-                          f"{reference.gap:.4f} below the most likely, expected at most {tolerance.gap}")  # fmt: skip
+        raise EngineError(
+            f"{where}: the engine does not answer with these weights: a greedy answer of {n} tokens has "
+            f"log-prob {answer.logprob:.4f} by the engine and {reference.logprob:.4f} by transformers, "
+            f"{error:.4f} a token, expected at most {tolerance.mean}; its tokens are up to "
+            f"{reference.gap:.4f} below the most likely, expected at most {tolerance.gap}"
+        )
     if before is None:
         return
     # Versions of one model may be closer to each other than the tolerance; but not by every bit.
@@ -129,8 +134,6 @@ def judge(answer: Completion, cell: Cell, spec: EngineSpec, before: tuple[Cell, 
 
 @functools.lru_cache(maxsize=8)
 def _prompt_ids(tokenizer: str) -> tuple[int, ...]:
-    from tso_fast.policy import load_tokenizer
-
     loaded: Any = load_tokenizer(tokenizer)
     return tuple(loaded(PROMPT)["input_ids"]) or (loaded.eos_token_id,)
 
@@ -149,8 +152,6 @@ def _reference(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...], spe
 def _teacher_forced(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...], spec: EngineSpec) -> Reference:
     import torch
 
-    from tso_fast.policy import load_model
-
     # What runs on this engine's device may have no implementation for the CPU.
     attention = spec.attn_implementation if spec.attn_implementation in ("eager", "sdpa") else "auto"
     loaded = load_model(cell.path, base=cell.base, dtype=spec.dtype, attn_implementation=attention, device="cpu")
@@ -165,21 +166,15 @@ def _teacher_forced(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...]
 
 
 def _fits_memory(path: Path, dtype: str) -> bool:
-    from tso_fast.generators.vllm_engine import weight_shapes
-
     needed = sum(map(math.prod, weight_shapes(path).values())) * (4 if dtype == "float32" else 2)
-    available = _available_memory()
+    available = available_memory()
     if needed > MEMORY_SHARE * available:
-        log.warning("%s: its weights of %.1f GiB are not compared with transformers: %.1f GiB of memory are free, and "
-                    "the comparison may take a quarter", path, needed / 2**30, available / 2**30)  # fmt: skip
+        log.warning(
+            "%s: its weights of %.1f GiB are not compared with transformers: %.1f GiB of memory are free, and "
+            "the comparison may take a quarter",
+            path,
+            needed / 2**30,
+            available / 2**30,
+        )
         return False
     return True
-
-
-def _available_memory() -> int:
-    """Bytes. The kernel's estimate counts the page cache, which is full of weights just read."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -28,7 +28,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tso_fast.errors import InputError
 from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
-from tso_fast.policy import device_of, end_token_ids, load_model, load_tokenizer, release
+from tso_fast.models.load import device_of, end_token_ids, load_model, load_tokenizer
+from tso_fast.models.memory import release
 from tso_fast.types import Cell, FinishReason, TopLogprobs
 
 # ------------------------------------------------------------------------------------------------------- sampling
@@ -117,9 +118,14 @@ class _Row:
     @property
     def completion(self) -> Completion:
         assert self.finish_reason is not None
-        return Completion(key=self.request.key, token_ids=tuple(self.token_ids), text=self.text,
-                          finish_reason=self.finish_reason, logprob=self.logprob,
-                          top_logprobs=self.top_logprobs)  # fmt: skip
+        return Completion(
+            key=self.request.key,
+            token_ids=tuple(self.token_ids),
+            text=self.text,
+            finish_reason=self.finish_reason,
+            logprob=self.logprob,
+            top_logprobs=self.top_logprobs,
+        )
 
 
 class _SlotLayer(DynamicLayer):
@@ -215,9 +221,15 @@ class BatchGenerator:
     """Responses of one model to requests of one sampling distribution."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end_tokens: Sequence[int], *,
-        batch_size: int = 64, name: str = "", on_step: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        end_tokens: Sequence[int],
+        *,
+        batch_size: int = 64,
+        name: str = "",
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model: Any = model.eval()
         self.tokenizer: Any = tokenizer
         self.end_tokens = frozenset(end_tokens)
@@ -263,8 +275,9 @@ class BatchGenerator:
     def _prefill(self, rows: list[_Row], cache: DynamicCache) -> torch.Tensor:
         ids, mask = self._left_padded(rows)
         inputs = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
-        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs,
-                          **self._last_only).logits[:, -1]  # fmt: skip
+        return self.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs, **self._last_only
+        ).logits[:, -1]
 
     def _decode(self, rows: list[_Row], slots: _Slots) -> torch.Tensor:
         device = self.model.device
@@ -295,8 +308,13 @@ class BatchGenerator:
         own_config = self.model.generation_config
         self.model.generation_config = GenerationConfig(pad_token_id=self.pad, do_sample=False)
         try:
-            self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=[_Choose(self, rows)],
-                                stopping_criteria=[_Finished(rows)], max_new_tokens=most)  # fmt: skip
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                logits_processor=[_Choose(self, rows)],
+                stopping_criteria=[_Finished(rows)],
+                max_new_tokens=most,
+            )
         finally:
             self.model.generation_config = own_config
 
@@ -318,8 +336,10 @@ class BatchGenerator:
         tokens, logprobs = sample(logits_SV, uniform, rows[0].request.sampling)
         for row, token, logprob in zip(rows, *torch.stack([tokens.double(), logprobs.double()]).tolist(), strict=True):
             if logprob != logprob:
-                raise InputError(f"{self.name}: the model gives logits that are not finite; its weights are damaged, "
-                                 f"or {self.model.dtype} is too narrow for it")  # fmt: skip
+                raise InputError(
+                    f"{self.name}: the model gives logits that are not finite; its weights are damaged, "
+                    f"or {self.model.dtype} is too narrow for it"
+                )
             if row.finish_reason is None:
                 self._take(row, int(token), logprob)
         self.on_step()
@@ -444,11 +464,22 @@ class HFEngine:
             return
         self._drop()
         self.on_progress(is_loading=True)
-        model = load_model(cell.path, base=cell.base, dtype=self.spec.dtype, device=self.device,
-                           attn_implementation=self.spec.attn_implementation)  # fmt: skip
+        model = load_model(
+            cell.path,
+            base=cell.base,
+            dtype=self.spec.dtype,
+            device=self.device,
+            attn_implementation=self.spec.attn_implementation,
+        )
         ends = end_token_ids(cell.base, self.tokenizer)
-        self._generator = BatchGenerator(model, self.tokenizer, ends, batch_size=self.spec.batch_size, name=cell.name,
-                                         on_step=lambda: self.on_progress())  # fmt: skip
+        self._generator = BatchGenerator(
+            model,
+            self.tokenizer,
+            ends,
+            batch_size=self.spec.batch_size,
+            name=cell.name,
+            on_step=lambda: self.on_progress(),
+        )
 
     def _obstacle(self, request: Request) -> str:
         """Why it cannot be answered, or nothing."""
@@ -458,8 +489,10 @@ class HFEngine:
             return f"cell {cell.name}: the prompt has no tokens; expected at least one"
         limits = [limit for limit in (self.spec.context, cell.context) if limit is not None]
         if limits and len(prompt) + request.sampling.max_tokens > min(limits):
-            return (f"cell {cell.name}: a prompt of {len(prompt)} tokens and a response of up to "
-                    f"{request.sampling.max_tokens} exceed its context of {min(limits)} tokens")  # fmt: skip
+            return (
+                f"cell {cell.name}: a prompt of {len(prompt)} tokens and a response of up to "
+                f"{request.sampling.max_tokens} exceed its context of {min(limits)} tokens"
+            )
         size = self._generator.model.get_input_embeddings().weight.shape[0]
         if not 0 <= min(prompt) <= max(prompt) < size:
             beyond = next(token for token in prompt if not 0 <= token < size)

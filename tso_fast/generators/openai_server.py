@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from tso_fast.errors import EngineError, InputError, did_you_mean
 from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
-from tso_fast.policy import end_token_ids, load_tokenizer
+from tso_fast.models.load import end_token_ids, load_tokenizer
 from tso_fast.types import Cell, TopLogprobs
 
 try:
@@ -155,8 +155,10 @@ class OpenAIEngine:
         if self._num_retokenised:
             logger.warning(
                 "%d of %d responses came without token ids and were tokenised from their text, which may give others "
-                "than were sampled; vLLM's server tells them", self._num_retokenised, self._num_answered,
-            )  # fmt: skip
+                "than were sampled; vLLM's server tells them",
+                self._num_retokenised,
+                self._num_answered,
+            )
             self._num_retokenised = 0
 
     # --- in the thread ---
@@ -238,8 +240,10 @@ class OpenAIEngine:
 
     async def _load_adapter(self, endpoint: _Endpoint, listed: list[str]) -> None:
         cell, model = endpoint.cell, endpoint.model
-        missing = (f"servers.{cell.name}: no model {model!r} at {endpoint.base}{did_you_mean(model, listed)}; it has "
-                   f"{', '.join(listed) or 'none'}")  # fmt: skip
+        missing = (
+            f"servers.{cell.name}: no model {model!r} at {endpoint.base}{did_you_mean(model, listed)}; it has "
+            f"{', '.join(listed) or 'none'}"
+        )
         if not cell.is_adapter:
             raise InputError(missing)
         body = {"lora_name": model, "lora_path": str(cell.path.resolve())}
@@ -254,8 +258,13 @@ class OpenAIEngine:
 
     async def _probe(self, endpoint: _Endpoint) -> None:
         """One token, to learn which fields the server takes, and that it takes the prompt as it is."""
-        ask = Request(key=b"", cell=endpoint.cell.name, token_ids=endpoint.end_tokens[:1], seed=2**63 - 1,
-                      sampling=Sampling(max_tokens=1))  # fmt: skip
+        ask = Request(
+            key=b"",
+            cell=endpoint.cell.name,
+            token_ids=endpoint.end_tokens[:1],
+            seed=2**63 - 1,
+            sampling=Sampling(max_tokens=1),
+        )
         reasons = []
         for left_out in (frozenset(), EXTENSIONS, EXTENSIONS | {"logprobs"}):
             endpoint.left_out = frozenset(left_out)
@@ -272,13 +281,18 @@ class OpenAIEngine:
         if reasons:
             logger.warning(
                 "%s: %s takes no %s: the server's own settings hold for these, and top_k is refused (%s)",
-                endpoint.base, endpoint.model, ", ".join(sorted(endpoint.left_out)), reasons[0],
-            )  # fmt: skip
+                endpoint.base,
+                endpoint.model,
+                ", ".join(sorted(endpoint.left_out)),
+                reasons[0],
+            )
         usage = answer.get("usage") if isinstance(answer, dict) else None
         num_read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if isinstance(num_read, int) and num_read > 1:
-            raise InputError(f"{endpoint.base}: {endpoint.model} read a prompt of 1 token id as {num_read} tokens; "
-                             "expected a server that takes token ids and adds none")  # fmt: skip
+            raise InputError(
+                f"{endpoint.base}: {endpoint.model} read a prompt of 1 token id as {num_read} tokens; "
+                "expected a server that takes token ids and adds none"
+            )
 
     # --- one request ---
 
@@ -286,8 +300,10 @@ class OpenAIEngine:
         cell, num_prompt, max_tokens = endpoint.cell, len(request.token_ids), request.sampling.max_tokens
         limits = [limit for limit in (self._spec.context, cell.context) if limit is not None]
         if limits and num_prompt + max_tokens > min(limits):
-            reason = (f"cell {cell.name}: a prompt of {num_prompt} tokens and a response of up to {max_tokens} exceed "
-                      f"its context of {min(limits)} tokens")  # fmt: skip
+            reason = (
+                f"cell {cell.name}: a prompt of {num_prompt} tokens and a response of up to {max_tokens} exceed "
+                f"its context of {min(limits)} tokens"
+            )
             return Refusal(key=request.key, reason=reason)
         if request.sampling.top_k and request.sampling.temperature and "top_k" in endpoint.left_out:
             return Refusal(key=request.key, reason=f"{endpoint.base}: {endpoint.model} takes no top_k")
@@ -331,8 +347,10 @@ class OpenAIEngine:
         if not isinstance(text, str) or finish_reason not in ("stop", "length"):
             raise _BadAnswerError(f"finish_reason {finish_reason!r}, expected stop or length: {response.text}")
         if prompt not in (None, list(request.token_ids)):
-            raise EngineError(f"{endpoint.base}: {endpoint.model} changed a prompt of {len(request.token_ids)} tokens; "
-                              "expected a server that leaves token ids alone")  # fmt: skip
+            raise EngineError(
+                f"{endpoint.base}: {endpoint.model} changed a prompt of {len(request.token_ids)} tokens; "
+                "expected a server that leaves token ids alone"
+            )
         is_retokenised = token_ids is None
         if is_retokenised:
             token_ids = self._retokenise(endpoint, text, finish_reason, choice.get("stop_reason"))
@@ -340,9 +358,12 @@ class OpenAIEngine:
             raise _BadAnswerError(f"no token ids: {response.text}")
         if finish_reason == "length" and not is_retokenised and len(token_ids) < request.sampling.max_tokens:
             # vLLM's server lowers max_tokens to what its context leaves, and does not say so.
-            return Refusal(key=request.key, reason=f"{endpoint.base}: {endpoint.model} ended the response after "
-                                                   f"{len(token_ids)} of {request.sampling.max_tokens} tokens; prompt "
-                                                   "and response exceed the server's context")  # fmt: skip
+            return Refusal(
+                key=request.key,
+                reason=f"{endpoint.base}: {endpoint.model} ended the response after "
+                f"{len(token_ids)} of {request.sampling.max_tokens} tokens; prompt "
+                "and response exceed the server's context",
+            )
         self._num_answered += 1
         self._num_retokenised += is_retokenised
         logprob, top_logprobs = None, None
@@ -351,8 +372,14 @@ class OpenAIEngine:
             # sampling distribution (``processed_logprobs``), and not which; here both are the same.
             logprob = _logprob(choice.get("logprobs"), len(token_ids))
             top_logprobs = _top_logprobs(choice.get("logprobs"), request.sampling.top_logprobs)
-        return Completion(key=request.key, token_ids=tuple(token_ids), text=text, finish_reason=finish_reason,
-                          logprob=logprob, top_logprobs=top_logprobs)  # fmt: skip
+        return Completion(
+            key=request.key,
+            token_ids=tuple(token_ids),
+            text=text,
+            finish_reason=finish_reason,
+            logprob=logprob,
+            top_logprobs=top_logprobs,
+        )
 
     def _retokenise(self, endpoint: _Endpoint, text: str, finish_reason: str, stop_reason: object) -> list[int]:
         """``stop_reason`` is vLLM's: the text or token that ended the response, None where the model's own did."""
@@ -363,8 +390,14 @@ class OpenAIEngine:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return [*ids, *end] if finish_reason == "stop" else ids
 
-    async def _call(self, endpoint: _Endpoint, method: str, path: str, parse: Callable[[httpx2.Response], T],
-                    body: dict[str, Any] | None = None) -> T:  # fmt: skip
+    async def _call(
+        self,
+        endpoint: _Endpoint,
+        method: str,
+        path: str,
+        parse: Callable[[httpx2.Response], T],
+        body: dict[str, Any] | None = None,
+    ) -> T:
         """``parse`` of the answer, after as many attempts as it takes and the spec allows.
 
         Raises:
@@ -392,8 +425,10 @@ class OpenAIEngine:
             except TimeoutError:
                 last = f"no answer within {timeout_s:g} s"
                 if self._heard.get(base, -math.inf) < started:
-                    raise EngineError(f"{url}: {last}, to this request or any other; the server hangs, or has more to "
-                                      "do than fits timeout_s") from None  # fmt: skip
+                    raise EngineError(
+                        f"{url}: {last}, to this request or any other; the server hangs, or has more to "
+                        "do than fits timeout_s"
+                    ) from None
             except httpx2.ConnectError as error:
                 last = f"nothing answers: {error}"
             except httpx2.RequestError as error:
@@ -418,8 +453,9 @@ class OpenAIEngine:
 def _endpoint(cell: Cell, spec: EngineSpec, tokenizer: Any) -> _Endpoint:
     server = spec.servers.get(cell.name)
     if server is None:
-        raise InputError(f"servers: none for cell {cell.name!r}{did_you_mean(cell.name, spec.servers)}; expected url "
-                         "and model")  # fmt: skip
+        raise InputError(
+            f"servers: none for cell {cell.name!r}{did_you_mean(cell.name, spec.servers)}; expected url and model"
+        )
     try:
         url = httpx2.URL(server.url)
     except (httpx2.InvalidURL, TypeError) as error:
@@ -441,8 +477,10 @@ def _check_distinct(endpoints: dict[str, _Endpoint]) -> None:
     for name, endpoint in endpoints.items():
         other = names.setdefault((endpoint.base, endpoint.model), name)
         if other != name:
-            raise InputError(f"servers: {other} and {name} are both model {endpoint.model!r} at {endpoint.base}; "
-                             "expected a model of its own for each cell")  # fmt: skip
+            raise InputError(
+                f"servers: {other} and {name} are both model {endpoint.model!r} at {endpoint.base}; "
+                "expected a model of its own for each cell"
+            )
 
 
 def _json(response: httpx2.Response) -> Any:

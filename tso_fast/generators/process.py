@@ -189,8 +189,10 @@ class EngineProcess:
         self._finalizer()
         words = last_words(self._log, self._log_start)
         said = "".join(f"\n    {line}" for line in words) or " none"
-        self._error = EngineError(f"the {self.spec.kind} engine of {self.spec.names} failed: {what}\n"
-                                  f"  its last words:{said}\n  its whole output: {self._log}")  # fmt: skip
+        self._error = EngineError(
+            f"the {self.spec.kind} engine of {self.spec.names} failed: {what}\n"
+            f"  its last words:{said}\n  its whole output: {self._log}"
+        )
         return self._error
 
 

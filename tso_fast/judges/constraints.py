@@ -150,8 +150,11 @@ def _ends_sentence(text: str, match: re.Match[str], token: str) -> bool:
         return True
     if token.lower() in _ALWAYS_ABBREVIATED:
         return not following
-    if (len(token) == 1 and token.isupper() and token != "I") or _DOTTED.fullmatch(token) \
-            or token.lower() in _OFTEN_ABBREVIATED:  # fmt: skip
+    if (
+        (len(token) == 1 and token.isupper() and token != "I")
+        or _DOTTED.fullmatch(token)
+        or token.lower() in _OFTEN_ABBREVIATED
+    ):
         if token.islower():  # 5 p.m., etc.
             return not following[:1].islower()
         return not following or (following[0].isupper() and re.split(r"\W", following)[0].lower() in _STARTERS)
@@ -174,8 +177,12 @@ def count_sentences(text: str) -> int:
         while start > position and not text[start - 1].isspace() and match.start() - start < 40:
             start -= 1
         token = text[start : match.start()].lstrip(_OPENERS)
-        if match.group() == "." and _LIST_MARK.fullmatch(token) and text[match.end() :][:40].strip() \
-                and (_opens_line(text, start) or not _has_word(text[position:start])):  # fmt: skip
+        if (
+            match.group() == "."
+            and _LIST_MARK.fullmatch(token)
+            and text[match.end() :][:40].strip()
+            and (_opens_line(text, start) or not _has_word(text[position:start]))
+        ):
             count += _has_word(text[position:start])
             position = match.end()
         elif _ends_sentence(text, match, token):

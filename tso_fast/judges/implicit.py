@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tso_fast.batching import encode_prompt, pad_sequences, response_ids
 from tso_fast.errors import InputError
-from tso_fast.policy import Policy, load_model, release
+from tso_fast.models.load import load_model
+from tso_fast.models.memory import release
+from tso_fast.models.policy import Policy
+from tso_fast.models.tokens import encode_prompt, pad_sequences, response_ids
 from tso_fast.types import Candidates, Cell
 
 
@@ -47,8 +49,10 @@ def response_logprobs(
     """
     for i, (prompt, completion) in enumerate(rows):
         if not prompt or not completion:
-            raise ValueError(f"row {i}: its prompt has {len(prompt)} tokens and its completion {len(completion)}; "
-                             "expected at least one each")  # fmt: skip
+            raise ValueError(
+                f"row {i}: its prompt has {len(prompt)} tokens and its completion {len(completion)}; "
+                "expected at least one each"
+            )
     policy = Policy(model.eval())
     out: dict[int, SequenceLogprob] = {}
     for index in _batches([len(prompt) + len(completion) for prompt, completion in rows], tokens_per_batch):
@@ -56,8 +60,10 @@ def response_logprobs(
         ids, mask, targets = (t.to(model.device) for t in pad_sequences(batch, pad_token_id))
         sums = policy.logprobs(ids, mask, targets, impl=impl).sum(dim=1, dtype=torch.float64)
         if not sums.isfinite().all():
-            raise InputError(f"{model.name_or_path}: the model gives log-probs that are not finite; its weights are "
-                             f"damaged, or {model.dtype} is too narrow for it")  # fmt: skip
+            raise InputError(
+                f"{model.name_or_path}: the model gives log-probs that are not finite; its weights are "
+                f"damaged, or {model.dtype} is too narrow for it"
+            )
         for i, logprob in zip(index, sums.tolist(), strict=True):
             out[i] = SequenceLogprob(logprob=logprob, num_tokens=len(rows[i][1]))
         advance(len(index))

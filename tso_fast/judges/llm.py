@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from typing import overload
 
 from tso_fast.answering import Advance, answer, ask
-from tso_fast.batching import encode_prompt
-from tso_fast.config import AnsweringConfig, CellConfig, JudgeConfig, judge_name
+from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig, judge_name
 from tso_fast.errors import InputError, did_you_mean
+from tso_fast.files.responses import ResponseStore
+from tso_fast.files.rows import BadRows, prompt_row
 from tso_fast.judges import template as templates
 from tso_fast.judges.replies import Reading, read_label, read_logprobs, read_rating
 from tso_fast.judges.template import Template
 from tso_fast.matrix import ModelMatrix
-from tso_fast.records import BadRows, prompt_row
-from tso_fast.response_store import ResponseStore
+from tso_fast.models.tokens import encode_prompt
 from tso_fast.types import Candidates, Cell, Comparison, Prompt, Response, Verdict
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,12 @@ class Cost:
         if self.decided < MIN_DECIDED or (self.disagreement or 0) <= MAX_DISAGREEMENT:
             return None
         contradicts, first = 100 * (self.disagreement or 0), 100 * (self.first_shown_share or 0)
-        return (f"judge {self.judge} contradicts itself between the two orders in {self.disagreements} of "
-                f"{self.decided} decided comparisons ({contradicts:.0f} %), which count as ties; it prefers the "
-                f"response shown first in {first:.0f} % of its replies. Expected: a judge whose word does not depend "
-                "on the order; use a stronger model or another template")  # fmt: skip
+        return (
+            f"judge {self.judge} contradicts itself between the two orders in {self.disagreements} of "
+            f"{self.decided} decided comparisons ({contradicts:.0f} %), which count as ties; it prefers the "
+            f"response shown first in {first:.0f} % of its replies. Expected: a judge whose word does not depend "
+            "on the order; use a stronger model or another template"
+        )
 
 
 def judge(
@@ -140,8 +142,10 @@ def load_template(config: JudgeConfig) -> Template:
     """Raises InputError: see ``template.load``; ``pairs`` that a rating does not have."""
     template = templates.load(config.template)
     if config.pairs != "all" and not template.is_comparison:
-        raise InputError(f"pairs: {config.pairs!r} has no effect with template {config.template!r}, which rates single "
-                         "responses; leave it out")  # fmt: skip
+        raise InputError(
+            f"pairs: {config.pairs!r} has no effect with template {config.template!r}, which rates single "
+            "responses; leave it out"
+        )
     return template
 
 
@@ -183,13 +187,17 @@ def judge_model(config: JudgeConfig, matrix: ModelMatrix | None) -> tuple[Cell, 
             raise InputError(f"judge {judge_name(config)}: model: {str(error).removeprefix('cells[0]: ')}") from error
         return matrix.policy, config.model, matrix
     if matrix is None:
-        raise InputError(f"judge {judge_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, "
-                         "or give the judge a model of its own")  # fmt: skip
+        raise InputError(
+            f"judge {judge_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, "
+            "or give the judge a model of its own"
+        )
     known = matrix.named
     if cell := known.get(config.cell or ""):
         return cell, matrix.configs.get(cell.name), matrix
-    raise InputError(f"judge {judge_name(config)}: cell: no cell is called {config.cell!r}"
-                     f"{did_you_mean(config.cell or '', known)}; expected one of {', '.join(known)}")  # fmt: skip
+    raise InputError(
+        f"judge {judge_name(config)}: cell: no cell is called {config.cell!r}"
+        f"{did_you_mean(config.cell or '', known)}; expected one of {', '.join(known)}"
+    )
 
 
 def _judged(item: Candidates, config: JudgeConfig, template: Template) -> list[tuple[int, ...]]:
@@ -280,9 +288,14 @@ class _Client:
     """Asks the judge's cell, and counts."""
 
     def __init__(
-        self, cell: Cell, own: CellConfig | None, matrix: ModelMatrix, settings: AnsweringConfig, store: ResponseStore,
+        self,
+        cell: Cell,
+        own: CellConfig | None,
+        matrix: ModelMatrix,
+        settings: AnsweringConfig,
+        store: ResponseStore,
         advance: Advance,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.cell, self.own, self.matrix, self.store, self.advance = cell, own, matrix, store, advance
         if own is not None and own.url is not None:  # a server for the judge alone
             settings = dataclasses.replace(settings, generator="openai")
@@ -297,8 +310,15 @@ class _Client:
         bare = ask(self.cell, settings, self.own, settings.num_generations, is_own_sampling=False)
         sampling = dataclasses.replace(bare.sampling, top_logprobs=top_logprobs)
         refused, before = BadRows("skip"), len(self.store)
-        answered = answer([dataclasses.replace(bare, sampling=sampling)], asked, self.matrix, settings, self.store,
-                          refused, self.advance)  # fmt: skip
+        answered = answer(
+            [dataclasses.replace(bare, sampling=sampling)],
+            asked,
+            self.matrix,
+            settings,
+            self.store,
+            refused,
+            self.advance,
+        )
         self.new_requests += len(self.store) - before
         self.requests += len(asked) * settings.num_generations
         self.refused += len(refused.rows) * settings.num_generations
@@ -331,8 +351,9 @@ def _own_answers(
     texts = {item.prompt.id: item.responses[0].text for item in answered}
     for number, item in asked.items():
         name = item.prompt.id
-        out[number] = _OwnAnswer("", f"no answer of its own: {refused[name]}") if name in refused else \
-            _OwnAnswer(texts[name])  # fmt: skip
+        out[number] = (
+            _OwnAnswer("", f"no answer of its own: {refused[name]}") if name in refused else _OwnAnswer(texts[name])
+        )
     return out
 
 
@@ -342,9 +363,14 @@ def _readings(
     """What was said to each question, and how many replies said nothing."""
     most = config.max_completion_length
     settings = dataclasses.replace(
-        client.settings, num_generations=config.num_votes, temperature=config.temperature, top_p=1.0, top_k=0,
-        stop=None, max_completion_length=min(most, LABEL_TOKENS) if template.read == "label" else most,
-    )  # fmt: skip
+        client.settings,
+        num_generations=config.num_votes,
+        temperature=config.temperature,
+        top_p=1.0,
+        top_k=0,
+        stop=None,
+        max_completion_length=min(most, LABEL_TOKENS) if template.read == "label" else most,
+    )
     # With a temperature the votes are samples of just that probability.
     uses_logprobs = template.read == "label" and config.temperature == 0
     answered, refused = client.ask(questions, settings, TOP_LOGPROBS if uses_logprobs else 0)
@@ -391,8 +417,14 @@ def _result(
         orders = (said[0][0], second)
         probability, reason = of_both_orders((said[0], (second, said[1][1])))
     first, other = planned.responses
-    return Comparison(prompt_id=prompt_id, responses=(first, other), judge=judge, probability=probability,
-                      orders=orders, reason=reason)  # fmt: skip
+    return Comparison(
+        prompt_id=prompt_id,
+        responses=(first, other),
+        judge=judge,
+        probability=probability,
+        orders=orders,
+        reason=reason,
+    )
 
 
 def _cost(name: str, results: Sequence[Verdict | Comparison], client: _Client, unread: int) -> Cost:
@@ -423,5 +455,6 @@ def _warn(cost: Cost, results: Sequence[Verdict | Comparison]) -> None:
         logger.warning("%s", cost.bias)
     if 2 * cost.abstentions > cost.results:
         (reason, count), *_ = Counter(r.reason for r in results if _value(r) is None).most_common(1)
-        logger.warning("judge %s abstains on %d of %d; %d times for: %s", cost.judge, cost.abstentions, cost.results,
-                       count, reason)  # fmt: skip
+        logger.warning(
+            "judge %s abstains on %d of %d; %d times for: %s", cost.judge, cost.abstentions, cost.results, count, reason
+        )

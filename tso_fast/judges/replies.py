@@ -109,8 +109,11 @@ def _last_line_of(pattern: re.Pattern[str], text: str) -> list[re.Match[str]]:
 def _plain(text: str, keep_lines: bool = False) -> str:
     """Without the marks of Markdown, quotes and needless white space."""
     bare = re.sub(r"[*_`\"'#“”‘’]", "", text)
-    return "\n".join(" ".join(line.split()) for line in bare.splitlines()).strip() if keep_lines else \
-        " ".join(bare.split())  # fmt: skip
+    return (
+        "\n".join(" ".join(line.split()) for line in bare.splitlines()).strip()
+        if keep_lines
+        else " ".join(bare.split())
+    )
 
 
 def _is_whole(found: re.Match[str]) -> bool:

@@ -66,8 +66,9 @@ def load(name: str) -> Template:
     """
     file = FOLDER / f"{name}.txt" if name in names() else Path(name)
     if not file.is_file():
-        raise InputError(f"template: {name!r} is neither a file nor one of {', '.join(names())}"
-                         f"{did_you_mean(name, names())}")  # fmt: skip
+        raise InputError(
+            f"template: {name!r} is neither a file nor one of {', '.join(names())}{did_you_mean(name, names())}"
+        )
     try:
         return parse(file.read_text(encoding="utf-8-sig"), f"template {file}")
     except (OSError, UnicodeDecodeError) as error:
@@ -86,16 +87,19 @@ def parse(content: str, where: str) -> Template:
     if read not in ("label", "text"):
         raise InputError(f"{where}: read: got {read!r}, expected label or text")
     low, high = _range(settings.get("range", "1-10"), where)
-    return Template(text=text, placeholders=frozenset(found), read=cast(Literal["label", "text"], read), low=low,
-                    high=high)  # fmt: skip
+    return Template(
+        text=text, placeholders=frozenset(found), read=cast(Literal["label", "text"], read), low=low, high=high
+    )
 
 
 def _check_placeholders(found: list[str], where: str) -> None:
     shown = ", ".join(f"{{{name}}}" for name in dict.fromkeys(found)) or "none"
     for name in found:
         if name not in PLACEHOLDERS:
-            raise InputError(f"{where}: the placeholder {{{name}}} is unknown{did_you_mean(name, PLACEHOLDERS)}; "
-                             f"expected {EXPECTED}; {{{{{name}}}}} stands for the text itself")  # fmt: skip
+            raise InputError(
+                f"{where}: the placeholder {{{name}}} is unknown{did_you_mean(name, PLACEHOLDERS)}; "
+                f"expected {EXPECTED}; {{{{{name}}}}} stands for the text itself"
+            )
     kinds = {"first", "second", "response"} & set(found)
     if "prompt" not in found or kinds not in ({"first", "second"}, {"response"}):
         raise InputError(f"{where}: it has the placeholders {shown}; expected {EXPECTED}")
@@ -106,8 +110,10 @@ def _settings(header: str, known: str, where: str) -> dict[str, str]:
     for line in filter(None, map(str.strip, header.splitlines())):
         name, colon, value = (part.strip() for part in line.partition(":"))
         if not colon or name not in ("read", "range"):
-            raise InputError(f"{where}: the setting {line!r} is unknown{did_you_mean(name, ('read', 'range'))}; "
-                             "expected read: label, read: text, or range: 1-10")  # fmt: skip
+            raise InputError(
+                f"{where}: the setting {line!r} is unknown{did_you_mean(name, ('read', 'range'))}; "
+                "expected read: label, read: text, or range: 1-10"
+            )
         if name != known:
             kind = "comparison" if known == "read" else "rating"
             raise InputError(f"{where}: {name} has no effect on a {kind}; leave it out")

@@ -9,8 +9,8 @@ from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from tso_fast.errors import InputError
+from tso_fast.files.rows import FLOAT32_MAX, BadRows, prompt_row
 from tso_fast.judges.constraints import NO_DETECTOR, holds
-from tso_fast.records import FLOAT32_MAX, BadRows, prompt_row
 from tso_fast.types import Candidates, Constraint, Prompt, Response, Verdict
 
 
@@ -62,8 +62,9 @@ def _exact(prompt: Prompt, response: Response) -> Opinion:
 def _expected_number(prompt: Prompt) -> Decimal:
     expected = final_number(_expected(prompt, "numeric"))
     if expected is None:
-        raise InputError(f"{prompt.where or prompt.id}: field 'answer' is {prompt.answer!r}; verifier 'numeric' "
-                         "expects a number")  # fmt: skip
+        raise InputError(
+            f"{prompt.where or prompt.id}: field 'answer' is {prompt.answer!r}; verifier 'numeric' expects a number"
+        )
     return expected
 
 
@@ -94,8 +95,10 @@ IFEVAL = ("ifeval", "ifeval_loose")
 
 def _constraints(prompt: Prompt, verifier: str) -> tuple[Constraint, ...]:
     if not prompt.constraints:
-        raise InputError(f"{prompt.where or prompt.id}: field 'constraints' is missing; verifier {verifier!r} needs "
-                         "it, or IFEval's 'instruction_id_list' and 'kwargs'")  # fmt: skip
+        raise InputError(
+            f"{prompt.where or prompt.id}: field 'constraints' is missing; verifier {verifier!r} needs "
+            "it, or IFEval's 'instruction_id_list' and 'kwargs'"
+        )
     return prompt.constraints
 
 
@@ -124,8 +127,10 @@ def _callable(name: str) -> Check:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # whatever the module does when it is imported
-        raise InputError(f"verifier: {name!r} cannot be imported: {type(error).__name__}: {error}; expected "
-                         "package.module:function, with the package's folder on PYTHONPATH") from error  # fmt: skip
+        raise InputError(
+            f"verifier: {name!r} cannot be imported: {type(error).__name__}: {error}; expected "
+            "package.module:function, with the package's folder on PYTHONPATH"
+        ) from error
     if not callable(function):
         raise InputError(f"verifier: {name!r} is {function!r:.60}; expected a function")
 
@@ -135,8 +140,10 @@ def _callable(name: str) -> Check:
         try:
             score = function(value, response.text, prompt.answer)
         except Exception as error:
-            raise InputError(f"{place} raised {type(error).__name__}: {error} on response "
-                             f"{response.text[:60]!r}; expected a number, a boolean or None") from error  # fmt: skip
+            raise InputError(
+                f"{place} raised {type(error).__name__}: {error} on response "
+                f"{response.text[:60]!r}; expected a number, a boolean or None"
+            ) from error
         if score is None:
             return Opinion(None)
         if not isinstance(score, bool | int | float) or not abs(score) <= FLOAT32_MAX:

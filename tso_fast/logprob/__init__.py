@@ -13,7 +13,7 @@ from tso_fast.logprob import checks, compiled, fused, impls
 from tso_fast.logprob.plan import memory_budget_mib as memory_budget_mib
 from tso_fast.logprob.plan import set_memory_budget_mib as set_memory_budget_mib
 from tso_fast.logprob.prepare import Call, prepare
-from tso_fast.losses import Loss, clipped_sides
+from tso_fast.losses import Loss, LossFunction, clipped_sides
 from tso_fast.types import PreferenceOutput
 
 
@@ -92,7 +92,7 @@ def preference_loss(
     ref_weight: torch.Tensor | None = None,
     ref_bias: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    loss: str | Loss = "dual_clip",
+    loss: str | Loss | LossFunction = "dual_clip",
     scale: torch.Tensor | None = None,
     soft_label: torch.Tensor | None = None,
     margin: torch.Tensor | None = None,
@@ -117,9 +117,11 @@ def preference_loss(
         pairs: [N, 2] int64 (chosen, rejected) sequences; default: the first half against the second half.
         cu_seqlens: [S+1] int, cumulative lengths; packed input only.
         ref_logprobs: [S] sums of reference log-probs, nats.
-        ref_hidden: shape of ``hidden``, to compute them here; one of the two is needed.
+        ref_hidden: shape of ``hidden``, to compute them here; one of the two is needed, unless the loss needs no
+            reference.
         ref_weight: [V, D], default ``weight``; ``ref_bias``: [V], default ``bias`` when ``ref_weight`` is not given.
-        loss: a name in ``LOSSES`` or a function from ``PairLogprobs`` to [N] losses.
+        loss: a name in ``LOSSES``, ``package.module:function``, a ``losses.Loss``, or a function from ``PairLogprobs``
+            to [N] losses.
         scale: [N] >= 0, weight of a pair; default 1. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
         token_weights: shape of ``targets``, weight of a token inside its sequence's sum, for policy and reference.
         vocab_group: process group whose ranks hold the head together: ``weight``, ``bias``, ``ref_weight`` and
@@ -132,7 +134,8 @@ def preference_loss(
         loss_options: options of the loss, e.g. ``beta=0.1``, ``clip_chosen``, ``clip_rejected`` of ``dual_clip``.
 
     Returns:
-        ``PreferenceOutput``; ``loss`` is sum(scale * losses) / sum(scale), 0 when every scale is 0.
+        ``PreferenceOutput``; ``loss`` is sum(scale * losses) / sum(scale), 0 when every scale is 0. Without a reference
+        its log-probs and the rewards are NaN.
 
     Raises:
         ValueError: arguments that do not fit, a sequence of a pair without a completion token, an unknown loss or

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tso_fast.logprob import preference_loss
-from tso_fast.losses import LOSSES, Loss, loss_options, resolve_loss, scaled_mean
+from tso_fast.losses import LOSSES, Loss, LossFunction, loss_options, resolve_loss, scaled_mean
 from tso_fast.types import PairLogprobs
 
 VOCAB = 8192  # rows of the head averaged at a time, so that a bf16 head is never held in float32
@@ -58,7 +58,7 @@ class FusedLinearTSOLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
         *,
-        loss: str | Loss = "dual_clip",
+        loss: str | Loss | LossFunction = "dual_clip",
         clip_chosen: float | None = None,
         clip_rejected: float | None = None,
         softcap: float | None = None,
@@ -146,7 +146,7 @@ class FusedLinearTSOLoss(torch.nn.Module):
                     raise ValueError(f"ref_logprobs must be {tuple(per_token.shape)}, one sum a sequence, "
                                      f"got {tuple(ref_logprobs.shape)}")  # fmt: skip
                 ref_logprobs = ref_logprobs * per_token
-        loss: str | Loss = self.loss
+        loss: str | Loss | LossFunction = self.loss
         options = self.loss_options
         if self.compute_nll_loss:
             loss, options = self._with_nll(scale), {}
@@ -188,7 +188,7 @@ class FusedLinearTSOLoss(torch.nn.Module):
         sums = chosen * num_tokens if self.average_log_prob else chosen
         return -sums.sum() / num_tokens.sum()
 
-    def _with_nll(self, scale: torch.Tensor | None) -> Loss:
+    def _with_nll(self, scale: torch.Tensor | None) -> LossFunction:
         """The mean preference loss plus the NLL, as the loss of every pair.
 
         So the NLL has weight alpha whatever the scales are, and both come from one pass over the head.

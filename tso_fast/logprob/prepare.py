@@ -11,7 +11,7 @@ import torch
 
 from tso_fast.logprob import checks, fused, impls
 from tso_fast.logprob.groups import SequenceShard, VocabShard, is_shared
-from tso_fast.losses import Loss, loss_options, resolve_loss
+from tso_fast.losses import Loss, LossFunction, dual_clip, loss_options, resolve_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Call:
     ref_weight: torch.Tensor | None
     ref_bias: torch.Tensor | None
     bias: torch.Tensor | None
-    loss: str | Loss
+    loss: str | Loss | LossFunction
     loss_options: dict[str, Any]
     scale: torch.Tensor | None
     soft_label: torch.Tensor | None
@@ -76,8 +76,8 @@ def prepare(call: Call) -> Prepared:
         ValueError: arguments that do not fit, see ``tso_fast.preference_loss``.
     """
     call = call.with_reference_head()
-    _check_tensors(call)
     loss = resolve_loss(call.loss, call.loss_options)
+    _check_tensors(call, loss)
     backend = impls.resolve(call.impl, call.hidden.device, call.hidden.dtype)
     device = call.hidden.device
     host = checks.to_host(call.targets, call.cu_seqlens, call.pairs, call.scale, call.soft_label, call.margin)
@@ -95,10 +95,7 @@ def prepare(call: Call) -> Prepared:
     has_clips = clips is not None and min(clips["clip_chosen"], clips["clip_rejected"]) < math.inf
     return Prepared(
         hidden_TD=call.hidden.reshape(-1, call.hidden.shape[-1]),
-        reference=fused.make_reference(
-            _upload(call.ref_logprobs, device), None if call.ref_hidden is None else call.ref_hidden.flatten(0, -2),
-            call.ref_weight, call.ref_bias,
-        ),
+        reference=_reference(call, total.numel()),
         batch=dataclasses.replace(batch, planned_tokens=planned.tolist(), total_tokens=total.tolist()),
         head=fused.Head(
             backend=backend, softcap=call.softcap, temperature=call.temperature, needs=call.needs,
@@ -107,6 +104,15 @@ def prepare(call: Call) -> Prepared:
         pairs_N2=layout.pairs.to(device, non_blocking=True),
         num_tokens_S=total.to(device, non_blocking=True),
     )  # fmt: skip
+
+
+def _reference(call: Call, num_sequences: int) -> fused.Reference:
+    """The reference's sums or what they are computed from; NaN for a loss that looks at none and was given none."""
+    logprob_S = _upload(call.ref_logprobs, call.hidden.device)
+    if logprob_S is None and call.ref_hidden is None:
+        logprob_S = torch.full((num_sequences,), math.nan, device=call.hidden.device)
+    hidden_TD = None if call.ref_hidden is None else call.ref_hidden.flatten(0, -2)
+    return fused.make_reference(logprob_S, hidden_TD, call.ref_weight, call.ref_bias)
 
 
 def _token_counts(
@@ -152,8 +158,8 @@ def _batch(call: Call, layout: checks.Layout, loss: Loss, sequence_shard: Sequen
         soft_label_N=_upload(call.soft_label, device),
         margin_N=_upload(call.margin, device),
         loss=loss,
-        is_per_pair=isinstance(call.loss, str),
-        dual_clip=call.reward_options() if call.loss == "dual_clip" else None,
+        is_per_pair=loss.is_per_pair,
+        dual_clip=loss_options(loss) if loss.function is dual_clip else None,
         sequence_shard=sequence_shard,
     )
 
@@ -162,7 +168,7 @@ def _upload(values: torch.Tensor | None, device: torch.device) -> torch.Tensor |
     return None if values is None else values.detach().to(device, non_blocking=True)
 
 
-def _check_tensors(call: Call) -> None:
+def _check_tensors(call: Call, loss: Loss) -> None:
     """Shapes, dtypes and devices."""
     hidden, weight, device = call.hidden, call.weight, call.hidden.device
     checks.check_head(hidden, weight, call.bias)
@@ -172,9 +178,10 @@ def _check_tensors(call: Call) -> None:
         raise ValueError(f"token_weights must be {tuple(call.targets.shape)}, got {tuple(call.token_weights.shape)}")
     if call.token_weights is not None and call.token_weights.device != device:
         raise ValueError(f"token_weights are on {call.token_weights.device} but hidden is on {device}")
-    if (call.ref_logprobs is None) == (call.ref_hidden is None):
-        raise ValueError("give exactly one of ref_logprobs and ref_hidden: "
-                         + ("neither was given" if call.ref_logprobs is None else "both were given"))  # fmt: skip
+    num_given = (call.ref_logprobs is not None) + (call.ref_hidden is not None)
+    if num_given == 2 or (num_given == 0 and loss.needs_reference):
+        given = "both were given" if num_given else f"neither was given, and {loss.title} needs one"
+        raise ValueError(f"give exactly one of ref_logprobs and ref_hidden: {given}")
     if call.ref_hidden is None:
         if call.ref_weight is not None or call.ref_bias is not None:
             raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave "
@@ -211,8 +218,8 @@ def _checksum(values: torch.Tensor | None) -> int:
 def _facts(call: Call, layout: checks.Layout, scalars: list[torch.Tensor | None]) -> dict[str, int]:
     """What all ranks of a group must have in common, as numbers."""
     names = "scale", "soft_label", "margin"
-    options = sorted(call.loss_options.items())
-    head = call.loss if isinstance(call.loss, str) else "a function", options, call.softcap, call.temperature
+    loss = resolve_loss(call.loss, call.loss_options)
+    head = loss.title, sorted(loss_options(loss).items()), call.softcap, call.temperature
     return {
         "the number of sequences": len(layout.num_tokens),
         "the number of pairs": layout.pairs.shape[0],

@@ -17,14 +17,15 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
 
-from tso_fast.batching import IGNORE, encode_prompt, encode_response, pad_sequences
-from tso_fast.config import CellConfig, TrainConfig
+from tso_fast.config.settings import CellConfig, TrainConfig
+from tso_fast.files.atomic import atomic_folder, write_json, write_jsonl
 from tso_fast.logprob import linear_logprobs
-from tso_fast.policy import Policy, save_model
+from tso_fast.models.load import save_model
+from tso_fast.models.policy import Policy
+from tso_fast.models.tokens import IGNORE, encode_prompt, encode_response, pad_sequences
 from tso_fast.progress import console, stage
 from tso_fast.quickstart.task import Task, demonstrate, make_tasks
 from tso_fast.seeds import seed_of
-from tso_fast.store import atomic_folder, write_json, write_jsonl
 from tso_fast.types import Prompt
 
 # Spaces and newlines belong to the turn's frame: the question ends with a newline, the answer starts with a space.
@@ -122,8 +123,12 @@ def build(recipe: Recipe) -> Path:
 
 def _tasks(recipe: Recipe) -> dict[str, list[Task]]:
     """No question is asked twice, within a set or across sets."""
-    counts = {"held_out": recipe.held_out, "development": recipe.development, "prompts": recipe.prompts,
-              "demonstrations": recipe.demonstrations}  # fmt: skip
+    counts = {
+        "held_out": recipe.held_out,
+        "development": recipe.development,
+        "prompts": recipe.prompts,
+        "demonstrations": recipe.demonstrations,
+    }
     seen: set[str] = set()
     out = {}
     for name, count in counts.items():

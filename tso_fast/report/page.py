@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tso_fast.evidence import COST_COLUMNS, JUDGE_COLUMNS, cost_rows, judge_rows
-from tso_fast.records import BadRows, read_pairs
+from tso_fast.files.atomic import atomic_file
+from tso_fast.files.rows import BadRows, read_pairs
+from tso_fast.files.run import REPORT_FILE, Iteration
 from tso_fast.report.summary import (
     COMPARISON_COLUMNS,
     VERSION_COLUMNS,
@@ -19,7 +20,7 @@ from tso_fast.report.summary import (
     summarise,
     version_rows,
 )
-from tso_fast.store import REPORT_FILE, atomic_file
+from tso_fast.report.tables import COST_COLUMNS, JUDGE_COLUMNS, cost_rows, judge_rows
 from tso_fast.types import PreferencePair
 
 NUM_PAIRS = 8
@@ -103,20 +104,35 @@ means over the iteration.</p>"""
     if others:
         yield "<h2>The same loop by loss</h2>" + _table(COMPARISON_COLUMNS, comparison_rows([run, *others]), "narrow")
     for heading, svg, caption in (
-        ("Accuracy", figures.accuracy(run, others),
-         "Greedy answers to held-out prompts by each version of the policy; bars are 95 % intervals (Wilson)."),
-        ("Evaluation correction", figures.decisions(run),
-         "All pairs of candidate responses by the rule that gave their prior order (human over model, newer over "
-         "older, larger over smaller), and what the evidence made of it. Kept: confirmed; swapped: contradicted; "
-         "dropped: a tie or the same text. Without a prior the evidence alone decides. Above the bars: pairs."),
-        ("Loss and reward margin", figures.loss_and_margin(run),
-         "Means between log rows. Each iteration starts at its own reference."),
-        ("Rewards and clipping", figures.rewards_and_clips(run),
-         "Rewards before clipping, of chosen and rejected responses, since the iteration's reference. In dual clip a "
-         "clipped response has no gradient: a chosen one is preferred enough, a rejected one rejected enough."),
-        ("Lengths", figures.lengths(run),
-         "Mean tokens of the responses in the iteration's pairs, and of what the policy generated at its start."),
-    ):  # fmt: skip
+        (
+            "Accuracy",
+            figures.accuracy(run, others),
+            "Greedy answers to held-out prompts by each version of the policy; bars are 95 % intervals (Wilson).",
+        ),
+        (
+            "Evaluation correction",
+            figures.decisions(run),
+            "All pairs of candidate responses by the rule that gave their prior order (human over model, newer over "
+            "older, larger over smaller), and what the evidence made of it. Kept: confirmed; swapped: contradicted; "
+            "dropped: a tie or the same text. Without a prior the evidence alone decides. Above the bars: pairs.",
+        ),
+        (
+            "Loss and reward margin",
+            figures.loss_and_margin(run),
+            "Means between log rows. Each iteration starts at its own reference.",
+        ),
+        (
+            "Rewards and clipping",
+            figures.rewards_and_clips(run),
+            "Rewards before clipping, of chosen and rejected responses, since the iteration's reference. In dual clip "
+            "a clipped response has no gradient: a chosen one is preferred enough, a rejected one rejected enough.",
+        ),
+        (
+            "Lengths",
+            figures.lengths(run),
+            "Mean tokens of the responses in the iteration's pairs, and of what the policy generated at its start.",
+        ),
+    ):
         if svg is not None:
             label = f'<svg role="img" aria-label="{escape(heading)}"'
             svg = svg.replace("<svg", label, 1)
@@ -167,21 +183,27 @@ often the response shown first is preferred; 50 % without bias.</p>"""
 
 def _pairs(run: Summary) -> Iterable[str]:
     iteration = max((v.iteration for v in run.versions if v.used), default=0)
-    file = run.folder / f"iter-{iteration}/pairs.jsonl"
+    file = Iteration(run.folder, iteration).pairs
     if not iteration or not file.is_file():
         return
-    yield f'<h2>Pairs of iteration {iteration}</h2><p class="soft">A sample over priors and decisions; all are in ' \
-          f"{escape(file.relative_to(run.folder).as_posix())}.</p>"  # fmt: skip
+    yield (
+        f'<h2>Pairs of iteration {iteration}</h2><p class="soft">A sample over priors and decisions; all are in '
+        f"{escape(file.relative_to(run.folder).as_posix())}.</p>"
+    )
     for pair in _sample(read_pairs(file, BadRows("skip"))):
         about = f"prior: {pair.prior} · {pair.decision} ({pair.reason})"
         if pair.prompt.answer is not None:
             about += f" · answer: {pair.prompt.answer}"
         yield f'<div class="pair"><div class="who">{escape(about)}</div>{_text(pair.prompt.text)}<div class="sides">'
-        for side, response, score in (("chosen", pair.chosen, pair.score_chosen),
-                                      ("rejected", pair.rejected, pair.score_rejected)):  # fmt: skip
+        for side, response, score in (
+            ("chosen", pair.chosen, pair.score_chosen),
+            ("rejected", pair.rejected, pair.score_rejected),
+        ):
             scored = "" if score is None else f" · score {score:.3g}"
-            yield f'<div class="side {side}"><div class="who"><b>{side}</b> · {escape(response.model)}{scored}</div>' \
-                  f"{_text(response.text)}</div>"  # fmt: skip
+            yield (
+                f'<div class="side {side}"><div class="who"><b>{side}</b> · {escape(response.model)}{scored}</div>'
+                f"{_text(response.text)}</div>"
+            )
         yield "</div></div>"
 
 

@@ -13,13 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tso_fast.store import METRICS_FILE, REPORT_FILE, RUN_FILE, read_run
+from tso_fast.files.run import METRICS_FILE, REPORT_FILE, RUN_FILE, parse_stage, read_run
 
 LOSS_NAMES = {"dual_clip": "dual clip (TSO)", "dpo": "plain DPO", "sft": "chosen-only NLL"}
 
 # Field of Version -> its name among the means of a train stage.
-_MEANS = {"loss": "loss", "clip_chosen": "clip/chosen", "clip_rejected": "clip/rejected",
-          "chosen_tokens": "num_tokens/chosen", "rejected_tokens": "num_tokens/rejected"}  # fmt: skip
+_MEANS = {
+    "loss": "loss",
+    "clip_chosen": "clip/chosen",
+    "clip_rejected": "clip/rejected",
+    "chosen_tokens": "num_tokens/chosen",
+    "rejected_tokens": "num_tokens/rejected",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +119,10 @@ class Summary:
         found = [f"iteration {v.iteration}: {warning}" for v in self.versions for warning in v.warnings]
         evaluated = [v for v in self.versions if v.accuracy is not None]
         if evaluated and (best := max(evaluated, key=lambda v: _known(v.accuracy))).accuracy != evaluated[-1].accuracy:
-            found.append(f"{best.name} answered more held-out prompts ({percent(best.accuracy)}) than "
-                         f"{evaluated[-1].name}, which came after it ({percent(evaluated[-1].accuracy)})")  # fmt: skip
+            found.append(
+                f"{best.name} answered more held-out prompts ({percent(best.accuracy)}) than "
+                f"{evaluated[-1].name}, which came after it ({percent(evaluated[-1].accuracy)})"
+            )
         if sum(v.is_trained for v in self.versions) < self.config.get("num_iterations", 0):
             found.append(f"{self.progress} are complete; the command that started the run goes on from there")
         return found
@@ -131,8 +138,8 @@ def summarise(folder: str | Path) -> Summary:
     state = read_run(folder)
     stages: dict[int, dict[str, Any]] = {0: {}}
     for item in state["stages"]:
-        iteration, stage = item["name"].removeprefix("iter-").split("/")
-        stages.setdefault(int(iteration), {})[stage] = item["info"]
+        iteration, stage = parse_stage(item["name"])
+        stages.setdefault(iteration, {})[stage] = item["info"]
     start = state["config"].get("policy") or "before training"
     return Summary(
         folder=folder,
@@ -198,8 +205,18 @@ def gain_text(run: Summary) -> str:
     return f"{change} (95 % intervals {'do not overlap' if is_apart else 'overlap'})"
 
 
-VERSION_COLUMNS = ("version", "accuracy", "95 %\ninterval", "pairs\nkept", "swapped", "dropped", "used",
-                   "clip %\nchosen", "clip %\nrejected", "loss")  # fmt: skip
+VERSION_COLUMNS = (
+    "version",
+    "accuracy",
+    "95 %\ninterval",
+    "pairs\nkept",
+    "swapped",
+    "dropped",
+    "used",
+    "clip %\nchosen",
+    "clip %\nrejected",
+    "loss",
+)
 
 
 def version_rows(run: Summary) -> list[list[str]]:

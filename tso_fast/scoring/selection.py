@@ -111,10 +111,23 @@ def select_pairs(
         ImportError: the C++ extension is not built.
     """
     task = _check(
-        consensus, offsets, strategy=strategy, max_pairs=max_pairs, min_margin=min_margin, positives=positives,
-        negatives=negatives, text_ids=text_ids, forbidden=forbidden, reuse_texts=reuse_texts, baseline=baseline,
-        distances=distances, band=band, seed=seed, keys=keys, num_threads=num_threads,
-    )  # fmt: skip
+        consensus,
+        offsets,
+        strategy=strategy,
+        max_pairs=max_pairs,
+        min_margin=min_margin,
+        positives=positives,
+        negatives=negatives,
+        text_ids=text_ids,
+        forbidden=forbidden,
+        reuse_texts=reuse_texts,
+        baseline=baseline,
+        distances=distances,
+        band=band,
+        seed=seed,
+        keys=keys,
+        num_threads=num_threads,
+    )
     pairs, margin, is_finite = extension().select_pairs(
         task.consensus_R,
         task.offsets_P1,
@@ -159,10 +172,23 @@ def select_pairs_reference(
 ) -> tuple[np.ndarray, np.ndarray]:
     """``select_pairs`` in Python, one prompt at a time: defines what is correct. ``num_threads`` changes nothing."""
     task = _check(
-        consensus, offsets, strategy=strategy, max_pairs=max_pairs, min_margin=min_margin, positives=positives,
-        negatives=negatives, text_ids=text_ids, forbidden=forbidden, reuse_texts=reuse_texts, baseline=baseline,
-        distances=distances, band=band, seed=seed, keys=keys, num_threads=num_threads,
-    )  # fmt: skip
+        consensus,
+        offsets,
+        strategy=strategy,
+        max_pairs=max_pairs,
+        min_margin=min_margin,
+        positives=positives,
+        negatives=negatives,
+        text_ids=text_ids,
+        forbidden=forbidden,
+        reuse_texts=reuse_texts,
+        baseline=baseline,
+        distances=distances,
+        band=band,
+        seed=seed,
+        keys=keys,
+        num_threads=num_threads,
+    )
     _check_finite(task.consensus_R)
     propose = {
         "best_worst": _propose_widest,

@@ -77,8 +77,11 @@ def warn_unfinished(num_prompts: int, max_iterations: int, tolerance: float) -> 
         logger.warning(
             "Bradley-Terry strengths of %d prompt%s still changed by more than %g after %d iterations; they are "
             "returned as they are. More regularization makes them settle sooner.",
-            num_prompts, "s" * (num_prompts > 1), tolerance, max_iterations,
-        )  # fmt: skip
+            num_prompts,
+            "s" * (num_prompts > 1),
+            tolerance,
+            max_iterations,
+        )
 
 
 def bradley_terry_reference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,8 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from tso_fast.config import CellConfig, JudgeConfig, check
+from tso_fast.config.checks import check
+from tso_fast.config.settings import CellConfig, JudgeConfig
 from tso_fast.errors import InputError, did_you_mean
 
 T = TypeVar("T")
@@ -67,7 +69,7 @@ def parse(command: str, cls: type[T], arguments: Sequence[str]) -> T:
 
 def _join_booleans(cls: type, arguments: list[str]) -> list[str]:
     """``--compare`` alone means ``--compare=true``."""
-    switches = {f"--{f.name}" for f in dataclasses.fields(cls) if f.type in ("bool", bool)}
+    switches = {f"--{name}" for name, hint in typing.get_type_hints(cls).items() if hint is bool}
     out = []
     for i, argument in enumerate(arguments):
         is_last = i + 1 == len(arguments) or arguments[i + 1].startswith("--")

@@ -1,4 +1,4 @@
-"""The run folder: atomic files, a manifest that comes last, and what is complete.
+"""The run folder: a manifest that comes last, what is complete, and where each iteration keeps its files.
 
 A stage writes its files to temporary names, syncs and renames them; then ``Run.commit`` adds them to ``run.json``
 with size and sha256. A stage that is not in ``run.json`` did not happen, whatever files it left.
@@ -6,130 +6,96 @@ with size and sha256. A stage that is not in ``run.json`` did not happen, whatev
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import hashlib
 import json
 import logging
-import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError
-
-from tso_fast.errors import InputError, OutputError
+from tso_fast.errors import InputError
+from tso_fast.files.atomic import TMP, place_file, sha256_file, write_json, writing
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE, METRICS_FILE, SKIPPED_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "skipped.jsonl", "report.html"
+LABELS_FILE = "labels.jsonl"
 FORMAT = 1
-TMP = ".tmp-"
-
-# Config keys that may differ when a run is resumed: they change what is shown, not what is computed.
-FREE_KEYS = frozenset({
-    "output_dir", "compare", "logging_steps", "report_to", "save_steps", "response_store", "executor", "ray_address",
-    "num_engines", "engine_start_timeout_s", "engine_timeout_s", "max_concurrency", "max_retries", "max_shard_retries",
-})  # fmt: skip
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An error of the operating system inside becomes one that names ``path``."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, FileExistsError):
-            reason = f"{error.filename} is no folder"
-        raise OutputError(f"cannot write {path}: {reason}. Everything complete before is kept; mend the cause "
-                          "(space, permissions) and run the same command again") from error  # fmt: skip
+@dataclass(frozen=True)
+class Iteration:
+    """Where a run keeps what belongs to one of its iterations: ``Iteration(Path("runs/first"), 2)``."""
+
+    run: Path
+    number: int
+    """From 1; 0 is the evaluation before training."""
+
+    @property
+    def name(self) -> str:
+        return f"iter-{self.number}"
+
+    @property
+    def folder(self) -> Path:
+        return self.run / self.name
+
+    @property
+    def responses(self) -> Path:
+        return self.folder / "responses.jsonl"
+
+    @property
+    def refused(self) -> Path:
+        """Prompts that an engine did not take."""
+        return self.folder / "refused.jsonl"
+
+    @property
+    def verdicts(self) -> Path:
+        return self.folder / "verdicts.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """Prompts that a judge could not judge."""
+        return self.folder / SKIPPED_FILE
+
+    @property
+    def labels(self) -> Path:
+        return self.folder / LABELS_FILE
+
+    @property
+    def pairs(self) -> Path:
+        return self.folder / "pairs.jsonl"
+
+    @property
+    def policy(self) -> Path:
+        return self.folder / "policy"
+
+    @property
+    def reference(self) -> Path:
+        """The running mean of ``reference: ema``."""
+        return self.folder / "reference"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def stage(self, name: str) -> str:
+        """What ``run.json`` calls a stage of this iteration."""
+        return f"{self.name}/{name}"
 
 
-def fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def iterations(run: Path) -> list[Iteration]:
+    """Iterations that have a folder, the oldest first."""
+    numbers = [int(found[1]) for path in run.glob("iter-*") if (found := re.fullmatch(r"iter-(\d+)", path.name))]
+    return [Iteration(run, number) for number in sorted(numbers)]
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name only when it is whole and on disk."""
-    tmp = path.with_name(f"{TMP}{path.name}")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(tmp, "w", encoding="utf-8") as handle:
-                yield handle
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(tmp, path)
-            fsync_folder(path.parent)
-        finally:
-            tmp.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when all of its files are on disk; an old one is replaced."""
-    tmp = path.with_name(f"{TMP}{path.name}")
-    with writing(path):
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        try:
-            yield tmp
-            for file in sorted(tmp.rglob("*")):
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(tmp, path)
-            fsync_folder(path.parent)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-
-
-def check_writable(path: Path) -> None:
-    """Raises OutputError when a file could not be written there, before the work that it is for."""
-    probe = path.with_name(f"{TMP}{path.name}.probe")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-
-
-def write_json(path: Path, value: Any) -> None:
-    with atomic_file(path) as handle:
-        json.dump(value, handle, indent=1, ensure_ascii=False, allow_nan=False)
-        handle.write("\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with atomic_file(path) as handle:
-        for row in rows:
-            handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def place_file(source: Path, target: Path) -> None:
-    """Makes ``target`` a link to (else a copy of) ``source``, in one rename."""
-    tmp = target.with_name(f"{TMP}{target.name}")
-    with writing(target):
-        tmp.unlink(missing_ok=True)
-        try:
-            os.link(source, tmp)
-        except OSError:
-            shutil.copyfile(source, tmp)
-        os.replace(tmp, target)
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def parse_stage(name: str) -> tuple[int, str]:
+    """Iteration and stage of a name in ``run.json``."""
+    iteration, stage = name.removeprefix("iter-").split("/")
+    return int(iteration), stage
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -145,13 +111,21 @@ class Run:
         self._lock = lock
 
     @classmethod
-    def open(cls, folder: str | Path, config: dict[str, Any], inputs: dict[str, str], versions: dict[str, str]) -> Run:
+    def open(
+        cls,
+        folder: str | Path,
+        config: dict[str, Any],
+        inputs: dict[str, str],
+        versions: dict[str, str],
+        free_keys: Collection[str] = (),
+    ) -> Run:
         """Creates a run folder, or resumes the one that is there.
 
         Args:
-            config: the resolved configuration; a resumed run must have the same one, ``FREE_KEYS`` aside.
+            config: the resolved configuration; a resumed run must have the same one, ``free_keys`` aside.
             inputs: sha256 of every input, by config key; a resumed run must read the same data.
             versions: of this program and of the libraries that results depend on.
+            free_keys: settings that may differ when the run is resumed.
 
         Raises:
             InputError: the folder is something else, is in use, or belongs to another configuration.
@@ -165,21 +139,30 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
-            raise InputError(f"output_dir: {folder} is in use by another process; wait for it or choose another "
-                             "folder") from error  # fmt: skip
+            raise InputError(
+                f"output_dir: {folder} is in use by another process; wait for it or choose another folder"
+            ) from error
         try:
             for leftover in [*folder.glob(f"{TMP}*"), *folder.glob(f"*/{TMP}*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if (folder / RUN_FILE).exists():
                 run = cls(folder, _read_state(folder), lock)
-                run._check_same(config, inputs)
+                run._check_same(config, inputs, free_keys)
                 run._drop_incomplete()
             else:
                 if strangers := sorted(p.name for p in folder.iterdir() if p.name != ".lock"):
-                    raise InputError(f"output_dir: {folder} is not empty ({', '.join(strangers[:3])}, ...) and holds "
-                                     f"no {RUN_FILE}; choose a new folder")  # fmt: skip
-                state = {"format": FORMAT, "versions": versions, "config": config, "inputs": inputs,
-                         "stages": [], "manifest": {}}  # fmt: skip
+                    raise InputError(
+                        f"output_dir: {folder} is not empty ({', '.join(strangers[:3])}, ...) and holds "
+                        f"no {RUN_FILE}; choose a new folder"
+                    )
+                state = {
+                    "format": FORMAT,
+                    "versions": versions,
+                    "config": config,
+                    "inputs": inputs,
+                    "stages": [],
+                    "manifest": {},
+                }
                 run = cls(folder, state, lock)
                 run._save()
         except BaseException:
@@ -202,6 +185,9 @@ class Run:
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
+    def iteration(self, number: int) -> Iteration:
+        return Iteration(self.folder, number)
+
     def info(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage recorded; None when it is not complete."""
         if self._lock is None:
@@ -217,20 +203,31 @@ class Run:
         self.state["stages"].append({"name": stage, "info": info, "files": names})
         self._save()
 
+    def publish(self, policy: Path) -> None:
+        """Puts the files of the newest policy at the top of the run, where ``from_pretrained`` looks."""
+        for file in sorted(policy.iterdir()):
+            place_file(file, self / file.name)
+
     def _save(self) -> None:
         write_json(self.folder / RUN_FILE, self.state)
 
-    def _check_same(self, config: dict[str, Any], inputs: dict[str, str]) -> None:
+    def _check_same(self, config: dict[str, Any], inputs: dict[str, str], free_keys: Collection[str]) -> None:
         old = self.state["config"]
-        changed = [key for key in sorted({*old, *config} - FREE_KEYS) if old.get(key) != config.get(key)]
+        keys = sorted({*old, *config} - set(free_keys))
+        # A setting that an older release did not know is None here.
+        changed = [key for key in keys if _without_none(old.get(key)) != _without_none(config.get(key))]
         if changed:
             lines = "".join(f"\n  {key}: the run has {old.get(key)!r}, given {config.get(key)!r}" for key in changed)
-            raise InputError(f"output_dir: {self.folder} holds a run with another configuration:{lines}\n"
-                             "give the same values to resume it, or choose a new folder")  # fmt: skip
+            raise InputError(
+                f"output_dir: {self.folder} holds a run with another configuration:{lines}\n"
+                "give the same values to resume it, or choose a new folder"
+            )
         for key in sorted({*self.state["inputs"], *inputs}):
             if self.state["inputs"].get(key) != inputs.get(key):
-                raise InputError(f"{key}: its content changed since the run in {self.folder} started; restore it to "
-                                 "resume, or choose a new folder")  # fmt: skip
+                raise InputError(
+                    f"{key}: its content changed since the run in {self.folder} started; restore it to "
+                    "resume, or choose a new folder"
+                )
 
     def _drop_incomplete(self) -> None:
         """Keeps the stages up to the first one whose files are not as the manifest says."""
@@ -255,6 +252,12 @@ class Run:
         if (size := file.stat().st_size) != entry["size"]:
             return f"{name} has {size} bytes, the manifest says {entry['size']}"
         return None if sha256_file(file) == entry["sha256"] else f"{name} differs from its sha256"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

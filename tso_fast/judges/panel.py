@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tso_fast.config import AnsweringConfig, JudgeConfig, JudgesConfig, VerifierConfig, judge_name
+from tso_fast.config.settings import AnsweringConfig, JudgeConfig, JudgesConfig, VerifierConfig, judge_name
 from tso_fast.errors import InputError
+from tso_fast.files.responses import ResponseStore
+from tso_fast.files.rows import BadRows
 from tso_fast.judges import llm
-from tso_fast.judges.agreement import agree
 from tso_fast.judges.implicit import cell_logprobs
+from tso_fast.judges.self_consistency import agree
 from tso_fast.judges.verifier import make_verifier, verify, with_answers
 from tso_fast.matrix import ModelMatrix, require_weights
-from tso_fast.policy import device_of
-from tso_fast.records import BadRows
-from tso_fast.response_store import ResponseStore
+from tso_fast.models.load import device_of
 from tso_fast.types import Candidates, Cell, Comparison, Verdict
 
 
@@ -111,15 +111,21 @@ def judge(
             assert own.verifier is not None
             verdicts += verify(candidates, make_verifier(own.verifier, own.verifier_pattern), bad, name)
         elif models is None:
-            raise InputError(f"judges: {name!r} is a model, which this command does not run; run `tso-fast score` and "
-                             "give its file as verdicts")  # fmt: skip
+            raise InputError(
+                f"judges: {name!r} is a model, which this command does not run; run `tso-fast score` and "
+                "give its file as verdicts"
+            )
         elif own.kind == "implicit":
             verdicts += _implicit(candidates, own, models)
         else:
             found, cost = llm.judge(candidates, own, models.matrix, models.settings, models.store, bad, models.advance)
             verdicts += found
-            costs[name] = {**dataclasses.asdict(cost), "disagreement": cost.disagreement,
-                           "first_shown_share": cost.first_shown_share, "bias": cost.bias}  # fmt: skip
+            costs[name] = {
+                **dataclasses.asdict(cost),
+                "disagreement": cost.disagreement,
+                "first_shown_share": cost.first_shown_share,
+                "bias": cost.bias,
+            }
     return verdicts, costs
 
 
@@ -138,8 +144,15 @@ def _implicit(candidates: Sequence[Candidates], config: JudgeConfig, models: Mod
             if own is not None and (reference is None or base is not None):
                 score = own.logprob - (base.logprob if base is not None else 0.0)
                 score = score / own.num_tokens if config.length_normalized else score
-            verdicts.append(Verdict(prompt_id=item.prompt.id, response=i, judge=judge_name(config), score=score,
-                                    reason="" if score is not None else "longer than the context"))  # fmt: skip
+            verdicts.append(
+                Verdict(
+                    prompt_id=item.prompt.id,
+                    response=i,
+                    judge=judge_name(config),
+                    score=score,
+                    reason="" if score is not None else "longer than the context",
+                )
+            )
     return verdicts
 
 
@@ -148,8 +161,10 @@ def _cell(name: str, config: JudgeConfig, matrix: ModelMatrix | None) -> Cell:
         raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}, and there are no cells; set cells")
     found = matrix.named
     if name not in found:
-        raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
-                         "the current one is policy")  # fmt: skip
+        raise InputError(
+            f"judges: {judge_name(config)!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
+            "the current one is policy"
+        )
     require_weights(found[name], f"judges: {judge_name(config)!r}")
     return found[name]
 
@@ -157,6 +172,12 @@ def _cell(name: str, config: JudgeConfig, matrix: ModelMatrix | None) -> Cell:
 def _logprobs(cell: Cell, candidates: Sequence[Candidates], models: Models) -> Any:
     assert models.matrix is not None
     settings = models.settings
-    return cell_logprobs(cell, candidates, models.matrix.tokenizer, dtype=settings.dtype,
-                         attn_implementation=settings.attn_implementation, device=device_of(settings.use_cpu),
-                         advance=models.advance)  # fmt: skip
+    return cell_logprobs(
+        cell,
+        candidates,
+        models.matrix.tokenizer,
+        dtype=settings.dtype,
+        attn_implementation=settings.attn_implementation,
+        device=device_of(settings.use_cpu),
+        advance=models.advance,
+    )

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tso_fast.config import PairingConfig
-from tso_fast.correction import Corrected
-from tso_fast.reliability import tempered
+from tso_fast.config.settings import PairingConfig
+from tso_fast.correction.calibration import tempered
+from tso_fast.correction.decide import Corrected
 from tso_fast.scoring import pairwise_distances, select_decided, select_pairs
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, PreferencePair
@@ -34,16 +34,19 @@ def select(
         scores: by prompt, [responses] consensus, NaN = none.
     """
     offsets = np.cumsum([0] + [len(item.responses) for item in candidates], dtype=np.int64)
-    allowed = [[pair for pair in pairs if _has_roles(item, pair, config)]
-               for item, pairs in zip(candidates, decided, strict=True)]  # fmt: skip
+    allowed = [
+        [pair for pair in pairs if _has_roles(item, pair, config)]
+        for item, pairs in zip(candidates, decided, strict=True)
+    ]
     texts: dict[str, int] = {}
     shared: dict[str, Any] = {
         "max_pairs": config.max_pairs,
-        "text_ids": np.array([texts.setdefault(r.text.strip(), len(texts)) for c in candidates for r in c.responses],
-                             dtype=np.int64),
+        "text_ids": np.array(
+            [texts.setdefault(r.text.strip(), len(texts)) for c in candidates for r in c.responses], dtype=np.int64
+        ),
         "seed": seed,
         "keys": np.array([seed_of("pairs", item.prompt.id) for item in candidates], dtype=np.int64),
-    }  # fmt: skip
+    }
     if config.pair_strategy in ("best_worst", "random"):
         return _select_decided(allowed, offsets, config.pair_strategy, shared)
     return _select_ranked(candidates, allowed, offsets, np.concatenate([*scores, []]), config, shared)
@@ -60,22 +63,27 @@ def _plays(item: Candidates, index: int, roles: Sequence[str] | None) -> bool:
     if response.model in roles:
         return True
     return any(
-        role in roles and (own := getattr(response, name)) is not None
+        role in roles
+        and (own := getattr(response, name)) is not None
         and own == max(value for r in item.responses if (value := getattr(r, name)) is not None)
         for role, name in (("newest", "version_rank"), ("largest", "size_b"))
-    )  # fmt: skip
+    )
 
 
 def _select_decided(
     decided: Sequence[Sequence[Corrected]], offsets: np.ndarray, strategy: Any, shared: dict[str, Any]
 ) -> list[list[Corrected]]:
     flat = [pair for pairs in decided for pair in pairs]
-    rows = [(first + pair.chosen, first + pair.rejected)
-            for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True) for pair in pairs]  # fmt: skip
+    rows = [
+        (first + pair.chosen, first + pair.rejected)
+        for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True)
+        for pair in pairs
+    ]
     bounds = np.cumsum([0] + [len(pairs) for pairs in decided], dtype=np.int64)
     margins = np.array([pair.gap for pair in flat], dtype=np.float32)
-    taken = select_decided(np.array(rows, dtype=np.int64).reshape(-1, 2), margins, bounds, strategy=strategy,
-                           reuse_texts=True, **shared)  # fmt: skip
+    taken = select_decided(
+        np.array(rows, dtype=np.int64).reshape(-1, 2), margins, bounds, strategy=strategy, reuse_texts=True, **shared
+    )
     out: list[list[Corrected]] = [[] for _ in decided]
     for prompt, index in zip(np.searchsorted(bounds, taken, side="right") - 1, taken, strict=True):
         out[prompt].append(flat[index])
@@ -93,22 +101,32 @@ def _select_ranked(
     scores = scores.astype(np.float32)
     by_rows = {
         (first + pair.chosen, first + pair.rejected): pair
-        for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True) for pair in pairs
-    }  # fmt: skip
+        for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True)
+        for pair in pairs
+    }
     forbidden = [
         (i, j)
         for first, last in itertools.pairwise(offsets.tolist())
         for i, j in itertools.combinations(range(first, last), 2)
         if ((i, j) not in by_rows and (j, i) not in by_rows)
         or (scores[i] - scores[j]) * (1 if (i, j) in by_rows else -1) < 0
-    ]  # fmt: skip
+    ]
     if config.pair_strategy == "diverse":
         tokens, bounds = _tokens(candidates)
-        shared = {**shared, "band": config.diversity_band,
-                  "distances": pairwise_distances(tokens, bounds, offsets, n=config.diversity_ngram)}  # fmt: skip
+        shared = {
+            **shared,
+            "band": config.diversity_band,
+            "distances": pairwise_distances(tokens, bounds, offsets, n=config.diversity_ngram),
+        }
     # The margin was asked for when the pairs were decided.
-    rows, _ = select_pairs(scores, offsets, strategy=config.pair_strategy, min_margin=0.0,
-                           forbidden=np.array(forbidden, dtype=np.int64).reshape(-1, 2), **shared)  # fmt: skip
+    rows, _ = select_pairs(
+        scores,
+        offsets,
+        strategy=config.pair_strategy,
+        min_margin=0.0,
+        forbidden=np.array(forbidden, dtype=np.int64).reshape(-1, 2),
+        **shared,
+    )
     out: list[list[Corrected]] = [[] for _ in candidates]
     for prompt, pair in zip(np.searchsorted(offsets, rows[:, 0], side="right") - 1, rows.tolist(), strict=True):
         out[prompt].append(by_rows[tuple(pair)])

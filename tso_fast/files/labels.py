@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from tso_fast.errors import InputError
-from tso_fast.records import BadRows, Row, parse_verdict, read_rows, text_hash, texts_of, verdict_row
-from tso_fast.store import fsync_folder, writing
+from tso_fast.files.atomic import fsync_folder, writing
+from tso_fast.files.rows import BadRows, Row, parse_verdict, read_rows, text_hash, texts_of, verdict_row
 from tso_fast.types import HUMAN, Candidates, Comparison
 
 logger = logging.getLogger(__name__)
 
-LABELS_FILE = "labels.jsonl"
 """Of an iteration, beside its responses."""
 
 BAD = "bad"
@@ -83,8 +82,15 @@ def make_label(
     if i > j:
         i, j, probability = j, i, None if probability is None else 1 - probability
     hashes = (text_hash(item.responses[i].text), text_hash(item.responses[j].text))
-    comparison = Comparison(prompt_id=item.prompt.id, responses=(i, j), judge=HUMAN, probability=probability,
-                            annotator=annotator, hashes=hashes, reason=BAD if probability is None else "")  # fmt: skip
+    comparison = Comparison(
+        prompt_id=item.prompt.id,
+        responses=(i, j),
+        judge=HUMAN,
+        probability=probability,
+        annotator=annotator,
+        hashes=hashes,
+        reason=BAD if probability is None else "",
+    )
     return Label(comparison=comparison, time=time, **more)
 
 
@@ -110,12 +116,18 @@ def parse_label(row: Row, where: str, texts: Mapping[str, Sequence[str]]) -> Lab
     if not (comparison.annotator or "").strip():
         raise InputError(f"{where}: field 'annotator' is missing; expected the name of who said so")
     if comparison.probability not in (None, 0.0, 0.5, 1.0):
-        raise InputError(f"{where}: field 'probability' is {comparison.probability}; expected 1 (the first is better), "
-                         "0 (the second), 0.5 (a tie) or null (a bad pair)")  # fmt: skip
+        raise InputError(
+            f"{where}: field 'probability' is {comparison.probability}; expected 1 (the first is better), "
+            "0 (the second), 0.5 (a tie) or null (a bad pair)"
+        )
     (i, j), probability, hashes = comparison.responses, comparison.probability, comparison.hashes
     if i > j:
-        comparison = replace(comparison, responses=(j, i), probability=None if probability is None else 1 - probability,
-                             hashes=None if hashes is None else (hashes[1], hashes[0]))  # fmt: skip
+        comparison = replace(
+            comparison,
+            responses=(j, i),
+            probability=None if probability is None else 1 - probability,
+            hashes=None if hashes is None else (hashes[1], hashes[0]),
+        )
     withdrawn, seconds, shown = row.get("withdrawn", False), row.get("seconds"), row.get("shown")
     if not isinstance(withdrawn, bool):
         raise InputError(f"{where}: field 'withdrawn' is {withdrawn!r}; expected true or false")
@@ -123,8 +135,14 @@ def parse_label(row: Row, where: str, texts: Mapping[str, Sequence[str]]) -> Lab
         raise InputError(f"{where}: field 'seconds' is {seconds!r}; expected a number >= 0")
     if shown is not None and (not isinstance(shown, list) or sorted(map(str, shown)) != sorted(map(str, (i, j)))):
         raise InputError(f"{where}: field 'shown' is {shown!r}; expected the two responses, left and right")
-    return Label(comparison=comparison, time=parse_time(row.get("time"), where), seconds=seconds,
-                 shown=None if shown is None else (shown[0], shown[1]), withdrawn=withdrawn, where=where)  # fmt: skip
+    return Label(
+        comparison=comparison,
+        time=parse_time(row.get("time"), where),
+        seconds=seconds,
+        shown=None if shown is None else (shown[0], shown[1]),
+        withdrawn=withdrawn,
+        where=where,
+    )
 
 
 def parse_time(value: Any, where: str) -> datetime | None:
@@ -134,8 +152,9 @@ def parse_time(value: Any, where: str) -> datetime | None:
     try:
         time = datetime.fromisoformat(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: field 'time' is {value!r}; expected ISO 8601 such as 2026-11-21T16:28:01+00:00"
-                         ) from error  # fmt: skip
+        raise InputError(
+            f"{where}: field 'time' is {value!r}; expected ISO 8601 such as 2026-11-21T16:28:01+00:00"
+        ) from error
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time
 
 
@@ -170,9 +189,11 @@ def standing(labels: Iterable[Label]) -> dict[tuple[Pair, str], Label]:
             last, first = len(group) - 1, group[0]
             other = next((x for x in group if x.value != first.value), None)
             if other is not None and not any(x.withdrawn for x in group):
-                raise InputError(f"{other.where}: annotator {first.annotator!r} says another thing of responses "
-                                 f"{list(first.comparison.responses)} of {first.comparison.prompt_id!r} than at "
-                                 f"{first.where}; expected one label, or a 'time' in both")  # fmt: skip
+                raise InputError(
+                    f"{other.where}: annotator {first.annotator!r} says another thing of responses "
+                    f"{list(first.comparison.responses)} of {first.comparison.prompt_id!r} than at "
+                    f"{first.where}; expected one label, or a 'time' in both"
+                )
         if not group[last].withdrawn:
             newest[key] = group[last]
     return newest

@@ -6,18 +6,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from tso_fast import correction
-from tso_fast.evidence import score_matrix
-from tso_fast.judges.human import Pair
+from tso_fast.correction import evidence
+from tso_fast.correction.evidence import score_matrix
+from tso_fast.files.labels import Pair
 from tso_fast.types import Candidates, Comparison, PairEvidence, Verdict
 
 
 def evidence_of(candidates: Sequence[Candidates], verdicts: Sequence[Verdict | Comparison]) -> list[PairEvidence]:
     """All pairs of responses of different texts, with the scores in the data and the verdicts on each."""
     matrix = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)])
-    found = correction.evidence_of(candidates, matrix, [v for v in verdicts if isinstance(v, Comparison)])
-    return [pair for item, pairs in zip(candidates, found, strict=True) for pair in pairs
-            if not correction.is_same_text(item, pair.responses)]  # fmt: skip
+    found = evidence.evidence_of(candidates, matrix, [v for v in verdicts if isinstance(v, Comparison)])
+    return [pair for pairs in found for pair in pairs if not pair.is_same_text]
 
 
 def sign(value: float) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tso_fast.errors import InputError, did_you_mean
+from tso_fast.files.atomic import write_jsonl
 from tso_fast.judges.constraints import TYPES
 from tso_fast.types import HUMAN, Candidates, Comparison, Constraint, Message, PreferencePair, Prompt, Response, Verdict
 
@@ -41,6 +42,13 @@ class BadRows:
         if self.policy == "raise":
             raise InputError(f"{error} (--on_bad_row skip sets such rows aside)") from error
         self.rows.append({"error": str(error), "row": row})
+
+    def set_aside(self, file: Path) -> list[Path]:
+        """Writes the skipped rows, if there are any; returns the files written."""
+        if not self.rows:
+            return []
+        write_jsonl(file, self.rows)
+        return [file]
 
 
 def read_rows(path: str | Path, bad: BadRows, may_be_torn: bool = False) -> Iterator[tuple[str, Row]]:
@@ -81,8 +89,10 @@ def _parse_line(line: bytes, where: str) -> Row:
     try:
         text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
-                         "convert the file, for example: iconv -f latin1 -t utf-8") from error  # fmt: skip
+        raise InputError(
+            f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
+            "convert the file, for example: iconv -f latin1 -t utf-8"
+        ) from error
 
     not_finite: list[str] = []
 
@@ -94,8 +104,9 @@ def _parse_line(line: bytes, where: str) -> Row:
     try:
         row = json.loads(text, parse_float=number, parse_constant=number)
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: broken JSON: {error.msg} at column {error.colno}; expected one JSON object a "
-                         "line") from error  # fmt: skip
+        raise InputError(
+            f"{where}: broken JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
+        ) from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
         raise InputError(f"{where}: JSON that cannot be read: {error}") from error
     if not isinstance(row, dict):
@@ -104,8 +115,10 @@ def _parse_line(line: bytes, where: str) -> Row:
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise InputError(f"{where}: field {name!r} is {leaf}; expected a finite number or null")
         if isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf):
-            raise InputError(f"{where}: field {name!r} has half of a surrogate pair ({leaf!r:.60}), which is no "
-                             "character; expected text that UTF-8 can hold")  # fmt: skip
+            raise InputError(
+                f"{where}: field {name!r} has half of a surrogate pair ({leaf!r:.60}), which is no "
+                "character; expected text that UTF-8 can hold"
+            )
     return row
 
 
@@ -163,8 +176,11 @@ def _messages(value: list[Any], where: str, name: str) -> tuple[Message, ...]:
     messages = []
     for i, item in enumerate(value):
         place = f"{where}: field '{name}[{i}]'"
-        if not isinstance(item, dict) or not isinstance(item.get("role"), str) \
-                or not isinstance(item.get("content"), str):  # fmt: skip
+        if (
+            not isinstance(item, dict)
+            or not isinstance(item.get("role"), str)
+            or not isinstance(item.get("content"), str)
+        ):
             raise InputError(f'{place} is {_kind(item)}; expected {{"role": ..., "content": ...}} with two strings')
         if item["role"] not in ROLES:
             raise InputError(f"{place} has role {item['role']!r}; expected one of {', '.join(ROLES)}")
@@ -195,8 +211,10 @@ def _constraints(row: Row, where: str) -> tuple[Constraint, ...]:
         raise InputError(f"{where}: field 'constraints' is given beside 'instruction_id_list'; expected one of them")
     kwargs = _get(row, "kwargs", where, list, "a list of objects", required=bool(ids)) or []
     if len(kwargs) != len(ids):
-        raise InputError(f"{where}: field 'kwargs' has {len(kwargs)} items; expected {len(ids)}, one for each of "
-                         "'instruction_id_list'")  # fmt: skip
+        raise InputError(
+            f"{where}: field 'kwargs' has {len(kwargs)} items; expected {len(ids)}, one for each of "
+            "'instruction_id_list'"
+        )
     return tuple(
         _constraint(ids[i], f"instruction_id_list[{i}]", kwargs[i], f"kwargs[{i}]", where) for i in range(len(ids))
     )
@@ -212,8 +230,10 @@ def _constraint(given: Any, name: str, kwargs: Any, kwargs_name: str, where: str
     known = TYPES.get(given) if isinstance(given, str) else None
     if known is None:
         near = did_you_mean(given, TYPES) if isinstance(given, str) else ""
-        raise InputError(f"{where}: field {name!r} is {_kind(given)}; expected one of IFEval's {len(TYPES)} "
-                         f"instruction types, such as 'punctuation:no_comma'{near}")  # fmt: skip
+        raise InputError(
+            f"{where}: field {name!r} is {_kind(given)}; expected one of IFEval's {len(TYPES)} "
+            f"instruction types, such as 'punctuation:no_comma'{near}"
+        )
     if kwargs is not None and not isinstance(kwargs, dict):
         raise InputError(f"{where}: field {kwargs_name!r} is {_kind(kwargs)}; expected an object")
     kwargs = _no_none(kwargs or {})  # one published form has the arguments of all types in every row, most of them null
@@ -259,8 +279,10 @@ def parse_candidates(row: Row, where: str, default_id: str) -> Candidates:
         if "sample" not in given[i] and count:  # several samples of a model, not numbered in the file
             responses[i] = response = replace(response, sample=count)
         if (key := (response.model, response.sample)) in keys:
-            raise InputError(f"{where}: field 'responses[{i}]' repeats model {key[0]!r}, sample {key[1]} of "
-                             f"responses[{keys[key]}]; expected distinct samples")  # fmt: skip
+            raise InputError(
+                f"{where}: field 'responses[{i}]' repeats model {key[0]!r}, sample {key[1]} of "
+                f"responses[{keys[key]}]; expected distinct samples"
+            )
         keys[key] = i
     if prompt.human_response is not None and not any(r.is_human for r in responses):
         responses.append(human_response(prompt))
@@ -337,13 +359,15 @@ def _no_none(row: Row) -> Row:
 
 def prompt_row(prompt: Prompt) -> Row:
     value = prompt.prompt
-    return _no_none({
-        "id": prompt.id,
-        "prompt": value if isinstance(value, str) else [{"role": m.role, "content": m.content} for m in value],
-        "human_response": prompt.human_response,
-        "answer": prompt.answer,
-        "constraints": [{"id": c.id, "kwargs": dict(c.kwargs)} for c in prompt.constraints] or None,
-    })  # fmt: skip
+    return _no_none(
+        {
+            "id": prompt.id,
+            "prompt": value if isinstance(value, str) else [{"role": m.role, "content": m.content} for m in value],
+            "human_response": prompt.human_response,
+            "answer": prompt.answer,
+            "constraints": [{"id": c.id, "kwargs": dict(c.kwargs)} for c in prompt.constraints] or None,
+        }
+    )
 
 
 def candidates_row(candidates: Candidates) -> Row:
@@ -386,15 +410,25 @@ def read_verdicts(
 
     def parse(row: Row, where: str) -> Verdict | Comparison:
         verdict = parse_verdict(row, where, texts)
-        key: tuple[Any, ...] = (verdict.prompt_id, verdict.response, verdict.judge) if isinstance(verdict, Verdict) \
-            else (verdict.prompt_id, frozenset(verdict.responses), verdict.judge, verdict.annotator)  # fmt: skip
+        key: tuple[Any, ...] = (
+            (verdict.prompt_id, verdict.response, verdict.judge)
+            if isinstance(verdict, Verdict)
+            else (verdict.prompt_id, frozenset(verdict.responses), verdict.judge, verdict.annotator)
+        )
         if (first := seen.setdefault(key, where)) != where:
-            who = f"judge {verdict.judge!r}" if getattr(verdict, "annotator", None) is None else \
-                f"annotator {verdict.annotator!r}"  # type: ignore[union-attr]  # fmt: skip
-            what = f"response {verdict.response}" if isinstance(verdict, Verdict) else \
-                f"responses {list(verdict.responses)}"  # fmt: skip
-            raise InputError(f"{where}: {who} has a verdict on {what} of {verdict.prompt_id!r} already at {first}; "
-                             "expected one")  # fmt: skip
+            who = (
+                f"judge {verdict.judge!r}"
+                if getattr(verdict, "annotator", None) is None
+                else f"annotator {verdict.annotator!r}"
+            )  # type: ignore[union-attr]
+            what = (
+                f"response {verdict.response}"
+                if isinstance(verdict, Verdict)
+                else f"responses {list(verdict.responses)}"
+            )
+            raise InputError(
+                f"{where}: {who} has a verdict on {what} of {verdict.prompt_id!r} already at {first}; expected one"
+            )
         return verdict
 
     return _read(path, parse, bad, "verdicts", may_be_empty)
@@ -433,8 +467,10 @@ def _verdict(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> Verd
 def _comparison(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> Comparison:
     pair = _get(row, "responses", where, list, "the indices of two responses", required=True)
     if len(pair) != 2 or not all(type(i) is int and 0 <= i < len(texts) for i in pair) or pair[0] == pair[1]:
-        raise InputError(f"{where}: field 'responses' is {json.dumps(pair)}; expected two different indices of the "
-                         f"{len(texts)} responses of prompt {prompt_id!r}")  # fmt: skip
+        raise InputError(
+            f"{where}: field 'responses' is {json.dumps(pair)}; expected two different indices of the "
+            f"{len(texts)} responses of prompt {prompt_id!r}"
+        )
     judge = _text(row, "judge", where, required=True)
     assert judge is not None
     orders = _get(row, "orders", where, list, "two probabilities")
@@ -444,8 +480,10 @@ def _comparison(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> C
         orders = tuple(_probability({"orders": item}, "orders", where) for item in orders)
     hashes = _get(row, "hashes", where, list, "the hashes of two texts")
     if hashes is not None and hashes != (found := [text_hash(texts[i]) for i in pair]):
-        raise InputError(f"{where}: field 'hashes' is {json.dumps(hashes)}, but the responses {pair} of prompt "
-                         f"{prompt_id!r} have {json.dumps(found)}: it was said of other texts")  # fmt: skip
+        raise InputError(
+            f"{where}: field 'hashes' is {json.dumps(hashes)}, but the responses {pair} of prompt "
+            f"{prompt_id!r} have {json.dumps(found)}: it was said of other texts"
+        )
     return Comparison(
         prompt_id=prompt_id,
         responses=(pair[0], pair[1]),
@@ -498,8 +536,12 @@ def pair_row(pair: PreferencePair) -> Row:
 def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
     """A row of a pairs file, ours or any in TRL's explicit form (conversational or plain strings)."""
     prompt_value = _prompt_value({**row, "prompt": row.get("prompt_text") or row.get("prompt")}, where)
-    prompt = Prompt(id=_text(row, "prompt_id", where) or default_id, prompt=prompt_value,
-                    answer=_text(row, "answer", where), where=where)  # fmt: skip
+    prompt = Prompt(
+        id=_text(row, "prompt_id", where) or default_id,
+        prompt=prompt_value,
+        answer=_text(row, "answer", where),
+        where=where,
+    )
 
     def side(name: str) -> Response:
         value = _get(row, name, where, (str, list), "a string or a list of one assistant message", required=True)

@@ -1,4 +1,4 @@
-"""Text to tokens, and pairs to padded batches.
+"""Text to tokens.
 
 What a cell sampled is trained on token by token; only text from elsewhere is tokenised here.
 """
@@ -6,17 +6,15 @@ What a cell sampled is trained on token by token; only text from elsewhere is to
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tso_fast.errors import InputError
-from tso_fast.types import PairBatch, PreferencePair, Prompt, Response
+from tso_fast.types import Prompt, Response
 
 IGNORE = -100
 
@@ -29,8 +27,10 @@ def _render(tokenizer: Any, prompt: Prompt, response: str | None = None) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
     except TemplateError as error:
-        raise InputError(f"{prompt.where or prompt.id}: field 'prompt' is refused by the chat template: {error}; "
-                         f"it has the roles {', '.join(m.role for m in prompt.messages)}") from error  # fmt: skip
+        raise InputError(
+            f"{prompt.where or prompt.id}: field 'prompt' is refused by the chat template: {error}; "
+            f"it has the roles {', '.join(m.role for m in prompt.messages)}"
+        ) from error
     return text
 
 
@@ -47,8 +47,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
         ids = _ids(tokenizer, _render(tokenizer, prompt))
     else:
         if not isinstance(prompt.prompt, str):
-            raise InputError(f"{prompt.where or prompt.id}: field 'prompt' is a conversation, but the tokenizer has no "
-                             "chat template; expected a string, or a tokenizer with one")  # fmt: skip
+            raise InputError(
+                f"{prompt.where or prompt.id}: field 'prompt' is a conversation, but the tokenizer has no "
+                "chat template; expected a string, or a tokenizer with one"
+            )
         ids = tokenizer(prompt.prompt, verbose=False)["input_ids"]
         if ids and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]
@@ -104,45 +106,6 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: R
     return response.token_ids or encode_response(tokenizer, prompt, response.text)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedPair:
-    """Token ids of a pair, its scalars and where it came from."""
-
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-    scale: float
-    soft_label: float
-    margin: float
-    prompt_id: str
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-
-def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], context: int | None
-) -> tuple[list[EncodedPair], list[str]]:
-    """Encodes pairs; the second list names prompts whose pair does not fit the context and is left out, untruncated."""
-    encoded, too_long = [], []
-    for pair in pairs:
-        item = EncodedPair(
-            prompt=encode_prompt(tokenizer, pair.prompt),
-            chosen=response_ids(tokenizer, pair.prompt, pair.chosen),
-            rejected=response_ids(tokenizer, pair.prompt, pair.rejected),
-            scale=pair.scale,
-            soft_label=pair.soft_label,
-            margin=pair.margin,
-            prompt_id=pair.prompt.id,
-        )
-        if context is not None and item.length > context:
-            too_long.append(pair.prompt.id)
-        else:
-            encoded.append(item)
-    return encoded, too_long
-
-
 def pad_sequences(
     rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -157,76 +120,3 @@ def pad_sequences(
         mask[row, : len(sequence) - 1] = 1
         targets[row, len(prompt) - 1 : len(sequence) - 1] = sequence[len(prompt) :]
     return ids, mask, targets
-
-
-def collate(
-    pairs: Sequence[EncodedPair],
-    index: Sequence[int],
-    *,
-    pad_token_id: int,
-    device: torch.device,
-    ref_logprobs: torch.Tensor | None = None,
-    is_padding: Sequence[bool] | None = None,
-) -> PairBatch:
-    """Batch of the pairs ``index``.
-
-    Args:
-        ref_logprobs: [number of pairs, 2] reference sums (chosen, rejected), or None.
-        is_padding: pairs that only fill the batch; they get scale 0.
-    """
-    chosen = [(pairs[i].prompt, pairs[i].chosen) for i in index]
-    rejected = [(pairs[i].prompt, pairs[i].rejected) for i in index]
-    ids, mask, targets = pad_sequences(chosen + rejected, pad_token_id)
-    keep = 1.0 - torch.tensor(is_padding if is_padding is not None else [False] * len(index), dtype=torch.float32)
-    reference = None if ref_logprobs is None else ref_logprobs[list(index)].T.reshape(-1).to(device)
-    return PairBatch(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        targets=targets.to(device),
-        index=torch.tensor(list(index)),
-        scale=(torch.tensor([pairs[i].scale for i in index]) * keep).to(device),
-        soft_label=torch.tensor([pairs[i].soft_label for i in index]).to(device),
-        margin=torch.tensor([pairs[i].margin for i in index]).to(device),
-        ref_logprobs=reference,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What one process computes in one forward pass."""
-
-    index: list[int]
-    is_padding: list[bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One optimiser step: this process's share, and what all processes share."""
-
-    epoch: int
-    micro_batches: list[MicroBatch]
-    all_index: list[int]
-
-
-def plan_steps(
-    num_pairs: int, *, epochs: int, micro_size: int, accumulation: int, rank: int, world: int, seed: int
-) -> Iterator[Step]:
-    """Steps of an iteration; the pairs of a step do not depend on how many processes or passes share it.
-
-    A share that runs short is filled with a repeated pair of scale 0, so that every process makes as many passes.
-    """
-    size = micro_size * accumulation * world
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
-        for start in range(0, num_pairs, size):
-            batch = order[start : start + size]
-            parts = min(accumulation, -(-len(batch) // (micro_size * world)))
-            micro_batches = []
-            for part in range(parts):
-                share = batch[part * world + rank :: parts * world]
-                micro_batches.append(MicroBatch(index=share or batch[:1], is_padding=[not share] * max(1, len(share))))
-            yield Step(epoch=epoch, micro_batches=micro_batches, all_index=batch)
-
-
-def num_steps(num_pairs: int, *, epochs: int, micro_size: int, accumulation: int, world: int) -> int:
-    return epochs * -(-num_pairs // (micro_size * accumulation * world))

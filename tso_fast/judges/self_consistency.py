@@ -24,7 +24,14 @@ def agree(candidates: Sequence[Candidates], name: str) -> list[Verdict]:
         others = sum(not r.is_human for r in item.responses) - 1
         for i, number in enumerate(numbers):
             score = (votes[number] - 1) / others if number is not None and others > 0 else None
-            reason = "" if score is not None else "a person's" if item.responses[i].is_human else \
-                "no number" if number is None else "no other response"  # fmt: skip
+            reason = (
+                ""
+                if score is not None
+                else "a person's"
+                if item.responses[i].is_human
+                else "no number"
+                if number is None
+                else "no other response"
+            )
             verdicts.append(Verdict(prompt_id=item.prompt.id, response=i, judge=name, score=score, reason=reason))
     return verdicts

@@ -89,8 +89,10 @@ class ResponseStore:
     def _create(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if not 0 <= version <= FORMAT:
-            raise InputError(f"response_store: {self.path} has format {version}, this release reads 1 to {FORMAT}; "
-                             "choose another folder")  # fmt: skip
+            raise InputError(
+                f"response_store: {self.path} has format {version}, this release reads 1 to {FORMAT}; "
+                "choose another folder"
+            )
         if version == 0:
             columns = "token_ids BLOB NOT NULL, text TEXT NOT NULL, finish_reason TEXT, logprob REAL, crc32 INTEGER"
             self._db.execute("CREATE TABLE keys (id INTEGER PRIMARY KEY, key BLOB NOT NULL)")
@@ -132,8 +134,10 @@ class ResponseStore:
         for key, number in zip(keys, wanted, strict=True):
             token_ids, text, finish_reason, logprob, checksum, top = found.get(number) or (b"", "", "", 0, None, None)
             if checksum != _checksum(token_ids, text, top):
-                raise InputError(f"response_store: {self.path} is damaged: a response differs from its checksum; "
-                                 "remove it, and its responses are generated again")  # fmt: skip
+                raise InputError(
+                    f"response_store: {self.path} is damaged: a response differs from its checksum; "
+                    "remove it, and its responses are generated again"
+                )
             ids = array("i")
             ids.frombytes(token_ids)
             top_logprobs = None if top is None else tuple(map(tuple, json.loads(top)))
@@ -167,13 +171,19 @@ class ResponseStore:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                raise InputError(f"response_store: {self.path} is in use by another process; wait for it or choose "
-                                 "another folder") from error  # fmt: skip
-            raise OutputError(f"cannot write {self.path}: {error}. Everything complete before is kept; mend the cause "
-                              "(space, permissions) and run the same command again") from error  # fmt: skip
+                raise InputError(
+                    f"response_store: {self.path} is in use by another process; wait for it or choose another folder"
+                ) from error
+            raise OutputError(
+                f"cannot write {self.path}: {error}. Everything complete before is kept; mend the cause "
+                "(space, permissions) and run the same command again"
+            ) from error
         except sqlite3.DatabaseError as error:
-            raise InputError(f"response_store: {self.path} is damaged or no store ({error}); remove it, and its "
-                             "responses are generated again") from error  # fmt: skip
+            raise InputError(
+                f"response_store: {self.path} is damaged or no store ({error}); remove it, and its "
+                "responses are generated again"
+            ) from error
         except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}; mend the cause and run the same command "
-                              "again") from error  # fmt: skip
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror}; mend the cause and run the same command again"
+            ) from error

@@ -100,12 +100,14 @@ def combine(
     given = given or {}
     levels_NJ, num_levels = _levels(votes_NJ, [name in given for name in judges])
     labels_N = np.full(len(votes_NJ), np.nan) if labels_N is None else labels_N
-    table = np.column_stack([
-        np.where(np.isnan(levels_NJ), NO_VOTE, levels_NJ),
-        prior_N,
-        np.where(prior_N == 0, 0, classes_N),
-        np.where(np.isnan(labels_N), NO_LABEL, labels_N),
-    ]).astype(np.int32)  # fmt: skip
+    table = np.column_stack(
+        [
+            np.where(np.isnan(levels_NJ), NO_VOTE, levels_NJ),
+            prior_N,
+            np.where(prior_N == 0, 0, classes_N),
+            np.where(np.isnan(labels_N), NO_LABEL, labels_N),
+        ]
+    ).astype(np.int32)
     patterns, inverse, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
     model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given, learn_from)
     is_estimated = model.num_voters >= 3 or any(name in given for name in judges) or not np.isnan(labels_N).all()
@@ -115,8 +117,9 @@ def combine(
         logger.warning(
             "evidence: %d voters only and no human label: their reliabilities cannot be told from their agreement; "
             "%.2f is assumed of each",
-            model.num_voters, ASSUMED,
-        )  # fmt: skip
+            model.num_voters,
+            ASSUMED,
+        )
     return Combination(
         probabilities=model.posterior()[inverse.reshape(-1)],
         misfits=model.misfits() if is_estimated else {},
@@ -312,8 +315,9 @@ class _Model:
             return np.broadcast_to(one, (int(rows.sum()), 2, 3))
         accuracy = self.class_accuracy_C[self.class_U[rows]]
         half = np.full_like(accuracy, 0.5)
-        return np.stack([np.stack([accuracy, 1 - accuracy, half], axis=1),
-                         np.stack([1 - accuracy, accuracy, half], axis=1)], axis=1)  # fmt: skip
+        return np.stack(
+            [np.stack([accuracy, 1 - accuracy, half], axis=1), np.stack([1 - accuracy, accuracy, half], axis=1)], axis=1
+        )
 
     def judge_reliability(self, j: int) -> Reliability:
         L, (first, _) = self.num_levels[j], self.vote_probabilities[j]
@@ -329,59 +333,9 @@ class _Model:
 
     def class_reliability(self, c: int) -> Reliability:
         num_votes = self.counts_U[(self.prior_U != 0) & (self.class_U == c)].sum()
-        return Reliability(accuracy=float(self.class_accuracy_C[c]), tie_rate=0.0, num_votes=int(num_votes),
-                           is_given=self.given_C[c] is not None)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- calibration
-
-
-def expected_calibration_error(probabilities: np.ndarray, is_right: np.ndarray, num_bins: int = 10) -> float:
-    """Mean distance of stated probability and observed accuracy over equal-count bins (Naeini et al. 2015, with the
-    adaptive bins of Nixon et al. 2019, arXiv 1904.01685); 0 is calibrated, NaN for no pair.
-
-    Args:
-        probabilities: [N] that a choice is right.
-        is_right: [N] whether it was, 0 to 1.
-    """
-    if not len(probabilities):
-        return float("nan")
-    order = np.argsort(probabilities, kind="stable")
-    total = 0.0
-    for part in np.array_split(order, min(num_bins, len(order))):
-        total += len(part) * abs(probabilities[part].mean() - is_right[part].mean())
-    return float(total / len(order))
-
-
-def fit_temperature(probabilities: np.ndarray, is_right: np.ndarray) -> float:
-    """T so that sigmoid(logit(p) / T) has the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599).
-
-    Args:
-        probabilities: [N] in [0, 1]; those of 0 and 1 count as 1e-6 and 1 - 1e-6.
-        is_right: [N] 0 to 1.
-    """
-    logit = _logit(probabilities)
-    # The likelihood has one maximum in 1 / T: golden section.
-    low, high = -4.0, 4.0
-    ratio = (np.sqrt(5) - 1) / 2
-    for _ in range(60):
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        if _nll(logit * np.exp(a), is_right) < _nll(logit * np.exp(b), is_right):
-            high = b
-        else:
-            low = a
-    return float(np.exp(-(low + high) / 2))
-
-
-def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """sigmoid(logit(p) / T)"""
-    return 1 / (1 + np.exp(-_logit(probabilities) / temperature))
-
-
-def _logit(probabilities: np.ndarray) -> np.ndarray:
-    p = np.clip(probabilities, 1e-6, 1 - 1e-6)
-    return np.log(p / (1 - p))
-
-
-def _nll(logit: np.ndarray, is_right: np.ndarray) -> float:
-    return float((np.logaddexp(0, -logit) * is_right + np.logaddexp(0, logit) * (1 - is_right)).sum())
+        return Reliability(
+            accuracy=float(self.class_accuracy_C[c]),
+            tie_rate=0.0,
+            num_votes=int(num_votes),
+            is_given=self.given_C[c] is not None,
+        )

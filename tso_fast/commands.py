@@ -1,0 +1,240 @@
+"""What each command does, once its configuration is read; ``cli`` reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tso_fast.config.settings import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
+from tso_fast.errors import InputError
+from tso_fast.files.atomic import check_writable, write_json, write_jsonl
+from tso_fast.files.rows import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
+from tso_fast.files.run import SKIPPED_FILE
+from tso_fast.progress import console, stage
+from tso_fast.report.tables import _comparisons_table, _scores_table, _table, decisions_table, errors_table
+from tso_fast.types import Comparison, Verdict
+
+stdout = Console()
+
+
+def _new_file(path: str) -> Path:
+    """The output file; refuses early what could not be written after hours of work."""
+    file = Path(path)
+    if file.exists():
+        raise InputError(f"output: {path} exists already; choose another name or remove it")
+    check_writable(file)
+    return file
+
+
+def _finish(file: Path | None, what: str, bad: BadRows) -> None:
+    if file is not None:
+        console.print(f"{what} in {file}", highlight=False)
+        for aside in bad.set_aside(file.with_name(f"{file.name}.{SKIPPED_FILE}")):
+            console.print(f"{len(bad.rows)} bad rows set aside in {aside}", highlight=False)
+    elif bad.rows:
+        console.print(f"{len(bad.rows)} bad rows skipped, the first: {bad.rows[0]['error']}", highlight=False)
+
+
+def train(config: TrainConfig) -> None:
+    """The whole loop, its report, and the same loop with other losses where ``compare`` asks for them."""
+    from tso_fast.report import print_summary, write_report
+
+    runs = train_and_compare(config)
+    write_report(runs[0], runs[1:])
+    print_summary(runs)
+
+
+def train_and_compare(config: TrainConfig) -> list[str]:
+    """``train``, then with ``compare`` the same loop with plain DPO and chosen-only NLL; returns the run folders."""
+    from tso_fast.losses import LOSSES
+    from tso_fast.trainer import train
+
+    train(config)
+    folders = [config.output_dir]
+    for loss in ("dpo", "sft") if config.compare else ():
+        if loss == config.loss_type:
+            continue
+        takes_labels = LOSSES[loss].takes_labels
+        other = dataclasses.replace(
+            config,
+            loss_type=loss,
+            output_dir=f"{config.output_dir}/compare-{loss}",
+            beta=config.beta if LOSSES[loss].needs_reference else None,
+            clip_chosen=None,
+            clip_rejected=None,
+            loss_args=None,
+            loss_weights=None,
+            soft_label_by=config.soft_label_by if takes_labels else None,
+            soft_label_kappa=config.soft_label_kappa if takes_labels else None,
+            margin_weight=config.margin_weight if takes_labels else 0.0,
+            compare=False,
+            response_store=config.response_store or config.output_dir,  # what the same cells said to the same prompts
+        )
+        console.print(f"compare: the same loop with {loss}", highlight=False)
+        train(other)
+        folders.append(other.output_dir)
+    return folders
+
+
+def report(run: str) -> None:
+    """Writes the report of a run folder and prints its table, beside the runs that ``compare`` made in it."""
+    from tso_fast.report import print_summary, write_report
+    from tso_fast.report.summary import comparisons
+
+    runs = [run, *comparisons(run)]
+    write_report(runs[0], runs[1:])
+    print_summary(runs)
+
+
+def generate(config: GenerateConfig) -> None:
+    """Every cell answers every prompt; responses that the file holds already stay in front."""
+    from tso_fast.answering import answer, ask, max_tokens
+    from tso_fast.files.responses import ResponseStore
+    from tso_fast.matrix import ModelMatrix, check_fits
+
+    bad = BadRows(config.on_bad_row)
+    candidates = read_candidates(config.prompts, bad)
+    file = _new_file(config.output)
+    matrix = ModelMatrix(config.cells)
+    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
+    asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+    total = sum(a.num_generations for a in asked) * len(candidates)
+    with (
+        ResponseStore(config.response_store or f"{config.output}.responses") as store,
+        stage(f"generate: {len(asked)} cells", total) as advance,
+    ):
+        answered = answer(asked, candidates, matrix, config, store, bad, advance)
+        num_responses, num_prompts = 0, 0
+
+        def rows() -> Iterator[dict[str, Any]]:
+            nonlocal num_responses, num_prompts
+            for item in answered:
+                num_responses += len(item.responses)
+                num_prompts += 1
+                yield candidates_row(item)
+
+        write_jsonl(file, rows())
+    _finish(file, f"{num_responses} responses to {num_prompts} prompts", bad)
+
+
+def score(config: ScoreConfig) -> None:
+    """Verdicts of every judge, the mean score of each model, and what the judges cost."""
+    from tso_fast.files.responses import ResponseStore
+    from tso_fast.judges import panel
+    from tso_fast.matrix import ModelMatrix
+    from tso_fast.report.tables import COST_COLUMNS, cost_rows
+
+    if config.verifier is None and not config.judges:
+        raise InputError("verifier: missing; `tso-fast score` needs a judge: a verifier, or judges")
+    bad = BadRows(config.on_bad_row)
+    candidates = read_candidates(config.responses, bad)
+    file = _new_file(config.output)
+    matrix = ModelMatrix(config.cells, config.policy) if config.cells else None
+    panel.check_models(config, matrix)
+    with contextlib.ExitStack() as stack:
+        models = None
+        if panel.needs_models(config):
+            store = stack.enter_context(ResponseStore(config.response_store or f"{config.output}.responses"))
+            advance = stack.enter_context(stage("judge", panel.num_steps(candidates, config)))
+            models = panel.Models(matrix=matrix, settings=config, store=store, advance=advance)
+        verdicts, costs = panel.judge(candidates, config, bad, models)
+    write_jsonl(file, map(verdict_row, verdicts))
+    if any(isinstance(v, Verdict) for v in verdicts):
+        stdout.print(_scores_table(candidates, [v for v in verdicts if isinstance(v, Verdict)]))
+    if comparisons := [v for v in verdicts if isinstance(v, Comparison)]:
+        stdout.print(_comparisons_table(comparisons))
+    if costs:
+        stdout.print(_table("What judges that are models took", COST_COLUMNS, cost_rows(costs)))
+    _finish(file, f"{len(verdicts)} verdicts", bad)
+
+
+def pairs(config: PairsConfig) -> None:
+    """Corrects the prior order by the evidence, selects pairs, and prints what was kept, swapped and dropped."""
+    from tso_fast.correction.make_pairs import make_pairs
+    from tso_fast.correction.oracle import make_oracle
+    from tso_fast.files.labels import read_labels
+    from tso_fast.judges import panel
+    from tso_fast.report.tables import JUDGE_COLUMNS, judge_rows
+
+    bad = BadRows(config.on_bad_row)
+    candidates = read_candidates(config.responses, bad)
+    if config.verdicts is not None and (config.verifier is not None or config.judges):
+        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
+    file = _new_file(config.output)
+    verdicts: list[Verdict | Comparison]
+    if config.verdicts is None:
+        verdicts, _ = panel.judge(candidates, config, bad)
+    else:
+        verdicts = read_verdicts(config.verdicts, candidates, bad)
+    if config.labels is not None:
+        verdicts += read_labels(config.labels, candidates, bad)
+    oracle = None if config.oracle is None else make_oracle(config.oracle, candidates)
+    made, info = make_pairs(candidates, verdicts, config, config, config.seed, oracle)
+    write_jsonl(file, map(pair_row, made))
+    stdout.print(decisions_table(info))
+    if info["errors"] is not None:
+        stdout.print(errors_table(info["errors"], config.oracle or ""))
+    if config.evidence == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
+        stdout.print(_table("Evidence", JUDGE_COLUMNS, judge_rows(info["judges"])))
+    reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
+    stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)
+    stdout.print(
+        f"used      {len(made)} pairs of {info['prompts_with_pairs']} of {info['prompts']} prompts "
+        f"({info['used']['keep']} kept, {info['used']['swap']} swapped)",
+        highlight=False,
+    )
+    if (found := info["calibration"]) is not None:
+        tempered = (
+            ""
+            if found["ece_tempered"] is None
+            else (f"; tempered by {found['temperature']:.2f}: {found['ece_tempered']:.3f}")
+        )
+        stdout.print(
+            f"labels    soft labels against {found['labels']} human ones held back: expected calibration "
+            f"error {found['ece']:.3f}{tempered}",
+            highlight=False,
+        )
+    _finish(file, f"{len(made)} pairs", bad)
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Accuracy of each cell with its 95 % interval."""
+    from tso_fast.answering import ask, max_tokens
+    from tso_fast.evaluation import evaluate
+    from tso_fast.files.responses import ResponseStore
+    from tso_fast.judges import panel
+    from tso_fast.matrix import ModelMatrix, check_fits
+
+    if config.verifier is None:
+        raise InputError("verifier: missing; `tso-fast eval` needs one")
+    bad = BadRows(config.on_bad_row)
+    candidates = panel.judgeable(read_candidates(config.prompts, bad), config, bad)
+    file = None if config.output is None else _new_file(config.output)
+    matrix = ModelMatrix(config.cells)
+    candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
+    candidates = [dataclasses.replace(c, responses=()) for c in candidates]
+    asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+    total = sum(a.num_generations for a in asked) * len(candidates)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ResponseStore(config.response_store or (f"{config.output}.responses" if config.output else scratch)) as store,
+        stage(f"evaluate: {len(asked)} cells", total) as advance,
+    ):
+        results = evaluate(asked, candidates, matrix, config, store, bad, advance)
+    table = Table("model", title=f"{len(candidates)} prompts, verifier {config.verifier}")
+    for name in ("accuracy", "95 % interval", "tokens"):
+        table.add_column(name, justify="right")
+    for info in results:
+        interval = f"{info['low']:.1%} – {info['high']:.1%}"
+        table.add_row(info["model"], f"{info['accuracy']:.1%}", interval, f"{info['mean_tokens']:.1f}")
+    stdout.print(table)
+    if file is not None:
+        write_json(file, results)
+    _finish(file, "accuracies", bad)

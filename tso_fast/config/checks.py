@@ -1,0 +1,201 @@
+"""Combinations of settings that no single field can check."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tso_fast.config.ranges import check_ranges
+from tso_fast.config.settings import (
+    AnnotateConfig,
+    CellConfig,
+    EngineConfig,
+    EvidenceConfig,
+    GenerationConfig,
+    JudgeConfig,
+    JudgesConfig,
+    PairingConfig,
+    TrainConfig,
+    VerifierConfig,
+    judge_name,
+)
+from tso_fast.errors import InputError
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{key}: got {value!r}, expected {expected}")
+
+
+VERIFIERS = ("exact", "numeric", "regex", "ifeval", "ifeval_loose")
+"""Built in."""
+
+
+def check(config: Any) -> None:
+    """Checks ranges and combinations that types cannot express.
+
+    Raises:
+        InputError: names the key, what was given and what was expected.
+    """
+    check_ranges(config)
+    for i, cell in enumerate(getattr(config, "cells", None) or []):
+        _check_greedy(cell, f"cells[{i}].")
+    if isinstance(config, EngineConfig):
+        _check_engine(config)
+    if isinstance(config, GenerationConfig):
+        _check_generation(config)
+    if isinstance(config, VerifierConfig):
+        _check_verifier(config)
+    if isinstance(config, JudgesConfig):
+        _check_judges(config)
+    if isinstance(config, EvidenceConfig):
+        _check_evidence(config)
+    if isinstance(config, PairingConfig):
+        _check_pairing(config)
+    if isinstance(config, TrainConfig):
+        _check_train(config)
+    if isinstance(config, AnnotateConfig):
+        _check_annotate(config)
+
+
+def _check_greedy(config: GenerationConfig | CellConfig, place: str = "") -> None:
+    for key, neutral in (("top_p", 1), ("top_k", 0)):
+        value = getattr(config, key)
+        if config.temperature == 0 and value not in (None, neutral):
+            raise InputError(f"{place}{key}: {value} has no effect with temperature 0, which is greedy; leave it out")
+
+
+def _check_engine(config: EngineConfig) -> None:
+    def no_effect(key: str, with_: str) -> None:
+        raise InputError(f"{key}: it has no effect with {with_}; leave it out")
+
+    if config.executor == "local" and config.ray_address is not None:
+        no_effect("ray_address", "executor 'local'")
+    if config.generator not in ("auto", "vllm"):
+        for key in ("vllm_args", "batch_invariant"):
+            if getattr(config, key):
+                no_effect(key, f"generator {config.generator!r}")
+    if config.url is not None and config.generator != "openai":
+        no_effect("url", f"generator {config.generator!r}")
+
+
+def _check_generation(config: GenerationConfig) -> None:
+    if not isinstance(config, TrainConfig):  # which may train on responses that come with the prompts
+        _require(config.num_generations >= 1, "num_generations", config.num_generations, "an integer >= 1")
+    _check_greedy(config)
+
+
+def _check_verifier(config: VerifierConfig, place: str = "") -> None:
+    if config.verifier is not None and ":" not in config.verifier:
+        _require(
+            config.verifier in VERIFIERS,
+            f"{place}verifier",
+            config.verifier,
+            f"one of {', '.join(VERIFIERS)}, or package.module:function",
+        )
+    if (config.verifier == "regex") != (config.verifier_pattern is not None):
+        raise InputError(
+            f"{place}verifier_pattern: it goes with verifier 'regex', and regex needs it; "
+            f"got verifier {config.verifier!r}, verifier_pattern {config.verifier_pattern!r}"
+        )
+
+
+def _check_evidence(config: EvidenceConfig) -> None:
+    if config.score_normalize != "none" and config.consensus in ("borda", "win_rate", "bradley_terry"):
+        raise InputError(
+            f"score_normalize: {config.score_normalize!r} has no effect on the ranks that consensus "
+            f"{config.consensus!r} counts; leave it out"
+        )
+    if config.score_weights is not None:
+        if config.consensus == "median":
+            raise InputError("score_weights: they have no effect on consensus 'median'; leave them out")
+        if config.evidence == "calibrated":
+            raise InputError(
+                "score_weights: they have no effect on calibrated evidence, which estimates weights; give "
+                "judge_reliability, or leave them out"
+            )
+    if config.judge_reliability is not None and config.evidence != "calibrated":
+        raise InputError(
+            f"judge_reliability: it has no effect with evidence {config.evidence!r}; set evidence to "
+            "calibrated, or leave it out"
+        )
+
+
+def _check_judges(config: JudgesConfig) -> None:
+    names = ["verifier"] if config.verifier is not None else []
+    for i, judge in enumerate(config.judges or []):
+        name = judge_name(judge)
+        if name in names or name == "human":
+            raise InputError(f"judges[{i}].name: {name!r} is taken; set a name of its own")
+        names.append(name)
+        _check_judge(judge, f"judges[{i}].")
+
+
+def _check_judge(judge: JudgeConfig, place: str) -> None:
+    own = {
+        "llm": ("cell", "model", "template", "num_votes", "temperature", "max_completion_length", "pairs"),
+        "implicit": ("cell", "reference", "length_normalized"),
+        "verifier": ("verifier", "verifier_pattern"),
+        "agreement": (),
+    }[judge.kind]
+    for f in dataclasses.fields(JudgeConfig):
+        if f.name not in ("kind", "name", *own) and getattr(judge, f.name) != f.default:
+            raise InputError(f"{place}{f.name}: it has no effect on a judge of kind {judge.kind!r}; leave it out")
+    if judge.kind == "verifier":
+        if judge.verifier is None:
+            raise InputError(f"{place}verifier: missing; a judge of kind 'verifier' needs a program")
+        _check_verifier(VerifierConfig(verifier=judge.verifier, verifier_pattern=judge.verifier_pattern), place)
+    if judge.kind == "llm":
+        _check_llm(judge, place)
+
+
+def _check_llm(config: JudgeConfig, place: str) -> None:
+    if (config.cell is None) == (config.model is None):
+        given = "neither" if config.cell is None else "both"
+        raise InputError(f"{place}cell: got {given} of cell and model; a judge of kind 'llm' needs one of them")
+    if config.num_votes > 1 and config.temperature == 0:
+        raise InputError(
+            f"{place}num_votes: {config.num_votes} has no effect with temperature 0, which gives the same "
+            "reply each time; set a temperature above 0 or leave it out"
+        )
+    for key in ("num_generations", "temperature", "top_p", "top_k", "max_completion_length"):
+        if config.model is not None and getattr(config.model, key) is not None:
+            raise InputError(
+                f"{place}model.{key}: it has no effect on a judge, which replies by its own settings such "
+                "as temperature and max_completion_length; leave it out"
+            )
+
+
+def _check_pairing(config: PairingConfig) -> None:
+    if config.pair_strategy != "diverse":
+        for key in ("diversity_band", "diversity_ngram"):
+            if getattr(config, key) != getattr(PairingConfig, key):
+                raise InputError(f"{key}: it has no effect with pair_strategy {config.pair_strategy!r}; leave it out")
+    if config.soft_label_kappa is not None and config.soft_label_by in ("win_rate", "probability"):
+        raise InputError(
+            f"soft_label_kappa: it has no effect with soft_label_by {config.soft_label_by!r}; leave it out"
+        )
+
+
+def _check_train(config: TrainConfig) -> None:
+    if config.ref_model_mixup_alpha is not None and config.reference != "ema":
+        raise InputError(
+            f"ref_model_mixup_alpha: it has no effect with reference {config.reference!r}; leave it out "
+            "or set reference to ema"
+        )
+    if config.lr_scheduler_type == "constant" and config.warmup_steps:
+        raise InputError(
+            f"warmup_steps: {config.warmup_steps} has no effect with lr_scheduler_type 'constant'; leave "
+            "it out or use 'constant_with_warmup'"
+        )
+    if config.verifier is None and config.eval_prompts is not None:
+        raise InputError("eval_prompts: evaluation needs a verifier; set verifier too")
+    if config.eval_prompts is not None and config.eval_prompts == config.prompts:
+        raise InputError(f"eval_prompts: {config.eval_prompts} is the training file; expected held-out prompts")
+
+
+def _check_annotate(config: AnnotateConfig) -> None:
+    if config.export_to is not None and config.import_from is not None:
+        raise InputError("export_to: give either export_to or import_from, not both")
+    if config.format != "jsonl" and config.export_to is None and config.import_from is None:
+        raise InputError(f"format: {config.format!r} has no effect without export_to or import_from; leave it out")

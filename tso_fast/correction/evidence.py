@@ -1,0 +1,153 @@
+"""What is known of every two responses before a decision: the prior order, votes, labels, scores."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tso_fast.errors import InputError
+from tso_fast.scoring import bradley_terry
+from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, Response, ScoreMatrix, Verdict
+
+Evidence = Sequence[Sequence[PairEvidence]]
+
+
+def score_matrix(
+    candidates: Sequence[Candidates], verdicts: Sequence[Verdict], hidden: str | None = None
+) -> ScoreMatrix:
+    """Verdicts and the scores that came with the data: one row a response, one column a scorer.
+
+    Args:
+        hidden: a scorer of the data that is no evidence, as the oracle is.
+    """
+    judges, given = {v.judge for v in verdicts}, {name for c in candidates for r in c.responses for name in r.scores}
+    given.discard(hidden or "")
+    if both := sorted(judges & given):
+        raise InputError(
+            f"responses: the data have scores named {both[0]!r}, and so has a judge of this run; rename "
+            "those in the data"
+        )
+    scorers = tuple(sorted(judges | given))
+    column = {name: i for i, name in enumerate(scorers)}
+    offsets = np.cumsum([0] + [len(c.responses) for c in candidates], dtype=np.int64)
+    first_row = {c.prompt.id: int(offset) for c, offset in zip(candidates, offsets[:-1], strict=True)}
+    scores = np.full((int(offsets[-1]), len(scorers)), np.nan, dtype=np.float32)
+    for item in candidates:
+        for i, response in enumerate(item.responses):
+            for name, score in response.scores.items():
+                if name not in column:
+                    continue
+                scores[first_row[item.prompt.id] + i, column[name]] = score
+    for verdict in verdicts:
+        if verdict.score is not None:
+            scores[first_row[verdict.prompt_id] + verdict.response, column[verdict.judge]] = verdict.score
+    return ScoreMatrix(scores=scores, offsets=offsets, scorers=scorers)
+
+
+def with_comparisons(
+    matrix: ScoreMatrix,
+    candidates: Sequence[Candidates],
+    comparisons: Sequence[Comparison],
+    score: str = "win_rate",
+) -> ScoreMatrix:
+    """The matrix with a column for every judge that compares.
+
+    Args:
+        score: what a comparing judge says of one response: ``win_rate``, its mean probability of winning, or
+            ``bradley_terry``, its log-strength.
+    """
+    judges = sorted({c.judge for c in comparisons} - {HUMAN})
+    if not judges:
+        return matrix
+    first_row = {c.prompt.id: int(offset) for c, offset in zip(candidates, matrix.offsets[:-1], strict=True)}
+    columns = []
+    for judge in judges:
+        told = [
+            (first_row[c.prompt_id] + c.responses[0], first_row[c.prompt_id] + c.responses[1], c.probability)
+            for c in comparisons
+            if c.judge == judge and c.probability is not None
+        ]
+        rows = np.array([pair[:2] for pair in told], dtype=np.int64).reshape(-1, 2)
+        first = np.array([probability for *_, probability in told], dtype=np.float64)
+        wins = np.stack([first, 1 - first], axis=1)
+        if score == "bradley_terry":
+            columns.append(bradley_terry(rows, wins, matrix.offsets))
+            continue
+        num = np.bincount(rows.ravel(), minlength=len(matrix.scores))
+        won = np.bincount(rows.ravel(), wins.ravel(), minlength=len(matrix.scores))
+        columns.append(np.divide(won, num, out=np.full(len(num), np.nan), where=num > 0).astype(np.float32))
+    scores = np.concatenate([matrix.scores, np.stack(columns, axis=1)], axis=1)
+    return ScoreMatrix(scores=np.ascontiguousarray(scores), offsets=matrix.offsets, scorers=(*matrix.scorers, *judges))
+
+
+def prior_order(a: Response, b: Response) -> tuple[int, str]:
+    """Which of two responses the matrix prefers: 1 the first, -1 the second, 0 neither; and by which rule.
+
+    Human over model; newer over older and larger over smaller, where the two do not contradict each other.
+    """
+    if a.is_human != b.is_human:
+        return (1 if a.is_human else -1), "human"
+    if a.is_human:
+        return 0, "none"
+    newer = _compare(a.version_rank, b.version_rank)
+    larger = _compare(a.size_b, b.size_b)
+    if newer * larger < 0 or (newer == 0 and larger == 0):
+        return 0, "none"
+    return newer or larger, "+".join(rule for rule, sign in (("newer", newer), ("larger", larger)) if sign)
+
+
+def _compare(a: float | None, b: float | None) -> int:
+    return 0 if a is None or b is None else (a > b) - (a < b)
+
+
+def evidence_of(
+    candidates: Sequence[Candidates], matrix: ScoreMatrix, comparisons: Iterable[Comparison]
+) -> list[list[PairEvidence]]:
+    """Prior order, votes and labels of every two responses of every prompt.
+
+    Args:
+        matrix: scores of the judges that look at single responses.
+        comparisons: of the judges that look at two; those of judge ``human`` are labels.
+    """
+    votes: dict[tuple[str, int, int], dict[str, float]] = {}
+    labels: dict[tuple[str, int, int], dict[str, float | None]] = {}
+    for comparison in comparisons:
+        (i, j), p = sorted(comparison.responses), comparison.probability
+        # Negative where the responses are named the other way round.
+        vote = None if p is None else (2 * p - 1) * (1 if comparison.responses == (i, j) else -1)
+        if comparison.judge == HUMAN:
+            labels.setdefault((comparison.prompt_id, i, j), {})[comparison.annotator or ""] = vote
+        elif comparison.judge in matrix.scorers:
+            raise InputError(
+                f"verdicts: judge {comparison.judge!r} has verdicts on single responses and on two; expected one kind"
+            )
+        elif vote is not None:
+            votes.setdefault((comparison.prompt_id, i, j), {})[comparison.judge] = vote
+    out = []
+    for p, item in enumerate(candidates):
+        own = matrix.scores[matrix.offsets[p] : matrix.offsets[p + 1]].astype(np.float64)
+        texts = [response.text.strip() for response in item.responses]
+        pairs = []
+        for i, j in itertools.combinations(range(len(item.responses)), 2):
+            sign, rule = prior_order(item.responses[i], item.responses[j])
+            gaps = own[i] - own[j]
+            seen = {name: float(gap) for name, gap in zip(matrix.scorers, gaps, strict=True) if not np.isnan(gap)}
+            key = (item.prompt.id, i, j)
+            compared = votes.get(key, {})
+            stated = (1 + sum(compared.values()) / len(compared)) / 2 if compared else None
+            pairs.append(
+                PairEvidence(
+                    prompt_id=item.prompt.id,
+                    responses=(i, j),
+                    prior=sign,
+                    rule=rule,
+                    stated=stated,
+                    votes={**seen, **compared},
+                    labels=labels.get(key, {}),
+                    is_same_text=texts[i] == texts[j],
+                )
+            )
+        out.append(pairs)
+    return out

@@ -1,0 +1,64 @@
+"""How well soft labels match human ones that were hidden from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from tso_fast.config.settings import PairingConfig
+from tso_fast.correction.beliefs import FOLDS, MIN_LABELS, Beliefs, expected_win_rates, is_in
+from tso_fast.correction.calibration import expected_calibration_error, fit_temperature, tempered
+from tso_fast.correction.decide import Counts, correct
+from tso_fast.correction.pairing import soft_label
+
+
+def calibrate(beliefs: Beliefs, config: PairingConfig) -> dict[str, Any] | None:
+    """How well soft labels match human ones that were hidden from them, and the temperature that mends it."""
+    if config.soft_label_by is None and config.soft_label_kappa is None:
+        return None
+    stated, right = _against_labels(beliefs, config)
+    if not len(stated):
+        return None
+    out = {
+        "labels": len(stated),
+        "accuracy": float(right.mean()),
+        "temperature": 1.0,
+        "ece": expected_calibration_error(stated, right),
+        "ece_tempered": None,
+    }
+    if config.calibrate_soft_labels and len(stated) >= MIN_LABELS:
+        out["temperature"] = fit_temperature(stated, right)
+        parts = np.arange(len(stated)) % FOLDS
+        held_back = stated.copy()
+        for fold in range(FOLDS):
+            others = parts != fold
+            held_back[~others] = tempered(stated[~others], fit_temperature(stated[others], right[others]))
+        out["ece_tempered"] = expected_calibration_error(held_back, right)
+    return out
+
+
+def _against_labels(beliefs: Beliefs, config: PairingConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Soft labels of pairs that people have labelled, stated without that label; and whether they agree."""
+    stated, right = [], []
+    anything = dataclasses.replace(config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior")
+    for fold in range(FOLDS if beliefs.config.evidence == "calibrated" else 1):
+        hidden = is_in(fold) if beliefs.config.evidence == "calibrated" else lambda pair: True
+        if not any(pair.labels and hidden(pair) for pairs in beliefs.evidence for pair in pairs):
+            continue
+        probabilities = beliefs.without(hidden)
+        for p, item in enumerate(beliefs.candidates):
+            labels = {pair.responses: pair.label for pair in beliefs.evidence[p] if pair.labels and hidden(pair)}
+            if not any(labels.values()):
+                continue
+            unlabelled = [dataclasses.replace(pair, labels={}) for pair in beliefs.evidence[p]]
+            scores, win_rates = beliefs.scores[p], beliefs.win_rates[p]
+            if beliefs.config.evidence == "calibrated":  # without what the labels told
+                scores = win_rates = expected_win_rates(item, unlabelled, probabilities[p])
+            for pair in correct(item, unlabelled, scores, anything, Counts(), probabilities[p]):
+                i, j = sorted((pair.chosen, pair.rejected))
+                if label := labels.get((i, j)):
+                    stated.append(soft_label(pair, scores, config, win_rates))
+                    right.append(float((label > 0) == (pair.chosen == i)))
+    return np.array(stated), np.array(right)

@@ -1,0 +1,65 @@
+"""From verdicts to preference pairs: the prior order of the matrix, corrected by the evidence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tso_fast.config.settings import EvidenceConfig, PairingConfig
+from tso_fast.correction import pairing
+from tso_fast.correction.beliefs import Beliefs
+from tso_fast.correction.decide import Counts, correct
+from tso_fast.correction.evidence import evidence_of, score_matrix, with_comparisons
+from tso_fast.correction.held_back import calibrate
+from tso_fast.correction.oracle import Oracle, errors_against
+from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
+
+
+def make_pairs(
+    candidates: Sequence[Candidates],
+    verdicts: Sequence[Verdict | Comparison],
+    settings: EvidenceConfig,
+    config: PairingConfig,
+    seed: int,
+    oracle: Oracle | None = None,
+) -> tuple[list[PreferencePair], dict[str, Any]]:
+    """Corrects the prior order by the evidence and selects pairs; the second value counts what happened.
+
+    Args:
+        oracle: scores that are no evidence; what was decided is measured against them.
+    """
+    comparisons = [v for v in verdicts if isinstance(v, Comparison)]
+    pointwise = score_matrix(
+        candidates, [v for v in verdicts if isinstance(v, Verdict)], None if oracle is None else oracle.name
+    )
+    evidence = evidence_of(candidates, pointwise, comparisons)
+    scored = with_comparisons(pointwise, candidates, comparisons, settings.comparison_scores)
+    beliefs = Beliefs(candidates, evidence, settings, scored)
+    counts = Counts()
+    decided = [
+        correct(item, evidence[p], beliefs.scores[p], config, counts, beliefs.probabilities[p])
+        for p, item in enumerate(candidates)
+    ]
+    calibration = calibrate(beliefs, config)
+    temperature = 1.0 if calibration is None else calibration["temperature"]
+    selected = pairing.select(candidates, decided, beliefs.scores, config, seed)
+    pairs = [
+        pairing.to_pair(item, pair, beliefs.scores[p], config, win_rates=beliefs.win_rates[p], temperature=temperature)
+        for p, item in enumerate(candidates)
+        for pair in selected[p]
+    ]
+    used = Counter(pair.decision for pair in pairs)
+    info = {
+        **counts.to_dict(),
+        "prompts": len(candidates),
+        "prompts_with_pairs": len({pair.prompt.id for pair in pairs}),
+        "used": {"keep": used["keep"], "swap": used["swap"]},
+        "abstained": sum((v.score if isinstance(v, Verdict) else v.probability) is None for v in verdicts),
+        "human_chosen": sum(pair.chosen.is_human for pair in pairs),
+        "judges": beliefs.judges(verdicts),
+        "concordance": beliefs.concordance,
+        "calibration": calibration,
+        "errors": None if oracle is None else errors_against(oracle, candidates, evidence, decided, beliefs),
+    }
+    return pairs, info

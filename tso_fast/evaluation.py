@@ -1,0 +1,60 @@
+"""The accuracy of cells on prompts with known answers, with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tso_fast.answering import Asked, answer
+from tso_fast.config.settings import EvalConfig
+from tso_fast.errors import InputError
+from tso_fast.files.responses import ResponseStore
+from tso_fast.files.rows import BadRows
+from tso_fast.judges.verifier import make_verifier, verify
+from tso_fast.matrix import ModelMatrix
+from tso_fast.types import Candidates
+
+
+def evaluate(
+    asked: Sequence[Asked],
+    candidates: Sequence[Candidates],
+    matrix: ModelMatrix,
+    config: EvalConfig,
+    store: ResponseStore,
+    bad: BadRows,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[dict[str, Any]]:
+    """For each cell: the accuracy of its answers with its 95 % interval (Wilson), and their mean length."""
+    assert config.verifier is not None
+    answered = list(answer(asked, candidates, matrix, config, store, bad, advance))
+    verdicts = verify(answered, make_verifier(config.verifier, config.verifier_pattern), bad)
+    responses = {(c.prompt.id, i): r for c in answered for i, r in enumerate(c.responses)}
+    out = []
+    for a in asked:
+        scores = [
+            v.score for v in verdicts if v.score is not None and responses[v.prompt_id, v.response].model == a.cell.name
+        ]
+        if not scores:
+            raise InputError(f"{a.cell.name}: the verifier abstained on every response; there is nothing to average")
+        mean = sum(scores) / len(scores)
+        low, high = wilson(mean, len(scores))
+        lengths = [len(r.token_ids or ()) for r in responses.values() if r.model == a.cell.name]
+        out.append(
+            {
+                "model": a.cell.name,
+                "accuracy": mean,
+                "low": low,
+                "high": high,
+                "responses": len(scores),
+                "mean_tokens": sum(lengths) / len(lengths),
+            }
+        )
+    return out
+
+
+def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927)."""
+    center = (mean + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(max(mean * (1 - mean), 0) / count + z * z / (4 * count * count))
+    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,118 @@
+"""Files that appear under their names only when they are whole and on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+
+from tso_fast.errors import OutputError
+
+TMP = ".tmp-"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the operating system inside becomes one that names ``path``."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError):
+            reason = f"{error.filename} is no folder"
+        raise OutputError(
+            f"cannot write {path}: {reason}. Everything complete before is kept; mend the cause "
+            "(space, permissions) and run the same command again"
+        ) from error
+
+
+def fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[str]]:
+    """A text file that appears under its name only when it is whole and on disk."""
+    tmp = path.with_name(f"{TMP}{path.name}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(tmp, "w", encoding="utf-8") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(tmp, path)
+            fsync_folder(path.parent)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when all of its files are on disk; an old one is replaced."""
+    tmp = path.with_name(f"{TMP}{path.name}")
+    with writing(path):
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        try:
+            yield tmp
+            for file in sorted(tmp.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(tmp, path)
+            fsync_folder(path.parent)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OutputError when a file could not be written there, before the work that it is for."""
+    probe = path.with_name(f"{TMP}{path.name}.probe")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as handle:
+        json.dump(value, handle, indent=1, ensure_ascii=False, allow_nan=False)
+        handle.write("\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with atomic_file(path) as handle:
+        for row in rows:
+            handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def place_file(source: Path, target: Path) -> None:
+    """Makes ``target`` a link to (else a copy of) ``source``, in one rename."""
+    tmp = target.with_name(f"{TMP}{target.name}")
+    with writing(target):
+        tmp.unlink(missing_ok=True)
+        try:
+            os.link(source, tmp)
+        except OSError:
+            shutil.copyfile(source, tmp)
+        os.replace(tmp, target)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

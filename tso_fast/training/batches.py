@@ -1,0 +1,124 @@
+"""Preference pairs to padded batches, and the order of the steps that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tso_fast.models.tokens import encode_prompt, pad_sequences, response_ids
+from tso_fast.types import PairBatch, PreferencePair
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPair:
+    """Token ids of a pair, its scalars and where it came from."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    scale: float
+    soft_label: float
+    margin: float
+    prompt_id: str
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], context: int | None
+) -> tuple[list[EncodedPair], list[str]]:
+    """Encodes pairs; the second list names prompts whose pair does not fit the context and is left out, untruncated."""
+    encoded, too_long = [], []
+    for pair in pairs:
+        item = EncodedPair(
+            prompt=encode_prompt(tokenizer, pair.prompt),
+            chosen=response_ids(tokenizer, pair.prompt, pair.chosen),
+            rejected=response_ids(tokenizer, pair.prompt, pair.rejected),
+            scale=pair.scale,
+            soft_label=pair.soft_label,
+            margin=pair.margin,
+            prompt_id=pair.prompt.id,
+        )
+        if context is not None and item.length > context:
+            too_long.append(pair.prompt.id)
+        else:
+            encoded.append(item)
+    return encoded, too_long
+
+
+def collate(
+    pairs: Sequence[EncodedPair],
+    index: Sequence[int],
+    *,
+    pad_token_id: int,
+    device: torch.device,
+    ref_logprobs: torch.Tensor | None = None,
+    is_padding: Sequence[bool] | None = None,
+) -> PairBatch:
+    """Batch of the pairs ``index``.
+
+    Args:
+        ref_logprobs: [number of pairs, 2] reference sums (chosen, rejected), or None.
+        is_padding: pairs that only fill the batch; they get scale 0.
+    """
+    chosen = [(pairs[i].prompt, pairs[i].chosen) for i in index]
+    rejected = [(pairs[i].prompt, pairs[i].rejected) for i in index]
+    ids, mask, targets = pad_sequences(chosen + rejected, pad_token_id)
+    keep = 1.0 - torch.tensor(is_padding if is_padding is not None else [False] * len(index), dtype=torch.float32)
+    reference = None if ref_logprobs is None else ref_logprobs[list(index)].T.reshape(-1).to(device)
+    return PairBatch(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        targets=targets.to(device),
+        scale=(torch.tensor([pairs[i].scale for i in index]) * keep).to(device),
+        soft_label=torch.tensor([pairs[i].soft_label for i in index]).to(device),
+        margin=torch.tensor([pairs[i].margin for i in index]).to(device),
+        ref_logprobs=reference,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one process computes in one forward pass."""
+
+    index: list[int]
+    is_padding: list[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimiser step: this process's share, and what all processes share."""
+
+    epoch: int
+    micro_batches: list[MicroBatch]
+    all_index: list[int]
+
+
+def plan_steps(
+    num_pairs: int, *, epochs: int, micro_size: int, accumulation: int, rank: int, world: int, seed: int
+) -> Iterator[Step]:
+    """Steps of an iteration; the pairs of a step do not depend on how many processes or passes share it.
+
+    A share that runs short is filled with a repeated pair of scale 0, so that every process makes as many passes.
+    """
+    size = micro_size * accumulation * world
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
+        for start in range(0, num_pairs, size):
+            batch = order[start : start + size]
+            parts = min(accumulation, -(-len(batch) // (micro_size * world)))
+            micro_batches = []
+            for part in range(parts):
+                share = batch[part * world + rank :: parts * world]
+                micro_batches.append(MicroBatch(index=share or batch[:1], is_padding=[not share] * max(1, len(share))))
+            yield Step(epoch=epoch, micro_batches=micro_batches, all_index=batch)
+
+
+def num_steps(num_pairs: int, *, epochs: int, micro_size: int, accumulation: int, world: int) -> int:
+    return epochs * -(-num_pairs // (micro_size * accumulation * world))

@@ -1,0 +1,320 @@
+"""Training on the pairs of one iteration, through accelerate: any number of processes, the same steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+from tso_fast.config.settings import OptimizationConfig, PairingConfig
+from tso_fast.errors import InputError
+from tso_fast.files.run import Iteration
+from tso_fast.logprob import linear_logprobs
+from tso_fast.losses import Loss, weighted_sum
+from tso_fast.models.memory import release
+from tso_fast.models.policy import Policy, disable_dropout
+from tso_fast.progress import stage
+from tso_fast.seeds import seed_of
+from tso_fast.training import checkpoint
+from tso_fast.training.batches import EncodedPair, Step, collate, num_steps, plan_steps
+from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, finite
+from tso_fast.training.reference import load_reference, reference_logprobs
+from tso_fast.types import Weights
+
+
+def configured_loss(config: OptimizationConfig) -> Loss:
+    """The loss that is trained on, with its options bound.
+
+    Raises:
+        InputError: a loss that is not known, or options that it does not take.
+    """
+    flat = {
+        name: value for name in ("beta", "clip_chosen", "clip_rejected") if (value := getattr(config, name)) is not None
+    }
+    named = config.loss_args or {}
+    if twice := sorted(flat.keys() & named.keys()):
+        raise InputError(f"loss_args.{twice[0]}: {twice[0]} is given beside loss_args too; give it once")
+    names = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
+    try:
+        loss = weighted_sum(names, config.loss_weights, {**flat, **named})
+    except ValueError as error:
+        raise InputError(f"loss_type: {error}") from error
+    if isinstance(config, PairingConfig) and not loss.takes_labels:
+        for key in ("soft_label_by", "soft_label_kappa", "margin_weight"):
+            if getattr(config, key):
+                raise InputError(f"{key}: it has no effect on loss_type {config.loss_type!r}; leave it out")
+    return loss
+
+
+def make_accelerator(config: OptimizationConfig, folder: str) -> Accelerator:
+    """The accelerator, after what training needs is known to be there: the loss and its options, the op, the tracker.
+
+    Args:
+        folder: where a tracker keeps its files.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    configured_loss(config)
+    try:
+        accelerator = Accelerator(
+            cpu=config.use_cpu,
+            mixed_precision="bf16" if config.bf16 else "no",
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_dir=folder,
+        )
+    except ValueError as error:
+        raise InputError(f"report_to {config.report_to!r} or bf16 {config.bf16} cannot be used: {error}") from error
+    if config.report_to != "none" and not accelerator.log_with:
+        raise InputError(f"report_to: {config.report_to!r} is not installed")
+    try:
+        one = torch.zeros(1, 1, device=accelerator.device)
+        linear_logprobs(one, one, torch.zeros(1, dtype=torch.int64, device=accelerator.device), impl=config.impl)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"impl: {error}") from error
+    return accelerator
+
+
+def tracker_settings(config: Any) -> dict[str, int | float | str | bool]:
+    """A configuration for trackers, some of which take nothing but numbers and text: JSON stands for the rest."""
+    return {
+        key: value if isinstance(value, int | float | str) else json.dumps(value)
+        for key, value in dataclasses.asdict(config).items()
+    }
+
+
+def optimise(
+    model: Any,
+    pairs: Sequence[EncodedPair],
+    config: OptimizationConfig,
+    *,
+    files: Iteration,
+    accelerator: Accelerator,
+    reference: Weights | None,
+    pad_token_id: int,
+    steps_before: int = 0,
+) -> dict[str, Any]:
+    """Trains ``model`` in place and returns the figures of the iteration.
+
+    Args:
+        files: of the iteration.
+        reference: the reference's weights; None: the model as it is now.
+        steps_before: optimiser steps of the iterations before, so that a tracker's count goes on.
+
+    Raises:
+        TrainingError: a first loss that shows a mistake, or too many non-finite steps in a row.
+    """
+    loss = configured_loss(config)
+    if config.disable_dropout:
+        disable_dropout(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy, optimizer = accelerator.prepare(Policy(model), make_optimizer(model, config))
+    total_steps = num_steps(len(pairs), **_shares(config, accelerator))
+    run = _Training(
+        policy=policy,
+        optimizer=optimizer,
+        scheduler=transformers.get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps),
+        loss=loss,
+        pairs=pairs,
+        ref_logprobs=None
+        if not loss.needs_reference
+        else _reference_of(pairs, policy, reference, config, files.number, accelerator, pad_token_id),
+        has_own_reference=reference is None and config.disable_dropout,
+        guard=NonFiniteGuard(files.folder, config.max_skipped_steps, accelerator.is_main_process),
+        files=files,
+        accelerator=accelerator,
+        config=config,
+        pad_token_id=pad_token_id,
+        total_steps=total_steps,
+        steps_before=steps_before,
+    )
+    figures = run.all_steps()
+    accelerator.free_memory()
+    return figures
+
+
+def _shares(config: OptimizationConfig, accelerator: Accelerator) -> dict[str, int]:
+    """How a step is shared out, for ``num_steps`` and ``plan_steps``."""
+    return {
+        "epochs": config.num_train_epochs,
+        "micro_size": config.per_device_train_batch_size,
+        "accumulation": config.gradient_accumulation_steps,
+        "world": accelerator.num_processes,
+    }
+
+
+def _reference_of(
+    pairs: Sequence[EncodedPair],
+    policy: Any,
+    reference: Weights | None,
+    config: OptimizationConfig,
+    iteration: int,
+    accelerator: Accelerator,
+    pad_token_id: int,
+) -> torch.Tensor:
+    """Reference sums of all pairs, [pairs, 2]; a separate reference is loaded, asked, and given back."""
+    scorer = policy if reference is None else load_reference(config, reference, accelerator.device)
+    with stage(f"iteration {iteration}: reference log-probs", len(pairs)) as advance:
+        logprobs = reference_logprobs(
+            scorer.eval(),
+            pairs,
+            batch_size=4 * config.per_device_train_batch_size,
+            pad_token_id=pad_token_id,
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            impl=config.impl,
+            autocast=accelerator.autocast,
+            advance=advance,
+        )
+    if reference is not None:
+        release(scorer)
+    return accelerator.reduce(logprobs.to(accelerator.device)).cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """The steps of one iteration and what they carry along."""
+
+    policy: Any
+    optimizer: Any
+    scheduler: Any
+    loss: Loss
+    pairs: Sequence[EncodedPair]
+    ref_logprobs: torch.Tensor | None
+    """[pairs, 2]; None: the loss needs no reference."""
+    has_own_reference: bool
+    """Whether the reference is the policy before the first step, so that the first loss is known."""
+    guard: NonFiniteGuard
+    files: Iteration
+    accelerator: Accelerator
+    config: OptimizationConfig
+    pad_token_id: int
+    total_steps: int
+    steps_before: int
+    window: Meter = field(default_factory=Meter)
+    """Since the last row of metrics.jsonl."""
+    whole: Meter = field(default_factory=Meter)
+    tail: Meter = field(default_factory=Meter)
+    """Of the last fifth of the steps."""
+
+    def all_steps(self) -> dict[str, Any]:
+        """Trains to the end, from the checkpoint if there is one."""
+        t, accelerator = self.files.number, self.accelerator
+        done = checkpoint.load(self.files.checkpoint, **self._saved())
+        metrics = MetricsLog(self.files.run)
+        if accelerator.is_main_process:
+            metrics.rewind(t, done + 1)
+        self.policy.train()
+        with stage(
+            f"iteration {t}: train", self.total_steps, lambda: f"loss {self.whole.means()['loss']:.4f}"
+        ) as advance:
+            advance(done)
+            for number, step in itertools.islice(self._steps(), done, None):
+                grad_norm = self.one_step(number, step)
+                if number % self.config.logging_steps == 0 or number == self.total_steps:
+                    self._log(number, step, grad_norm, metrics)
+                if self.config.save_steps and number % self.config.save_steps == 0:
+                    checkpoint.save(self.files.checkpoint, accelerator=accelerator, step=number, **self._saved())
+                advance(1)
+        return {
+            "loss": self.loss.title,
+            "steps": self.total_steps,
+            "skipped_steps": self.guard.total,
+            "means": finite(self.whole.means(accelerator)),
+            "final": finite(self.tail.means(accelerator)),
+        }
+
+    def _steps(self) -> Iterator[tuple[int, Step]]:
+        seed = seed_of(self.config.seed, self.files.number)
+        shares = _shares(self.config, self.accelerator)
+        return enumerate(plan_steps(len(self.pairs), rank=self.accelerator.process_index, seed=seed, **shares), start=1)
+
+    def _saved(self) -> dict[str, Any]:
+        return {
+            "model": self.accelerator.unwrap_model(self.policy),
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "meters": [self.window, self.whole, self.tail],
+            "guard": self.guard,
+        }
+
+    def one_step(self, number: int, step: Step) -> float:
+        """One optimiser step, skipped when it is not finite; returns the gradient's norm."""
+        batch = [self.pairs[i] for i in step.all_index]
+        meter = Meter()
+        first = FirstStep(self.loss) if number == 1 and self.has_own_reference and self.loss.needs_reference else None
+        backward(self, step, meter, first)
+        means = meter.means(self.accelerator)
+        if first is not None:
+            is_exact = self.config.dtype == "float32" and not self.config.bf16
+            first.check(means, self.accelerator, is_exact=is_exact)
+        max_norm = self.config.max_grad_norm or torch.inf
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm))
+        loss = means["loss"] if any(pair.scale for pair in batch) else 0.0  # else 0 / 0
+        if self.guard.is_finite(number, loss, grad_norm, batch):
+            self.optimizer.step()
+            is_late = number > 0.8 * self.total_steps
+            for total in (self.window, self.whole, self.tail) if is_late else (self.window, self.whole):
+                total.sums += meter.sums  # a skipped step is counted, but in no mean: one NaN would hide the others
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return grad_norm
+
+    def _log(self, number: int, step: Step, grad_norm: float, metrics: MetricsLog) -> None:
+        row = {
+            "iteration": self.files.number,
+            "step": number,
+            "epoch": step.epoch,
+            **self.window.means(self.accelerator),
+            "grad_norm": grad_norm,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "skipped_steps": self.guard.total,
+        }
+        self.window.clear()
+        self.accelerator.log(row, step=self.steps_before + number)
+        if self.accelerator.is_main_process:
+            metrics.write(row)
+
+
+def backward(run: _Training, step: Step, meter: Meter, first: FirstStep | None = None) -> None:
+    """Adds the gradient of sum(scale * loss) / sum(scale) over the step, however the step is shared out."""
+    accelerator = run.accelerator
+    total_scale = sum(run.pairs[i].scale for i in step.all_index) or 1.0
+    for n, micro in enumerate(step.micro_batches, start=1):
+        batch = collate(
+            run.pairs,
+            micro.index,
+            pad_token_id=run.pad_token_id,
+            device=accelerator.device,
+            ref_logprobs=run.ref_logprobs,
+            is_padding=micro.is_padding,
+        )
+        is_last = n == len(step.micro_batches)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(run.policy):
+            output = run.policy(batch, impl=run.config.impl, loss=run.loss)
+            # preference_loss divided by this batch's scales, and DDP divides by the processes: undo both.
+            accelerator.backward(output.loss * batch.scale.sum() * (accelerator.num_processes / total_scale))
+        meter.add(output, batch.scale, micro.is_padding)
+        if first is not None:
+            first.add(output, batch)
+
+
+def make_optimizer(model: Any, config: OptimizationConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
