@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -104,61 +106,71 @@ def test_transformers_imports_with_the_root_on_the_path() -> None:
     python("-c", "from transformers import AutoModelForCausalLM, LlamaForCausalLM", cwd=ROOT)
 
 
-LEVELS = [
-    {"errors", "seeds"},
-    {"types", "config", "progress"},
-    {"judges.constraints"},  # texts in, booleans out; records checks the constraints of a row by its table
-    {"losses", "records", "scoring", "store", "response_store", "options"},
-    {"reliability"},
-    {"correction"},
-    {"pairing", "batching"},
-    {"logprob", "judges", "kernels"},
-    {"policy", "monitors"},
-    {"generators", "judges.implicit"},
-    {"matrix", "checkpoint", "executors"},
-    {"answering", "reference_policy", "environment", "evidence"},
-    {"judges.llm"},
-    {"judging"},
-    {"stages"},
-    {"optimization"},
-    {"trainer", "single"},
-    {"quickstart", "report", "annotate"},
-    {"cli"},
-]
+def floors_of(text: str) -> list[list[str]]:
+    """``a, b → c`` as [[a, b], [c]], the lowest first."""
+    return [[name.strip() for name in floor.split(",")] for floor in text.split("→")]
 
 
-def level_of(module: str) -> int:
-    name = module.removeprefix("tso_fast.")
-    for candidate in (name, name.partition(".")[0]):
-        for level, names in enumerate(LEVELS):
-            if candidate in names:
-                return level
-    raise AssertionError(f"{module} has no place in LEVELS")
+def drawn_arrows() -> dict[str, list[list[str]]]:
+    """What CONTRIBUTING.md draws: the floors of the whole package under "", and those inside each folder."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    block = re.search(r"^What imports what.*?\n\n((?:    .*\n|\n)+)", text, re.M)
+    assert block is not None
+    whole, *folders = re.split(r"^    (\w+): ", block[1], flags=re.M)
+    inside = {name: floors_of(line) for name, line in zip(folders[::2], folders[1::2], strict=True)}
+    return {"": floors_of(whole), **inside}
 
 
-def test_imports_go_one_way() -> None:
-    wrong = []
-    for file in PACKAGE.rglob("*.py"):
-        module = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if module == "tso_fast":
-            continue
+def imports() -> dict[str, set[str]]:
+    """Modules of ours that each module imports, wherever in its text; a folder's name is its ``__init__``."""
+    files = {**{f: f.relative_to(PACKAGE) for f in PACKAGE.rglob("*.py")},
+             **{f: Path("kernels") / f.name for f in (ROOT / "kernels").glob("*.py")}}  # fmt: skip
+    modules = {file: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for file, path in files.items()}
+    found: dict[str, set[str]] = {}
+    for file, module in modules.items():
+        names: set[str] = set()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else []
-            )
-            if isinstance(node, ast.ImportFrom) and node.module == "tso_fast":
-                names = [f"tso_fast.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
-            for name in names:
-                if not name.startswith("tso_fast.") or name == "tso_fast._C":
-                    continue
-                same_package = module.split(".")[1] == name.split(".")[1]
-                if not same_package and level_of(name) >= level_of(module):
-                    wrong.append(f"{module} imports {name}")
-    assert wrong == []
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tso_fast":
+                full = {f"{node.module}.{alias.name}": node.module for alias in node.names}
+                known = {f"tso_fast.{name}" for name in modules.values()}
+                names |= {name if name in known else parent for name, parent in full.items()}
+        names = {name.removeprefix("tso_fast.") for name in names if name.startswith("tso_fast.")}
+        found[module] = (names & set(modules.values())) - {module}
+    return {module: names for module, names in found.items() if module != "__init__"}
+
+
+def wrong_arrows(floors: list[list[str]], arrows: Iterable[tuple[str, str]]) -> list[str]:
+    floor = {name: level for level, names in enumerate(floors) for name in names}
+    arrows = [(a, b) for a, b in arrows if a != b]
+    unknown = {name for arrow in arrows for name in arrow} - set(floor)
+    assert not unknown, f"{sorted(unknown)} have no place in CONTRIBUTING.md"
+    return [f"{a} imports {b}" for a, b in arrows if floor[a] <= floor[b]]
+
+
+def test_imports_follow_the_arrows_of_contributing() -> None:
+    drawn, found = drawn_arrows(), imports()
+    everything = [(a.split(".")[0], b.split(".")[0]) for a, names in found.items() for b in names]
+    assert wrong_arrows(drawn.pop(""), everything) == []
+    folders = {name.split(".")[0] for name in found if "." in name}
+    assert set(drawn) == folders
+    for folder, floors in drawn.items():
+        inside = [
+            tuple(name.removeprefix(f"{folder}.") if name != folder else "__init__" for name in arrow)
+            for arrow in ((a, b) for a, names in found.items() for b in names)
+            if all(name.split(".")[0] == folder for name in arrow)
+        ]
+        assert wrong_arrows(floors, inside) == [], folder
+
+
+def test_an_arrow_the_wrong_way_is_seen() -> None:
+    floors = [["errors"], ["files", "config"], ["trainer"]]
+    assert wrong_arrows(floors, [("trainer", "files"), ("files", "errors")]) == []
+    assert wrong_arrows(floors, [("files", "config"), ("errors", "trainer")]) == [
+        "files imports config",
+        "errors imports trainer",
+    ]
 
 
 def test_the_trainer_fits_on_a_few_pages() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tso_fast.errors import EngineError, InputError
-from tso_fast.generators import Completion, Engine, EngineSpec, Refusal, Request, Sampling
+from tso_fast.generators.engine import Completion, Engine, EngineSpec, Refusal, Request, Sampling
 from tso_fast.models.load import load_model, load_tokenizer, weight_shapes
 from tso_fast.models.memory import available_memory
 from tso_fast.types import Cell

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tso_fast.errors import InputError
-from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
+from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request, Sampling
 from tso_fast.models.load import device_of, end_token_ids, load_model, load_tokenizer
 from tso_fast.models.memory import release
 from tso_fast.types import Cell, FinishReason, TopLogprobs

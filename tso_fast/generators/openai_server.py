@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tso_fast.errors import EngineError, InputError, did_you_mean
-from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
+from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request, Sampling
 from tso_fast.models.load import end_token_ids, load_tokenizer
 from tso_fast.types import Cell, TopLogprobs
 

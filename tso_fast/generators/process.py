@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from tso_fast.errors import EngineError, InputError
-from tso_fast.generators import Completion, EngineSpec, Refusal, Request
+from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request
 
 CLOSE_S = 10.0
 """How long an engine may take to end by itself."""

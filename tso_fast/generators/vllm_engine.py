@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tso_fast.errors import EngineError, InputError
-from tso_fast.generators import Completion, EngineSpec, Refusal, Request, Sampling
+from tso_fast.generators import canary
+from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request, Sampling
 from tso_fast.models.load import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -67,9 +68,6 @@ class VLLMEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self.is_cpu = set_environment(spec)
-        from tso_fast.generators import canary
-
-        self._canary = canary
         self._cells = {cell.name: cell for cell in spec.cells}
         self._bases = {cell.base: base_of(cell) for cell in spec.cells}
         self._bases |= {cell.base: cell for cell in spec.cells if not cell.is_adapter}
@@ -314,7 +312,7 @@ class VLLMEngine:
             raise EngineError(f"{base}: loading these weights over those of {before} failed: {error}") from error
         self.on_progress(is_loading=True)
         answer = self._ask_canary()
-        self._canary.judge(answer, self._bases[base], self.spec, before=(self._bases[before], self._canaries[before]))
+        canary.judge(answer, self._bases[base], self.spec, before=(self._bases[before], self._canaries[before]))
         self._canaries[base] = answer
 
     def _check_weights(self, base: Path) -> None:
@@ -347,7 +345,7 @@ class VLLMEngine:
 
     def _ask_canary(self) -> Completion:
         """Past the queue; nothing else is running."""
-        request = self._canary.request(self._bases[self._base], self.spec)
+        request = canary.request(self._bases[self._base], self.spec)
         self._add(request)
         while not (finished := self._step()):
             pass
