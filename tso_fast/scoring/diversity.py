@@ -6,16 +6,12 @@ are compared by their tokens, not by hashes alone: the counts are exact.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from itertools import pairwise
-
 import numpy as np
 import numpy.typing as npt
 
-from tso_fast.scoring.checks import array, check_offsets, extension
+from tso_fast.scoring.checks import array, check_num_threads, check_offsets, extension
 
-NGram = tuple[int, ...]
+_MAX_PROMPT_TOKENS = 2**30
 
 
 def pairwise_distances(
@@ -40,7 +36,7 @@ def pairwise_distances(
         ValueError: wrong shapes or dtypes, n < 1, a prompt of more than 2^30 tokens.
         ImportError: the C++ extension is not built.
     """
-    return extension().pairwise_distances(*_check(tokens, token_offsets, offsets, "n", n, num_threads), n, num_threads)
+    return extension().pairwise_distances(*checked(tokens, token_offsets, offsets, "n", n, num_threads), n, num_threads)
 
 
 def distinct_n(
@@ -59,7 +55,7 @@ def distinct_n(
     Raises:
         ValueError, ImportError: as ``pairwise_distances``.
     """
-    return extension().distinct_n(*_check(tokens, token_offsets, offsets, "n", n, num_threads), n, num_threads)
+    return extension().distinct_n(*checked(tokens, token_offsets, offsets, "n", n, num_threads), n, num_threads)
 
 
 def self_bleu(
@@ -67,7 +63,7 @@ def self_bleu(
 ) -> np.ndarray:
     """BLEU of each response with the other responses of its prompt as references: 1 where others say the same.
 
-    The idea is self-BLEU (Texygen, Zhu et al. 2018, arXiv 1802.01886). Of order k the clipped precision is
+    The idea is self-BLEU (Texygen, Zhu et al. 2018, arXiv 1802.01886). The clipped precision of order k is
 
         p_k = sum_g min(c(g), max over the others of c'(g)) / sum_g c(g)
 
@@ -85,68 +81,11 @@ def self_bleu(
     Raises:
         ValueError, ImportError: as ``pairwise_distances``.
     """
-    arrays = _check(tokens, token_offsets, offsets, "max_n", max_n, num_threads)
+    arrays = checked(tokens, token_offsets, offsets, "max_n", max_n, num_threads)
     return extension().self_bleu(*arrays, max_n, num_threads)
 
 
-def pairwise_distances_reference(
-    tokens: npt.ArrayLike, token_offsets: npt.ArrayLike, offsets: npt.ArrayLike, *, n: int = 3, num_threads: int = 0
-) -> np.ndarray:
-    """``pairwise_distances`` with Python sets: defines what is correct. ``num_threads`` changes nothing."""
-    distances = []
-    for responses in _responses(*_check(tokens, token_offsets, offsets, "n", n, num_threads)):
-        sets = [set(_ngrams(response, n)) for response in responses]
-        distances += [1 - len(a & b) / len(a | b) if a | b else 0.0 for a in sets for b in sets]
-    return np.array(distances, np.float32)
-
-
-def distinct_n_reference(
-    tokens: npt.ArrayLike, token_offsets: npt.ArrayLike, offsets: npt.ArrayLike, *, n: int, num_threads: int = 0
-) -> np.ndarray:
-    """``distinct_n`` with Python sets: defines what is correct. ``num_threads`` changes nothing."""
-    shares = []
-    for responses in _responses(*_check(tokens, token_offsets, offsets, "n", n, num_threads)):
-        ngrams = [ngram for response in responses for ngram in _ngrams(response, n)]
-        shares.append(len(set(ngrams)) / len(ngrams) if ngrams else math.nan)
-    return np.array(shares, np.float32)
-
-
-def self_bleu_reference(
-    tokens: npt.ArrayLike, token_offsets: npt.ArrayLike, offsets: npt.ArrayLike, *, max_n: int = 4, num_threads: int = 0
-) -> np.ndarray:
-    """``self_bleu`` with Python counters: defines what is correct. ``num_threads`` changes nothing."""
-    scores = []
-    for responses in _responses(*_check(tokens, token_offsets, offsets, "max_n", max_n, num_threads)):
-        for i, response in enumerate(responses):
-            others = responses[:i] + responses[i + 1 :]
-            precisions = [_precision(response, others, k) for k in range(1, min(max_n, len(response)) + 1)]
-            is_known = others and precisions
-            scores.append(math.prod(precisions) ** (1 / len(precisions)) if is_known else math.nan)
-    return np.array(scores, np.float32)
-
-
-def _precision(response: list[int], others: list[list[int]], n: int) -> float:
-    counts = Counter(_ngrams(response, n))
-    most: Counter[NGram] = Counter()
-    for other in others:
-        most |= Counter(_ngrams(other, n))  # the larger count of each
-    return (counts & most).total() / counts.total()
-
-
-def _ngrams(response: list[int], n: int) -> list[NGram]:
-    return [tuple(response[i : i + n]) for i in range(len(response) - n + 1)]
-
-
-def _responses(tokens_T: np.ndarray, token_offsets_R1: np.ndarray, offsets_P1: np.ndarray) -> list[list[list[int]]]:
-    """[prompt][response][token]"""
-    responses = [tokens_T[first:last].tolist() for first, last in pairwise(token_offsets_R1)]
-    return [responses[first:last] for first, last in pairwise(offsets_P1)]
-
-
-_MAX_PROMPT_TOKENS = 2**30
-
-
-def _check(
+def checked(
     tokens: npt.ArrayLike,
     token_offsets: npt.ArrayLike,
     offsets: npt.ArrayLike,
@@ -157,8 +96,7 @@ def _check(
     """C-contiguous [T] int32, [R+1] int64, [P+1] int64."""
     if isinstance(order, bool) or not isinstance(order, int | np.integer) or not 1 <= order < 2**31:
         raise ValueError(f"{order_name} must be an int >= 1, the length of n-grams in tokens, got {order!r}")
-    if num_threads < 0:
-        raise ValueError(f"num_threads must be >= 0 (0: one per hardware thread), got {num_threads}")
+    check_num_threads(num_threads)
     tokens_T = array("tokens", tokens, np.int32, "[T]")
     token_offsets_R1 = array("token_offsets", token_offsets, np.int64, "[R+1]")
     offsets_P1 = array("offsets", offsets, np.int64, "[P+1]")

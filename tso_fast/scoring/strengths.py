@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tso_fast.scoring.checks import array, check_offsets, extension
+from tso_fast.scoring.checks import array, check_num_threads, check_offsets, extension, rows_of_two
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +58,21 @@ def bradley_terry(
         ValueError: wrong shapes or dtypes, pairs that are not two rows of one prompt, options out of range.
         ImportError: the C++ extension is not built.
     """
-    pairs_C2, wins_C2, offsets_P1 = _check(pairs, wins, offsets, num_threads)
-    check_options(regularization, max_iterations, tolerance)
+    pairs_C2, wins_C2, offsets_P1 = checked(
+        pairs, wins, offsets, regularization, max_iterations, tolerance, num_threads
+    )
     result = extension().bradley_terry(
         pairs_C2, wins_C2, offsets_P1, int(offsets_P1[-1]), regularization, max_iterations, tolerance, num_threads
     )
     if isinstance(result, int):
-        raise _bad_pair(pairs_C2, offsets_P1, result)
+        raise bad_pair(pairs_C2, offsets_P1, result)
     strengths_R, num_unfinished = result
     warn_unfinished(num_unfinished, max_iterations, tolerance)
     return strengths_R
 
 
 def warn_unfinished(num_prompts: int, max_iterations: int, tolerance: float) -> None:
-    """Tolerance 0 asks for all iterations: nothing to warn of."""
-    if num_prompts and tolerance > 0:
+    if num_prompts and tolerance > 0:  # tolerance 0 asks for all iterations
         logger.warning(
             "Bradley-Terry strengths of %d prompt%s still changed by more than %g after %d iterations; they are "
             "returned as they are. More regularization makes them settle sooner.",
@@ -84,65 +83,17 @@ def warn_unfinished(num_prompts: int, max_iterations: int, tolerance: float) -> 
         )
 
 
-def bradley_terry_reference(
+def checked(
     pairs: npt.ArrayLike,
     wins: npt.ArrayLike,
     offsets: npt.ArrayLike,
-    *,
-    regularization: float = REGULARIZATION,
-    max_iterations: int = MAX_ITERATIONS,
-    tolerance: float = TOLERANCE,
-    num_threads: int = 0,
-) -> np.ndarray:
-    """``bradley_terry`` in numpy, one prompt at a time: defines what is correct. ``num_threads`` changes nothing."""
-    pairs_C2, wins_C2, offsets_P1 = _check(pairs, wins, offsets, num_threads)
-    check_options(regularization, max_iterations, tolerance)
-    num_rows = int(offsets_P1[-1])
-    is_row = np.all((pairs_C2 >= 0) & (pairs_C2 < num_rows), axis=1)
-    rows_C2: np.ndarray = np.where(is_row[:, None], pairs_C2, 0)
-    prompts_C2 = np.searchsorted(offsets_P1, rows_C2, side="right") - 1
-    is_good = is_row & (prompts_C2[:, 0] == prompts_C2[:, 1]) & (pairs_C2[:, 0] != pairs_C2[:, 1])
-    if not is_good.all():
-        raise _bad_pair(pairs_C2, offsets_P1, int(is_good.argmin()))
-    strengths_R = np.full(num_rows, np.nan)
-    for prompt, (first, last) in enumerate(pairwise(offsets_P1)):
-        wins_nn = np.zeros((last - first, last - first))
-        is_here = prompts_C2[:, 0] == prompt
-        winners, losers = pairs_C2[is_here].T - first
-        np.add.at(wins_nn, (winners, losers), wins_C2[is_here, 0])
-        np.add.at(wins_nn, (losers, winners), wins_C2[is_here, 1])
-        strengths_R[first:last] = fit(wins_nn, regularization, max_iterations, tolerance)
-    return strengths_R.astype(np.float32)
-
-
-def fit(
-    wins_nn: np.ndarray,
-    regularization: float = REGULARIZATION,
-    max_iterations: int = MAX_ITERATIONS,
-    tolerance: float = TOLERANCE,
-) -> np.ndarray:
-    """[n] float64 log-strengths from the wins of row over column."""
-    log_n = np.full(len(wins_nn), np.nan)
-    games_nn = wins_nn + wins_nn.T
-    compared = games_nn.sum(axis=1) > 0
-    if not compared.any():
-        return log_n
-    games = games_nn[compared][:, compared]
-    wins = wins_nn[compared].sum(axis=1) + regularization / 2
-    strength, opponent = np.ones(len(games)), 1.0
-    for _ in range(max_iterations):
-        share = regularization / (strength + opponent)
-        updated = wins / ((games / (strength[:, None] + strength)).sum(axis=1) + share)
-        opponent = len(games) * regularization / 2 / share.sum()
-        change = np.abs(updated / strength - 1).max()
-        strength = updated
-        if change <= tolerance:
-            break
-    log_n[compared] = np.log(strength) - np.log(strength).mean()
-    return log_n
-
-
-def check_options(regularization: float, max_iterations: int, tolerance: float) -> None:
+    regularization: float,
+    max_iterations: int,
+    tolerance: float,
+    num_threads: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """C-contiguous [C, 2] int64, [C, 2] float64, [P+1] int64."""
+    check_num_threads(num_threads)
     if not (math.isfinite(regularization) and regularization > 0):
         raise ValueError(
             f"regularization must be finite and > 0, got {regularization}: without it strengths are infinite where a "
@@ -152,17 +103,7 @@ def check_options(regularization: float, max_iterations: int, tolerance: float) 
         raise ValueError(f"max_iterations must be >= 1, got {max_iterations}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be >= 0, got {tolerance}")
-
-
-def _check(
-    pairs: npt.ArrayLike, wins: npt.ArrayLike, offsets: npt.ArrayLike, num_threads: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """C-contiguous [C, 2] int64, [C, 2] float64, [P+1] int64."""
-    if num_threads < 0:
-        raise ValueError(f"num_threads must be >= 0 (0: one per hardware thread), got {num_threads}")
-    pairs_C2 = array("pairs", pairs, np.int64, "[C, 2]")
-    if pairs_C2.shape[1] != 2:
-        raise ValueError(f"pairs must be [C, 2] int64, got shape {list(pairs_C2.shape)}")
+    pairs_C2 = rows_of_two("pairs", pairs, "C")
     wins_: Any = np.asarray(wins)
     if wins_.shape != pairs_C2.shape or wins_.dtype not in (np.float32, np.float64):
         raise ValueError(
@@ -180,7 +121,8 @@ def _check(
     return pairs_C2, wins_C2, offsets_P1
 
 
-def _bad_pair(pairs_C2: np.ndarray, offsets_P1: np.ndarray, index: int) -> ValueError:
+def bad_pair(pairs_C2: np.ndarray, offsets_P1: np.ndarray, index: int) -> ValueError:
+    """The error for a pair that is not two rows of one prompt."""
     i, j = pairs_C2[index]
     num_rows = offsets_P1[-1]
     if i == j:
