@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from tso_fast.config.settings import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
 from tso_fast.errors import InputError
@@ -18,7 +17,7 @@ from tso_fast.files.atomic import check_writable, write_json, write_jsonl
 from tso_fast.files.rows import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
 from tso_fast.files.run import SKIPPED_FILE
 from tso_fast.progress import console, stage
-from tso_fast.report.tables import _comparisons_table, _scores_table, _table, decisions_table, errors_table
+from tso_fast.report.tables import comparisons_table, decisions_table, errors_table, make_table, scores_table
 from tso_fast.types import Comparison, Verdict
 
 stdout = Console()
@@ -128,30 +127,33 @@ def score(config: ScoreConfig) -> None:
     """Verdicts of every judge, the mean score of each model, and what the judges cost."""
     from tso_fast.files.responses import ResponseStore
     from tso_fast.judges import panel
+    from tso_fast.judges.judge import Bench
     from tso_fast.matrix import ModelMatrix
     from tso_fast.report.tables import COST_COLUMNS, cost_rows
 
     if config.verifier is None and not config.judges:
         raise InputError("verifier: missing; `tso-fast score` needs a judge: a verifier, or judges")
+    judges = panel.make_judges(config)
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.responses, bad)
     file = _new_file(config.output)
     matrix = ModelMatrix(config.cells, config.policy) if config.cells else None
-    panel.check_models(config, matrix)
+    panel.check(judges, matrix)
     with contextlib.ExitStack() as stack:
-        models = None
-        if panel.needs_models(config):
+        bench = Bench(bad=bad, settings=config, matrix=matrix, impl=config.impl)
+        if panel.needs_models(judges):
             store = stack.enter_context(ResponseStore(config.response_store or f"{config.output}.responses"))
-            advance = stack.enter_context(stage("judge", panel.num_steps(candidates, config)))
-            models = panel.Models(matrix=matrix, settings=config, store=store, advance=advance)
-        verdicts, costs = panel.judge(candidates, config, bad, models)
+            bench = dataclasses.replace(bench, store=store)
+        if steps := panel.num_steps(judges, candidates):
+            bench = dataclasses.replace(bench, advance=stack.enter_context(stage("judge", steps)))
+        verdicts, costs = panel.ask(judges, candidates, bench)
     write_jsonl(file, map(verdict_row, verdicts))
     if any(isinstance(v, Verdict) for v in verdicts):
-        stdout.print(_scores_table(candidates, [v for v in verdicts if isinstance(v, Verdict)]))
+        stdout.print(scores_table(candidates, [v for v in verdicts if isinstance(v, Verdict)]))
     if comparisons := [v for v in verdicts if isinstance(v, Comparison)]:
-        stdout.print(_comparisons_table(comparisons))
+        stdout.print(comparisons_table(comparisons))
     if costs:
-        stdout.print(_table("What judges that are models took", COST_COLUMNS, cost_rows(costs)))
+        stdout.print(make_table("What judges that are models took", COST_COLUMNS, cost_rows(costs)))
     _finish(file, f"{len(verdicts)} verdicts", bad)
 
 
@@ -161,16 +163,20 @@ def pairs(config: PairsConfig) -> None:
     from tso_fast.correction.oracle import make_oracle
     from tso_fast.files.labels import read_labels
     from tso_fast.judges import panel
+    from tso_fast.judges.judge import Bench
     from tso_fast.report.tables import JUDGE_COLUMNS, judge_rows
 
+    judges = panel.make_judges(config)
+    if config.verdicts is not None and judges:
+        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
+    panel.refuse_models(judges)
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.responses, bad)
-    if config.verdicts is not None and (config.verifier is not None or config.judges):
-        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
     file = _new_file(config.output)
     verdicts: list[Verdict | Comparison]
     if config.verdicts is None:
-        verdicts, _ = panel.judge(candidates, config, bad)
+        panel.check(judges, None)
+        verdicts, _ = panel.ask(judges, candidates, Bench(bad=bad))
     else:
         verdicts = read_verdicts(config.verdicts, candidates, bad)
     if config.labels is not None:
@@ -178,11 +184,11 @@ def pairs(config: PairsConfig) -> None:
     oracle = None if config.oracle is None else make_oracle(config.oracle, candidates)
     made, info = make_pairs(candidates, verdicts, config, config, config.seed, oracle)
     write_jsonl(file, map(pair_row, made))
-    stdout.print(decisions_table(info))
+    stdout.print(decisions_table(info["decisions"]))
     if info["errors"] is not None:
         stdout.print(errors_table(info["errors"], config.oracle or ""))
     if config.evidence == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
-        stdout.print(_table("Evidence", JUDGE_COLUMNS, judge_rows(info["judges"])))
+        stdout.print(make_table("Evidence", JUDGE_COLUMNS, judge_rows(info["judges"])))
     reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
     stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)
     stdout.print(
@@ -214,8 +220,9 @@ def evaluate(config: EvalConfig) -> None:
 
     if config.verifier is None:
         raise InputError("verifier: missing; `tso-fast eval` needs one")
+    judges = panel.make_judges(config)
     bad = BadRows(config.on_bad_row)
-    candidates = panel.judgeable(read_candidates(config.prompts, bad), config, bad)
+    candidates = panel.usable(judges, read_candidates(config.prompts, bad), bad)
     file = None if config.output is None else _new_file(config.output)
     matrix = ModelMatrix(config.cells)
     candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
@@ -228,13 +235,17 @@ def evaluate(config: EvalConfig) -> None:
         stage(f"evaluate: {len(asked)} cells", total) as advance,
     ):
         results = evaluate(asked, candidates, matrix, config, store, bad, advance)
-    table = Table("model", title=f"{len(candidates)} prompts, verifier {config.verifier}")
-    for name in ("accuracy", "95 % interval", "tokens"):
-        table.add_column(name, justify="right")
-    for info in results:
-        interval = f"{info['low']:.1%} – {info['high']:.1%}"
-        table.add_row(info["model"], f"{info['accuracy']:.1%}", interval, f"{info['mean_tokens']:.1f}")
-    stdout.print(table)
+    rows = (
+        (
+            info["model"],
+            f"{info['accuracy']:.1%}",
+            f"{info['low']:.1%} – {info['high']:.1%}",
+            f"{info['mean_tokens']:.1f}",
+        )
+        for info in results
+    )
+    title = f"{len(candidates)} prompts, verifier {config.verifier}"
+    stdout.print(make_table(title, ("model", "accuracy", "95 % interval", "tokens"), rows))
     if file is not None:
         write_json(file, results)
     _finish(file, "accuracies", bad)

@@ -93,13 +93,6 @@ def install(extra: str = "") -> str:
 # ---- probes: each returns its rows and may raise anything
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of this program and of the libraries that results depend on, for run.json."""
-    packages = {"tso_fast": "tso-fast", "torch": "torch", "accelerate": "accelerate", "transformers": "transformers"}
-    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
-    return {**versions, "python": platform.python_version()}
-
-
 def _python() -> Part:
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     return Part(name="Python", state="usable", version=platform.python_version(), note=system)
@@ -451,17 +444,15 @@ def print_environment(*, as_json: bool) -> None:
 
 def _print_tables(title: str, rows: Sequence[Sequence[str]], chosen: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
+    from tso_fast.report.tables import make_table
+
     colours = {"usable": "green", "broken": "red", "missing": "yellow"}
-    table = Table("part", "state", "version", "what it is, what to do", title=title)
-    for row in rows:
-        table.add_row(*(Text(cell, style=colours.get(cell, "") if i == 1 else "") for i, cell in enumerate(row)))
-    auto = Table("auto", "means here", "why", title="automatic choices")
-    for line in chosen:
-        auto.add_row(*map(Text, line))
-    Console().print(table, auto)
+    colored = ([name, Text(state, style=colours.get(state, "")), *rest] for name, state, *rest in rows)
+    table = make_table(title, ("part", "state", "version", "what it is, what to do"), colored, num_labels=4)
+    auto = make_table("automatic choices", ("auto", "means here", "why"), chosen, num_labels=3)
+    Console().print(table, "", auto)
 
 
 # ---- small things

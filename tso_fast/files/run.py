@@ -7,8 +7,10 @@ with size and sha256. A stage that is not in ``run.json`` did not happen, whatev
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import logging
+import platform
 import re
 import shutil
 from collections.abc import Collection, Iterable
@@ -96,6 +98,13 @@ def parse_stage(name: str) -> tuple[int, str]:
     """Iteration and stage of a name in ``run.json``."""
     iteration, stage = name.removeprefix("iter-").split("/")
     return int(iteration), stage
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of this program and of the libraries that results depend on, for run.json."""
+    packages = {"tso_fast": "tso-fast", "torch": "torch", "accelerate": "accelerate", "transformers": "transformers"}
+    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
+    return {**versions, "python": platform.python_version()}
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -120,8 +120,9 @@ def decisions(run: Summary) -> str | None:
 
 def loss_and_margin(run: Summary) -> str | None:
     """Loss and reward margin over optimiser steps."""
-    start = math.log(2) if run.config.get("loss_type") != "sft" and not run.config.get("margin_weight") else None
-    loss = ("loss", [("loss", "", CHOSEN)], [(start, "ln 2")])
+    start = run.first_loss
+    name = "ln 2" if start is not None and math.isclose(start, math.log(2), abs_tol=1e-3) else "first loss"
+    loss = ("loss", [("loss", "", CHOSEN)], [(start, name)])
     return _curves(run, "loss", [loss, ("reward margin", [("rewards/margins", "", CHOSEN)], [])])
 
 
@@ -131,8 +132,8 @@ def rewards_and_clips(run: Summary) -> str | None:
         [(f"{name}/chosen", "chosen", CHOSEN), (f"{name}/rejected", "rejected", REJECTED)]
         for name in ("rewards", "clip")
     )
-    low = run.config.get("clip_rejected")
-    bounds = [(run.config.get("clip_chosen"), "clip, chosen"), (low and -low, "clip, rejected")]
+    low = run.loss_options.get("clip_rejected")
+    bounds = [(run.loss_options.get("clip_chosen"), "clip, chosen"), (low and -low, "clip, rejected")]
     return _curves(run, "rewards", [("reward", rewards, bounds), ("clipped, %", clips, [])])
 
 

@@ -8,14 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from tso_fast.files.run import METRICS_FILE, REPORT_FILE, RUN_FILE, parse_stage, read_run
-
-LOSS_NAMES = {"dual_clip": "dual clip (TSO)", "dpo": "plain DPO", "sft": "chosen-only NLL"}
+from tso_fast.report.tables import make_table
 
 # Field of Version -> its name among the means of a train stage.
 _MEANS = {
@@ -85,13 +81,28 @@ class Summary:
     """Version by package."""
     versions: tuple[Version, ...]
     """By iteration, from 0."""
+    trained: Mapping[str, Any] = field(default_factory=dict)
+    """What the newest iteration's training recorded, ``training.optimise.optimise``."""
     metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Rows of metrics.jsonl."""
 
     @property
     def loss_name(self) -> str:
-        loss = str(self.config.get("loss_type"))
-        return LOSS_NAMES.get(loss, loss)
+        """Title of the loss, as training recorded it."""
+        if "loss" in self.trained:
+            return str(self.trained["loss"])
+        losses = self.config.get("loss_type")
+        return " + ".join(losses) if isinstance(losses, list) else str(losses)
+
+    @property
+    def loss_options(self) -> Mapping[str, Any]:
+        """Options of the loss, as training recorded them; None stands for infinity."""
+        return self.trained.get("loss_options") or {}
+
+    @property
+    def first_loss(self) -> float | None:
+        """Loss that the first step of an iteration must have."""
+        return self.trained.get("first_loss")
 
     @property
     def progress(self) -> str:
@@ -145,6 +156,7 @@ def summarise(folder: str | Path) -> Summary:
         folder=folder,
         config=state["config"],
         libraries=state["versions"],
+        trained=next((stages[t]["train"] for t in sorted(stages, reverse=True) if "train" in stages[t]), {}),
         versions=tuple(_version(t, stages[t], f"tso-{t}" if t else start) for t in sorted(stages)),
         metrics=tuple(_read_metrics(folder / METRICS_FILE)),
     )
@@ -262,21 +274,12 @@ def print_summary(folders: Sequence[str | Path]) -> None:
     """
     runs = [summarise(folder) for folder in folders]
     run, console = runs[0], Console(highlight=False, markup=False)
-    console.print(_table(f"{run.loss_name}, {run.progress}", VERSION_COLUMNS, version_rows(run)))
+    console.print(make_table(f"{run.loss_name}, {run.progress}", VERSION_COLUMNS, version_rows(run)))
     console.print(f"\ngain: {gain_text(run)}")
     if len(runs) > 1:
-        console.print("", _table("The same loop by loss", COMPARISON_COLUMNS, comparison_rows(runs)), "", sep="\n")
+        console.print("", make_table("The same loop by loss", COMPARISON_COLUMNS, comparison_rows(runs)), "", sep="\n")
     for warning in run.warnings:
         console.print(f"warning: {warning}", style="yellow")
     console.print(f"report: {run.folder / REPORT_FILE}", soft_wrap=True)
     if trained := [v.name for v in run.versions if v.is_trained]:
         console.print(f'from_pretrained("{run.folder}") loads the newest policy, {trained[-1]}', soft_wrap=True)
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
-    for i, name in enumerate(columns):  # only the first column gives way when the terminal is narrow
-        table.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table

@@ -1,15 +1,41 @@
-"""Rows of the tables that the command line and the report show."""
+"""Tables that the command line prints, and the rows that the report shows as well."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from tso_fast.types import Candidates, Comparison, Verdict
 
-# ------------------------------------------------------------------------------------------------- for people
+
+def make_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    total: Sequence[str] | None = None,
+    num_labels: int = 1,
+) -> Table:
+    """A table as all of our tables look.
+
+    Args:
+        total: last row, under a line.
+        num_labels: columns that hold text; the others hold numbers, at the right.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
+    for i, name in enumerate(columns):  # only labels give way when the terminal is narrow
+        is_label = i < num_labels
+        table.add_column(name, justify="left" if is_label else "right", no_wrap=not is_label, overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    if total is not None:
+        table.add_section()
+        table.add_row(*map(Text, total))
+    return table
+
 
 JUDGE_COLUMNS = ("voter", "verdicts", "abstained", "with the rest", "votes on pairs", "ties", "believed right")
 COST_COLUMNS = (
@@ -46,54 +72,44 @@ def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...
         yield (name, *numbers, *shares)
 
 
-def _scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> Table:
+def scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> Table:
+    """Mean score of each model by each judge that looks at single responses."""
     model_of = {(c.prompt.id, i): r.model for c in candidates for i, r in enumerate(c.responses)}
     scores: dict[tuple[str, str], list[float | None]] = {}
     for verdict in verdicts:
         scores.setdefault((model_of[verdict.prompt_id, verdict.response], verdict.judge), []).append(verdict.score)
-    table = Table("model", "judge", title="Verdicts on single responses")
-    for name in ("responses", "mean score", "abstained"):
-        table.add_column(name, justify="right")
-    for (model, judge), values in sorted(scores.items()):
+
+    def row(model: str, judge: str, values: Sequence[float | None]) -> tuple[str, ...]:
         given = [v for v in values if v is not None]
         mean = f"{sum(given) / len(given):.3f}" if given else "-"
-        table.add_row(model, judge, str(len(values)), mean, str(len(values) - len(given)))
-    return table
+        return model, judge, f"{len(values):,}", mean, f"{len(values) - len(given):,}"
+
+    columns = ("model", "judge", "responses", "mean score", "abstained")
+    rows = (row(model, judge, values) for (model, judge), values in sorted(scores.items()))
+    return make_table("Verdicts on single responses", columns, rows, num_labels=2)
 
 
-def _comparisons_table(comparisons: Sequence[Comparison]) -> Table:
-    table = Table("judge", title="Verdicts on two responses")
-    for name in ("pairs", "decided", "ties", "abstained", "mean certainty"):
-        table.add_column(name, justify="right")
-    for judge in sorted({c.judge for c in comparisons}):
+def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
+    """What each judge that compares two responses decided."""
+
+    def row(judge: str) -> tuple[str, ...]:
         told = [c.probability for c in comparisons if c.judge == judge]
         given = [p for p in told if p is not None]
         certainty = f"{sum(max(p, 1 - p) for p in given) / len(given):.3f}" if given else "-"
         ties = sum(p == 0.5 for p in given)
-        table.add_row(judge, str(len(told)), str(len(given) - ties), str(ties), str(len(told) - len(given)), certainty)
-    return table
+        counts = (len(told), len(given) - ties, ties, len(told) - len(given))
+        return (judge, *(f"{count:,}" for count in counts), certainty)
+
+    columns = ("judge", "pairs", "decided", "ties", "abstained", "mean certainty")
+    return make_table("Verdicts on two responses", columns, map(row, sorted({c.judge for c in comparisons})))
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Names in the first column, numbers in the others."""
-    head, *rest = columns
-    table = Table(head, title=title)
-    for name in rest:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def errors_table(errors: dict[str, dict[str, int]], oracle: str) -> Table:
+def errors_table(errors: Mapping[str, Mapping[str, int]], oracle: str) -> Table:
     """Errors of the prior and of what correction kept, and the least that the same evidence allows."""
-    table = Table("prior order", title=f"Errors against {oracle}, on the pairs that it orders")
-    for name in ("pairs", "prior", "corrected", "of pairs kept", "oracle's weights"):
-        table.add_column(name, justify="right")
 
-    def row(rule: str, of: dict[str, int], has_prior: bool) -> None:
+    def row(rule: str, of: Mapping[str, int], has_prior: bool) -> tuple[str, ...]:
         pairs, kept = of["pairs"], of["kept"]
-        table.add_row(
+        return (
             rule,
             f"{pairs:,}",
             f"{of['prior'] / pairs:.1%}" if has_prior else "-",
@@ -102,27 +118,29 @@ def errors_table(errors: dict[str, dict[str, int]], oracle: str) -> Table:
             f"{of['best'] / kept:.1%}" if kept else "-",
         )
 
-    for rule, of in sorted(errors.items()):
-        row(rule, of, rule != "none")
     ordered = [of for rule, of in errors.items() if rule != "none"]
-    if len(ordered) > 1:
-        table.add_section()
-        row("all ordered", {key: sum(of[key] for of in ordered) for key in ordered[0]}, True)
-    return table
+    summed = {key: sum(of[key] for of in ordered) for key in ordered[0]} if len(ordered) > 1 else None
+    return make_table(
+        f"Errors against {oracle}, on the pairs that it orders",
+        ("prior order", "pairs", "prior", "corrected", "of pairs kept", "oracle's weights"),
+        (row(rule, of, rule != "none") for rule, of in sorted(errors.items())),
+        None if summed is None else row("all ordered", summed, True),
+    )
 
 
-def decisions_table(info: dict[str, Any]) -> Table:
+def decisions_table(decisions: Mapping[str, Mapping[str, int]]) -> Table:
     """Pairs kept, swapped and dropped, by the rule that gave the prior order."""
-    table = Table("prior order", title="Evaluation correction")
-    for name in ("kept", "swapped", "dropped", "prior wrong"):
-        table.add_column(name, justify="right")
-    totals = {"keep": 0, "swap": 0, "drop": 0}
-    for rule, counts in info["decisions"].items():
-        kept, swapped, dropped = (counts.get(name, 0) for name in totals)
-        for name in totals:
-            totals[name] += counts.get(name, 0)
+    names = ("keep", "swap", "drop")
+
+    def row(rule: str, counts: Mapping[str, int]) -> tuple[str, ...]:
+        kept, swapped, dropped = (counts.get(name, 0) for name in names)
         wrong = f"{swapped / (kept + swapped):.1%}" if rule != "none" and kept + swapped else "-"
-        table.add_row(rule, f"{kept:,}", f"{swapped:,}", f"{dropped:,}", wrong)
-    table.add_section()
-    table.add_row("all", *(f"{n:,}" for n in totals.values()), "")
-    return table
+        return rule, f"{kept:,}", f"{swapped:,}", f"{dropped:,}", wrong
+
+    totals = (sum(counts.get(name, 0) for counts in decisions.values()) for name in names)
+    return make_table(
+        "Evaluation correction",
+        ("prior order", "kept", "swapped", "dropped", "prior wrong"),
+        (row(rule, counts) for rule, counts in decisions.items()),
+        ("all", *(f"{n:,}" for n in totals), ""),
+    )

@@ -164,8 +164,8 @@ class FirstStep:
         scale = batch.scale.double()
         self.sums += torch.stack([(losses * scale).sum(), scale.sum()]).cpu()
 
-    def check(self, means: Mapping[str, float], accelerator: Any = None, *, is_exact: bool) -> None:
-        """Compares the step's means with what was added.
+    def check(self, means: Mapping[str, float], accelerator: Any = None, *, is_exact: bool) -> float:
+        """Compares the step's means with what was added, and returns the expected loss.
 
         Args:
             is_exact: weights and activations are float32.
@@ -184,6 +184,7 @@ class FirstStep:
                 f"the first step has loss {means['loss']:.6f} and rewards {rewards}; with the policy as its own "
                 f"reference they must be {expected:.6f} and 0. Policy and reference see different weights or tokens"
             )
+        return expected
 
 
 def drift_warnings(history: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from tso_fast.config.settings import OptimizationConfig, PairingConfig
 from tso_fast.errors import InputError
 from tso_fast.files.run import Iteration
 from tso_fast.logprob import linear_logprobs
-from tso_fast.losses import Loss, weighted_sum
+from tso_fast.losses import Loss, loss_options, weighted_sum
 from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.progress import stage
@@ -181,7 +182,7 @@ def _reference_of(
     return accelerator.reduce(logprobs.to(accelerator.device)).cpu()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Training:
     """The steps of one iteration and what they carry along."""
 
@@ -201,6 +202,8 @@ class _Training:
     pad_token_id: int
     total_steps: int
     steps_before: int
+    first_loss: float | None = None
+    """Loss that the first step had to have, once it was checked."""
     window: Meter = field(default_factory=Meter)
     """Since the last row of metrics.jsonl."""
     whole: Meter = field(default_factory=Meter)
@@ -228,6 +231,8 @@ class _Training:
                 advance(1)
         return {
             "loss": self.loss.title,
+            "loss_options": finite(loss_options(self.loss)),
+            "first_loss": self.first_loss,
             "steps": self.total_steps,
             "skipped_steps": self.guard.total,
             "means": finite(self.whole.means(accelerator)),
@@ -257,7 +262,8 @@ class _Training:
         means = meter.means(self.accelerator)
         if first is not None:
             is_exact = self.config.dtype == "float32" and not self.config.bf16
-            first.check(means, self.accelerator, is_exact=is_exact)
+            expected = first.check(means, self.accelerator, is_exact=is_exact)
+            self.first_loss = expected if math.isfinite(expected) else None
         max_norm = self.config.max_grad_norm or torch.inf
         grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm))
         loss = means["loss"] if any(pair.scale for pair in batch) else 0.0  # else 0 / 0
