@@ -1,6 +1,7 @@
 """EngineProcess: answers come through, and no death, hang or exit leaves anything waiting or running.
 
 Faults are those of a scripted engine, which the child imports as if it were HFEngine and which starts in an instant.
+No bound on a time is near what it takes: a machine under load may need seconds for what needs milliseconds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -22,13 +24,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tso_fast.errors import EngineError, InputError
-from tso_fast.generators import EngineSpec, Refusal, Request, Sampling, generate, open_engine
+from tso_fast.generators import EngineSpec, Refusal, Request, Sampling, generate, open_engine, process
 from tso_fast.generators.process import EngineProcess, last_words
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.types import Cell
 
 SCRIPTED = """
-import multiprocessing, os, signal, subprocess, sys, time, types
+import multiprocessing, os, pathlib, signal, subprocess, sys, time, types
+
+here = pathlib.Path(__file__).parent
 
 class HFEngine:
     def __init__(self, spec):
@@ -53,6 +57,7 @@ class HFEngine:
 
     def collect(self):
         request = self.todo.pop(0)
+        (here / f"at {os.getpid()}").touch()
         getattr(self, request.cell)(request.seed / 1000)
         return [Refusal(key=request.key, reason=request.cell)]
 
@@ -61,12 +66,12 @@ class HFEngine:
 
     def work(self, seconds):
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while time.monotonic() < until and not (here / "enough").exists():
             self.on_progress()
+            time.sleep(0.001)
 
     def load(self, seconds):
         self.on_progress(is_loading=True)
-        time.sleep(seconds)
 
     def hang(self, seconds):
         time.sleep(seconds)
@@ -136,6 +141,10 @@ SPEC = EngineSpec(
 )
 
 
+SOON_S = 25.0
+"""Less than the engine's patience, and far less than the 600 s for which a fault lasts."""
+
+
 @pytest.fixture
 def start(scripted: dict[str, str]) -> Iterator[Callable[..., EngineProcess]]:
     started = []
@@ -169,6 +178,11 @@ def group_of(engine: EngineProcess) -> int:
     return engine._process.pid
 
 
+def wait_until_at_work(engine: int, scripted: dict[str, str]) -> None:
+    """Until an engine, named by its process, has begun with a request."""
+    assert until((Path(scripted["PYTHONPATH"]) / f"at {engine}").exists)
+
+
 def alive(group: int) -> list[str]:
     """Processes of a group that are not yet dead."""
     listed = subprocess.run(["ps", "-eo", "pgid=,stat=,pid="], capture_output=True, text=True, check=True).stdout
@@ -176,7 +190,7 @@ def alive(group: int) -> list[str]:
     return [pid for found, state, pid in rows if int(found) == group and not state.startswith("Z")]
 
 
-def until(condition: Callable[[], Any], timeout_s: float) -> bool:
+def until(condition: Callable[[], Any], timeout_s: float = SOON_S) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -273,7 +287,7 @@ def test_close_waits_for_nobody(
         engine.collect()
     begun = time.monotonic()
     engine.close()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < SOON_S
     assert not alive(group_of(engine))
 
 
@@ -283,19 +297,21 @@ def test_an_engine_that_is_let_go_ends(scripted: dict[str, str]) -> None:
     group, reference = group_of(engine), weakref.ref(engine)
     engine._log.unlink()
     del engine
-    assert until(lambda: reference() is None and not alive(group), 3)
+    assert until(lambda: reference() is None and not alive(group))
 
 
 @pytest.mark.parametrize("work", ["spin", "hang", "work"])
-def test_a_killed_engine_is_an_error_at_once(start: Callable[..., EngineProcess], tmp_path: Path, work: str) -> None:
+def test_a_killed_engine_is_an_error_at_once(
+    start: Callable[..., EngineProcess], scripted: dict[str, str], tmp_path: Path, work: str
+) -> None:
     engine = start(log=tmp_path / "engine.log")
     engine.submit(ask(work, 600))
-    time.sleep(0.2)
+    wait_until_at_work(group_of(engine), scripted)
     os.kill(group_of(engine), signal.SIGKILL)
     begun = time.monotonic()
     with pytest.raises(EngineError, match=r"hf engine of tiny failed: it died, .* by signal 9 \(SIGKILL\)") as caught:
         engine.collect()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < SOON_S
     assert str(tmp_path / "engine.log") in str(caught.value)
     for call in (engine.collect, lambda: engine.submit(ask("answer"))):  # over for good
         with pytest.raises(EngineError, match="SIGKILL"):
@@ -316,7 +332,7 @@ def test_a_death_is_seen_though_a_child_holds_the_connection(start: Callable[...
     begun = time.monotonic()
     with pytest.raises(EngineError, match="SIGSEGV"):
         engine.collect()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < SOON_S
     assert not alive(group_of(engine))
 
 
@@ -328,7 +344,7 @@ def test_a_death_within_the_engine_is_seen_though_it_waits(start: Callable[..., 
     begun = time.monotonic()
     with pytest.raises(EngineError, match="with status 1\n  its last words:\n    Worker-7 ended with -9\n"):
         engine.collect()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < SOON_S
     assert not alive(group_of(engine))
 
 
@@ -364,15 +380,15 @@ def test_wrong_input_is_no_fault_of_the_engine(start: Callable[..., EngineProces
 
 
 def test_a_hung_engine_is_an_error_after_its_timeout(start: Callable[..., EngineProcess]) -> None:
-    engine = start(timeout_s=1.0)
+    engine = start()
     generate_refusals(engine, ask("answer"))
     os.kill(group_of(engine), signal.SIGSTOP)
-    begun = time.monotonic()
+    engine.spec = dataclasses.replace(engine.spec, timeout_s=0.5)
     engine.submit(ask("answer", n=20_000))  # more than a socket holds, and yet it returns
-    assert time.monotonic() - begun < 0.8
-    with pytest.raises(EngineError, match=r"silent for 1 s, with 20000 requests to answer"):
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match=r"silent for 0.5 s, with 20000 requests to answer"):
         engine.collect()
-    assert 1.0 <= time.monotonic() - begun < 4
+    assert 0.5 <= time.monotonic() - begun < SOON_S
     assert not alive(group_of(engine))
 
 
@@ -381,17 +397,63 @@ def generate_refusals(engine: EngineProcess, asked: list[Request]) -> None:
     assert engine.collect() == [Refusal(key=r.key, reason=r.cell) for r in asked]
 
 
-def test_what_is_silence(start: Callable[..., EngineProcess]) -> None:
+def test_work_and_loads_give_signs_of_life(start: Callable[..., EngineProcess], scripted: dict[str, str]) -> None:
+    enough = Path(scripted["PYTHONPATH"]) / "enough"
+    engine = start()
+    engine.submit(ask("work", 600))
+    try:
+        assert engine._inbox.get(timeout=SOON_S) == ("alive", None)
+        enough.touch()
+        assert engine.collect() == [Refusal(key=b"work0", reason="work")]
+    finally:
+        enough.unlink(missing_ok=True)
+    engine.submit(ask("load"))
+    assert engine._inbox.get(timeout=SOON_S) == ("loading", None)
+    assert engine.collect() == [Refusal(key=b"load0", reason="load")]
+
+
+class Clock:
+    """Time that passes only while somebody waits for the next message, which comes when planned."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.plan: list[tuple[float, str]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def empty(self) -> bool:
+        return not self.plan
+
+    def get(self, timeout: float) -> tuple[str, Any]:
+        if not self.plan or self.plan[0][0] > self.now + timeout:
+            self.now += timeout
+            raise queue.Empty
+        self.now, kind = max(self.now, self.plan[0][0]), self.plan.pop(0)[1]
+        return kind, ["an answer"] if kind == "answers" else None
+
+
+def test_what_is_silence(start: Callable[..., EngineProcess], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not work, not a load within the time of a start, and not the time in which nobody listens."""
-    engine = start(timeout_s=0.6, start_timeout_s=2.0)
-    generate_refusals(engine, ask("work", 1.2))
-    generate_refusals(engine, ask("load", 1.0))
-    engine.submit(ask("answer"))
-    time.sleep(0.8)
-    engine.collect()
-    engine.submit(ask("load", 600))
-    with pytest.raises(EngineError, match="silent for 2 s"):
-        engine.collect()
+    engine, clock = start(timeout_s=30.0, start_timeout_s=100.0), Clock()
+    engine._inbox = clock  # type: ignore[assignment]
+    engine.submit(ask("hang", 600, n=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "time", clock)
+        clock.plan = [(25.0, "alive"), (50.0, "alive"), (75.0, "answers")]
+        assert engine.collect() == ["an answer"]
+        clock.plan = [(80.0, "loading"), (175.0, "answers")]
+        assert engine.collect() == ["an answer"]
+        clock.plan, clock.now = [(180.0, "answers")], 1000.0
+        assert engine.collect() == ["an answer"]
+        clock.plan = [(1001.0, "loading"), (1002.0, "alive"), (1033.0, "answers")]
+        patch.setattr(engine, "_failed", lambda what: EngineError(what))
+        with pytest.raises(EngineError, match="silent for 30 s, with 1 requests to answer"):
+            engine.collect()
+        clock.plan, clock.now = [(2000.0, "loading")], 2000.0
+        with pytest.raises(EngineError, match="silent for 100 s"):
+            engine.collect()
+        assert clock.now == pytest.approx(2100.0)
 
 
 def test_starts_that_fail(scripted: dict[str, str], tmp_path: Path) -> None:
@@ -403,7 +465,7 @@ def test_starts_that_fail(scripted: dict[str, str], tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(EngineError, match=r"not ready after 1 s"):
         EngineProcess(dataclasses.replace(SPEC, dtype="slow", start_timeout_s=1.0), environment=scripted, log=log)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < SOON_S
 
 
 PARENT = """
@@ -429,11 +491,11 @@ def test_when_the_parent_goes_so_does_the_engine(scripted: dict[str, str], tmp_p
     assert parent.stdout is not None
     group = int(parent.stdout.readline())
     if how == "stay":
-        time.sleep(0.3)
+        wait_until_at_work(group, scripted)
         assert alive(group)
         parent.kill()
-    assert parent.wait(20) == (-signal.SIGKILL if how == "stay" else 0)
-    assert until(lambda: not alive(group), 2)
+    assert parent.wait(60) == (-signal.SIGKILL if how == "stay" else 0)
+    assert until(lambda: not alive(group))
 
 
 def test_last_words_are_those_that_tell(tmp_path: Path) -> None:
