@@ -64,6 +64,23 @@ def texts(answered: list[Candidates]) -> list[list[tuple[str, int, tuple[int, ..
     return [[(r.model, r.sample, r.token_ids) for r in item.responses] for item in answered]
 
 
+@pytest.mark.parametrize("shard_size", [2, 256])
+def test_cells_of_the_same_weights_share_their_answers(
+    shard_size: int, setup: Any, prompts: list[Candidates], tiny_matrix: Path, tmp_path: Path
+) -> None:
+    """One folder under two names, with a third cell between them: what both ask for is generated once."""
+    twins = [CellConfig(path=str(tiny_matrix / "s.v1"), name=name) for name in ("one", "two")]
+    progress: list[int] = []
+    answered = answers(setup(twins[0], "m.v2", twins[1], shard_size=shard_size), prompts, tmp_path, progress=progress)
+    assert sum(progress) == 9 * 3 * 2
+    for item in answered:
+        said = {(r.model, r.sample): (r.text, r.token_ids) for r in item.responses}
+        assert len(said) == 6
+        assert all(said["one", sample] == said["two", sample] for sample in (0, 1))
+    with ResponseStore(tmp_path) as store:
+        assert len(store) == 9 * 2 * 2
+
+
 def test_answers_depend_on_prompt_and_seed_not_on_batch_order_or_shard(
     setup: Any, prompts: list[Candidates], tmp_path: Path
 ) -> None:

@@ -127,7 +127,7 @@ def _log_once(message: str) -> None:
 
 
 def max_tokens(matrix: ModelMatrix, config: AnsweringConfig) -> int:
-    """Of a response of any cell."""
+    """Largest max_tokens over all cells."""
     own = [own.max_completion_length for own in matrix.configs.values() if own.max_completion_length is not None]
     return max([config.max_completion_length, *own])
 
@@ -158,12 +158,14 @@ def answer(
     def done(answers: list[Answer]) -> None:
         rows = []
         for a in answers:
-            number = plan.prompt_of.pop(a.key)
+            number = plan.prompt_of[a.key]
             if isinstance(a, Refusal):
                 refused.setdefault(number, a.reason)
             else:
                 rows.append((a.key, a.token_ids, a.text, a.finish_reason, a.logprob, a.top_logprobs))
         store.add(rows)
+        for a in answers:  # only now, as a request is known by the one or by the other
+            del plan.prompt_of[a.key]
 
     jobs = plan.jobs(advance)
     with contextlib.closing(make_executor(config, store.path.parent)) as executor:
@@ -204,7 +206,7 @@ class _Plan:
         self.store = store
         self._lock = threading.Lock()  # engines' threads ask for shards; a tokenizer serves one at a time
         self.prompt_of: dict[bytes, int] = {}
-        """Prompts of the requests handed out, by key, for refusals."""
+        """Prompts of the requests handed out and not yet answered, by key."""
         self.settings = {
             a.cell.name: settings_hash(
                 weights=a.cell.weight_hash, engine=a.kind, dtype=config.dtype, sampling=_identity(a.sampling)
@@ -270,10 +272,14 @@ class _Plan:
                 numbers = range(start, min(start + size, len(self.candidates)))
                 with self._lock:
                     wanted = [(number, r) for number in numbers for _, _, r in self.requests(number, of_base)]
-                missing = [(number, request) for number, request in wanted if request.key not in self.store]
-                self.prompt_of.update((request.key, number) for number, request in missing)
+                    missing = {r.key: (number, r) for number, r in wanted if not self._is_known(r.key)}
+                    self.prompt_of.update((key, number) for key, (number, _) in missing.items())
                 advance(len(wanted) - len(missing))
-                yield [request for _, request in missing]
+                yield [request for _, request in missing.values()]
+
+    def _is_known(self, key: bytes) -> bool:
+        """Whether a response is there or on its way: cells of the same weights and sampling ask for the same ones."""
+        return key in self.prompt_of or key in self.store
 
     def answered(self, number: int) -> Candidates:
         wanted = list(self.requests(number, self.asked))

@@ -42,7 +42,7 @@ Reliability = Annotated[float, Range("a share of right verdicts in (0, 1)", lamb
 Seed = Annotated[int, Range("an integer in [0, 2**32)", lambda n: 0 <= n < 2**32)]
 Port = Annotated[int, Range("an integer in [0, 65535]", lambda n: 0 <= n < 2**16)]
 Text = Annotated[str, Range("some text, or leave it out", lambda text: bool(text.strip()))]
-Stop = Annotated[str, Range("texts that are not empty", bool)]
+Stop = Annotated[list[str], Range("texts that are not empty", all)]
 Url = Annotated[
     str, Range("an address such as http://host:8000/v1", lambda text: text.startswith(("http://", "https://")))
 ]
