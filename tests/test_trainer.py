@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def run(base: TrainConfig) -> Path:
-    train(base)
+    train(dataclasses.replace(base, report_to="tensorboard"))
     return Path(base.output_dir)
 
 
@@ -52,6 +52,21 @@ def test_run_folder_loads_and_holds_the_newest_policy(run: Path) -> None:
     assert all(torch.equal(value, newest[name]) for name, value in model.state_dict().items() if name in newest)
     old = load_file(run / "iter-1/policy/model.safetensors")
     assert any(not torch.equal(newest[name], old[name]) for name in newest)
+
+
+def test_tensorboard_gets_the_metrics_with_steps_that_go_on(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = rows_of(run / "metrics.jsonl")
+    length = {t: max(row["step"] for row in rows if row["iteration"] == t) for t in (1, 2)}
+    steps = [row["step"] + (length[1] if row["iteration"] == 2 else 0) for row in rows]
+    (file,) = (run / "tso-fast").glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    for name in ("loss", "rewards/margins", "clip/chosen", "grad_norm"):
+        seen = events.Scalars(name)
+        assert [event.step for event in seen] == steps
+        assert [event.value for event in seen] == pytest.approx([row[name] for row in rows], rel=1e-5)
 
 
 def test_manifest_lists_every_stage_in_order(run: Path) -> None:
