@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tso_fast.logprob import preference_loss
 from tso_fast.losses import (
     LOSSES,
     clipped_sides,
@@ -284,3 +285,46 @@ def test_a_weighted_sum_is_the_sum_of_its_losses() -> None:
 def test_a_weighted_sum_that_cannot_be(names: Any, weights: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weighted_sum(names, weights, options)
+
+
+# ---- through the op
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_a_loss_without_reference_needs_none(impl: str) -> None:
+    """Its loss and gradients are those with any reference; rewards are NaN, as there is nothing to compare with."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 5, 16, generator=g), torch.randn(37, 16, generator=g)
+    targets = torch.randint(0, 37, (4, 5), generator=g)
+    targets[:, :2] = -100
+
+    def run(**reference: Any) -> tuple[Any, list[torch.Tensor]]:
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = preference_loss(*inputs, targets, loss="sft", impl=impl, **reference)
+        return out, list(torch.autograd.grad(out.loss, inputs))
+
+    out, gradients = run()
+    same, others = run(ref_logprobs=torch.tensor([-3.0, -7.0, -2.0, -9.0]))
+    assert torch.equal(out.losses, same.losses)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    assert out.ref_logprobs.isnan().all()
+    assert out.chosen_rewards.isnan().all()
+    assert not out.clipped.any()
+    with pytest.raises(ValueError, match="neither was given, and plain DPO needs one"):
+        preference_loss(hidden, weight, targets, loss="dpo", impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_a_sum_of_losses_goes_through_the_op(impl: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(4, 5, 16, generator=g), torch.randn(37, 16, generator=g).requires_grad_()
+    targets = torch.randint(0, 37, (4, 5), generator=g)
+    reference = -20 * torch.rand(4, generator=g)
+
+    def gradient(loss: Any, **options: Any) -> torch.Tensor:
+        out = preference_loss(hidden, weight, targets, loss=loss, ref_logprobs=reference, impl=impl, **options)
+        return torch.autograd.grad(out.loss, weight)[0]
+
+    both = gradient(weighted_sum(["dual_clip", "sft"], [1.0, 0.5], {"beta": 0.2, "clip_chosen": 9.0}))
+    want = gradient("dual_clip", beta=0.2, clip_chosen=9.0) + 0.5 * gradient("sft")
+    torch.testing.assert_close(both, want, rtol=1e-4, atol=1e-5)

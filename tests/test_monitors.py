@@ -161,6 +161,15 @@ def test_first_step_leaves_what_is_not_finite_to_the_guard() -> None:
 # -------------------------------------------------------------------------------------------------- non-finite steps
 
 
+def test_guard_of_another_process_counts_and_stops_but_writes_nothing(tmp_path: Path) -> None:
+    """The batch is that of all processes, and they would write one temporary file."""
+    guard = NonFiniteGuard(tmp_path / "iter-1", 2, is_main_process=False)
+    assert not guard.is_finite(1, NAN, 1.0, [encoded()])
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        guard.is_finite(2, NAN, 1.0, [encoded()])
+    assert not list(tmp_path.iterdir())
+
+
 def test_guard_counts_saves_and_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     guard = NonFiniteGuard(tmp_path / "iter-1", 3)
     batch = [encoded(scale=0.5, margin=0.25)]
