@@ -31,6 +31,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inl
 
 $(VENV)/.run: $(SETUP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -7,10 +7,12 @@
 namespace bindings {
 namespace {
 
-const std::unordered_map<std::string, tso::Dtype> kDtypes = {{"float64", tso::Dtype::f64},
-                                                             {"float32", tso::Dtype::f32},
-                                                             {"bfloat16", tso::Dtype::bf16},
-                                                             {"float16", tso::Dtype::f16}};
+const std::unordered_map<std::string, tso::Dtype> kDtypes = {
+    {"float64", tso::Dtype::f64},
+    {"float32", tso::Dtype::f32},
+    {"bfloat16", tso::Dtype::bf16},
+    {"float16", tso::Dtype::f16},
+};
 constexpr py::ssize_t kRowFields = sizeof(tso::Row) / sizeof(double);
 
 // The table of that name, or the best one for "".

@@ -14,15 +14,19 @@ const tso::ScoringOps& ops_of(const std::string& isa) {
 
 namespace {
 
-const std::unordered_map<std::string, tso::Method> kMethods = {{"mean", tso::Method::mean},
-                                                               {"median", tso::Method::median},
-                                                               {"borda", tso::Method::borda},
-                                                               {"win_rate", tso::Method::win_rate},
-                                                               {"bradley_terry", tso::Method::bradley_terry}};
-const std::unordered_map<std::string, tso::Normalize> kNormalizations = {{"none", tso::Normalize::none},
-                                                                         {"z", tso::Normalize::z},
-                                                                         {"rank", tso::Normalize::rank},
-                                                                         {"minmax", tso::Normalize::minmax}};
+const std::unordered_map<std::string, tso::Method> kMethods = {
+    {"mean", tso::Method::mean},
+    {"median", tso::Method::median},
+    {"borda", tso::Method::borda},
+    {"win_rate", tso::Method::win_rate},
+    {"bradley_terry", tso::Method::bradley_terry},
+};
+const std::unordered_map<std::string, tso::Normalize> kNormalizations = {
+    {"none", tso::Normalize::none},
+    {"z", tso::Normalize::z},
+    {"rank", tso::Normalize::rank},
+    {"minmax", tso::Normalize::minmax},
+};
 
 std::vector<std::string> scoring_isas() {
     std::vector<std::string> names;
@@ -56,7 +60,8 @@ py::object consensus(const Array<float>& scores_RM, const Array<int64_t>& offset
     int64_t num_unfinished;
     {
         const py::gil_scoped_release release;
-        is_finite = tso::consensus(scores, weights, method_, normalize_, options, ops, num_threads, out, num_out, &num_unfinished);
+        is_finite =
+            tso::consensus(scores, weights, method_, normalize_, options, ops, num_threads, out, num_out, &num_unfinished);
     }
     if (!is_finite) return py::none();
     return py::make_tuple(consensus_R, num_scores_R, num_unfinished);
@@ -80,8 +85,8 @@ py::object agreement(const Array<float>& scores_RM, const Array<int64_t>& offset
     return py::make_tuple(concordance_P, leave_one_out_M);
 }
 
-py::object bradley_terry(const Array<int64_t>& pairs, const Array<double>& wins, const Array<int64_t>& offsets, int64_t num_rows,
-                         double regularization, int64_t max_iterations, double tolerance, int num_threads) {
+py::object bradley_terry(const Array<int64_t>& pairs, const Array<double>& wins, const Array<int64_t>& offsets,
+                         int64_t num_rows, double regularization, int64_t max_iterations, double tolerance, int num_threads) {
     if (pairs.ndim() != 2 || pairs.shape(1) != 2) throw py::value_error("pairs must be [C, 2]");
     if (wins.ndim() != 2 || wins.shape(1) != 2 || wins.shape(0) != pairs.shape(0)) throw py::value_error("wins must be [C, 2]");
     const std::vector<int64_t> rows = checked_offsets(offsets, num_rows);
@@ -94,8 +99,8 @@ py::object bradley_terry(const Array<int64_t>& pairs, const Array<double>& wins,
     int64_t bad, num_unfinished;
     {
         const py::gil_scoped_release release;
-        bad = tso::bradley_terry(pairs_.data(), wins_, pairs_.size() / 2, rows.data(), rows.size() - 1, options, num_threads, out,
-                                 &num_unfinished);
+        bad = tso::bradley_terry(pairs_.data(), wins_, pairs_.size() / 2, rows.data(), rows.size() - 1, options, num_threads,
+                                 out, &num_unfinished);
     }
     if (bad >= 0) return py::int_(bad);
     return py::make_tuple(strengths_R, num_unfinished);
@@ -109,7 +114,8 @@ void bind_scoring(py::module_& m) {
           py::arg("weights").noconvert(), py::arg("method"), py::arg("normalize"), py::arg("regularization"),
           py::arg("max_iterations"), py::arg("tolerance"), py::arg("num_threads"), py::arg("isa") = "",
           "scores [R, M] float32, offsets [P+1] int64, weights [M] float64, all C-contiguous -> "
-          "(scores [R] float32, num_scores [R] int32, number of prompts short of the tolerance), or None if a score is infinite.");
+          "(scores [R] float32, num_scores [R] int32, number of prompts short of the tolerance), or None if a score is "
+          "infinite.");
     m.def("agreement", &agreement, py::arg("scores").noconvert(), py::arg("offsets").noconvert(), py::arg("num_threads"),
           py::arg("isa") = "",
           "scores [R, M] float32, offsets [P+1] int64 -> (concordance [P] float32, leave_one_out [M] float32), or None if a "

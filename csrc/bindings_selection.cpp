@@ -11,10 +11,15 @@ namespace bindings {
 namespace {
 
 const std::unordered_map<std::string, tso::Strategy> kStrategies = {
-    {"best_worst", tso::Strategy::best_worst},   {"best_random", tso::Strategy::best_random},
-    {"random", tso::Strategy::random},           {"baseline", tso::Strategy::baseline},
-    {"tournament", tso::Strategy::tournament},   {"first_round", tso::Strategy::first_round},
-    {"all", tso::Strategy::all},                 {"diverse", tso::Strategy::diverse}};
+    {"best_worst", tso::Strategy::best_worst},
+    {"best_random", tso::Strategy::best_random},
+    {"random", tso::Strategy::random},
+    {"baseline", tso::Strategy::baseline},
+    {"tournament", tso::Strategy::tournament},
+    {"first_round", tso::Strategy::first_round},
+    {"all", tso::Strategy::all},
+    {"diverse", tso::Strategy::diverse},
+};
 
 template <typename T>
 using Optional = std::optional<Array<T>>;
@@ -39,17 +44,15 @@ void keep_rows(Array<T>& array, std::vector<py::ssize_t> shape) {
 }
 
 py::tuple select_pairs(const Array<float>& consensus_R, const Array<int64_t>& offsets, const std::string& strategy,
-                       int64_t max_pairs, float min_margin, const Optional<bool>& positives,
-                       const Optional<bool>& negatives, const Optional<int64_t>& text_ids,
-                       const Optional<int64_t>& forbidden, const Optional<uint64_t>& keys,
-                       const Optional<int64_t>& baseline, const Optional<float>& distances, float band,
-                       bool reuses_texts, uint64_t seed, int num_threads, const std::string& isa) {
+                       int64_t max_pairs, float min_margin, const Optional<bool>& positives, const Optional<bool>& negatives,
+                       const Optional<int64_t>& text_ids, const Optional<int64_t>& forbidden, const Optional<uint64_t>& keys,
+                       const Optional<int64_t>& baseline, const Optional<float>& distances, float band, bool reuses_texts,
+                       uint64_t seed, int num_threads, const std::string& isa) {
     if (consensus_R.ndim() != 1) throw py::value_error("consensus must be [R]");
     const int64_t R = consensus_R.shape(0);
     const std::vector<int64_t> rows = checked_offsets(offsets, R);
     const int64_t P = rows.size() - 1;
-    const tso::SelectionOptions options =
-        make_options(strategy, max_pairs, min_margin, band, reuses_texts, seed, num_threads);
+    const tso::SelectionOptions options = make_options(strategy, max_pairs, min_margin, band, reuses_texts, seed, num_threads);
 
     const tso::ScoringOps& ops = ops_of(isa);
 
@@ -105,10 +108,9 @@ py::tuple select_pairs(const Array<float>& consensus_R, const Array<int64_t>& of
     return py::make_tuple(pairs_N2, margin_N, selection.is_finite);
 }
 
-Array<int64_t> select_decided(const Array<int64_t>& pairs_C2, const Array<float>& margin_C,
-                              const Array<int64_t>& offsets, const std::string& strategy, int64_t max_pairs,
-                              const Optional<int64_t>& text_ids, const Optional<uint64_t>& keys, bool reuses_texts,
-                              uint64_t seed, int num_threads) {
+Array<int64_t> select_decided(const Array<int64_t>& pairs_C2, const Array<float>& margin_C, const Array<int64_t>& offsets,
+                              const std::string& strategy, int64_t max_pairs, const Optional<int64_t>& text_ids,
+                              const Optional<uint64_t>& keys, bool reuses_texts, uint64_t seed, int num_threads) {
     if (pairs_C2.ndim() != 2 || pairs_C2.shape(1) != 2) throw py::value_error("pairs must be [C, 2]");
     const int64_t C = pairs_C2.shape(0);
     if (margin_C.ndim() != 1 || margin_C.shape(0) != C) throw py::value_error("margin must be [C]");
@@ -119,8 +121,7 @@ Array<int64_t> select_decided(const Array<int64_t>& pairs_C2, const Array<float>
     if (text_ids)
         for (const int64_t row : pairs)
             if (row < 0 || row >= text_ids->size()) throw py::value_error("a pair names a row without text id");
-    const tso::SelectionOptions options =
-        make_options(strategy, max_pairs, 0, 0, reuses_texts, seed, num_threads);
+    const tso::SelectionOptions options = make_options(strategy, max_pairs, 0, 0, reuses_texts, seed, num_threads);
     const tso::DecidedInput input{pairs.data(),
                                   margin_C.data(),
                                   begins.data(),
@@ -177,8 +178,8 @@ Array<float> pairwise_distances(const Array<int32_t>& tokens, const Array<int64_
     return distances;
 }
 
-Array<float> distinct_n(const Array<int32_t>& tokens, const Array<int64_t>& token_offsets,
-                        const Array<int64_t>& offsets, int n, int num_threads) {
+Array<float> distinct_n(const Array<int32_t>& tokens, const Array<int64_t>& token_offsets, const Array<int64_t>& offsets, int n,
+                        int num_threads) {
     check_n(n);
     const Texts texts = checked_texts(tokens, token_offsets, offsets);
     Array<float> distinct_P(static_cast<py::ssize_t>(texts.view.num_prompts));
@@ -190,8 +191,8 @@ Array<float> distinct_n(const Array<int32_t>& tokens, const Array<int64_t>& toke
     return distinct_P;
 }
 
-Array<float> self_bleu(const Array<int32_t>& tokens, const Array<int64_t>& token_offsets,
-                       const Array<int64_t>& offsets, int max_n, int num_threads) {
+Array<float> self_bleu(const Array<int32_t>& tokens, const Array<int64_t>& token_offsets, const Array<int64_t>& offsets,
+                       int max_n, int num_threads) {
     check_n(max_n);
     const Texts texts = checked_texts(tokens, token_offsets, offsets);
     Array<float> bleu_R(static_cast<py::ssize_t>(texts.token_offsets.size() - 1));
@@ -206,19 +207,17 @@ Array<float> self_bleu(const Array<int32_t>& tokens, const Array<int64_t>& token
 }  // namespace
 
 void bind_selection(py::module_& m) {
-    m.def("select_pairs", &select_pairs, py::arg("consensus").noconvert(), py::arg("offsets").noconvert(),
-          py::kw_only(), py::arg("strategy"), py::arg("max_pairs"), py::arg("min_margin"),
-          py::arg("positives").noconvert(), py::arg("negatives").noconvert(), py::arg("text_ids").noconvert(),
-          py::arg("forbidden").noconvert(), py::arg("keys").noconvert(), py::arg("baseline").noconvert(),
-          py::arg("distances").noconvert(), py::arg("band"), py::arg("reuse_texts"), py::arg("seed"),
-          py::arg("num_threads"), py::arg("isa") = "",
+    m.def("select_pairs", &select_pairs, py::arg("consensus").noconvert(), py::arg("offsets").noconvert(), py::kw_only(),
+          py::arg("strategy"), py::arg("max_pairs"), py::arg("min_margin"), py::arg("positives").noconvert(),
+          py::arg("negatives").noconvert(), py::arg("text_ids").noconvert(), py::arg("forbidden").noconvert(),
+          py::arg("keys").noconvert(), py::arg("baseline").noconvert(), py::arg("distances").noconvert(), py::arg("band"),
+          py::arg("reuse_texts"), py::arg("seed"), py::arg("num_threads"), py::arg("isa") = "",
           "consensus [R] float32, offsets [P+1] int64, ... -> (pairs [N, 2] int64, margin [N] float32, whether no "
           "score is infinite).");
     m.def("select_decided", &select_decided, py::arg("pairs").noconvert(), py::arg("margin").noconvert(),
           py::arg("offsets").noconvert(), py::kw_only(), py::arg("strategy"), py::arg("max_pairs"),
           py::arg("text_ids").noconvert(), py::arg("keys").noconvert(), py::arg("reuse_texts"), py::arg("seed"),
-          py::arg("num_threads"),
-          "pairs [C, 2] int64, margin [C] float32, offsets [P+1] int64 -> index [N] int64.");
+          py::arg("num_threads"), "pairs [C, 2] int64, margin [C] float32, offsets [P+1] int64 -> index [N] int64.");
     const auto def = [&m](const char* name, auto function, const char* order, const char* doc) {
         m.def(name, function, py::arg("tokens").noconvert(), py::arg("token_offsets").noconvert(),
               py::arg("offsets").noconvert(), py::arg(order), py::arg("num_threads"), doc);

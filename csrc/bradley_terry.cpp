@@ -45,7 +45,7 @@ bool BradleyTerry::fit(const std::vector<Comparison>& comparisons, int64_t n, co
             change = std::max(change, std::abs(next / strength[i] - 1.0));
             strength[i] = next;
         }
-        if (ghost_games > 0.0) ghost = ghost_wins / ghost_expected;
+        ghost = ghost_wins / ghost_expected;
         is_done = change <= options.tolerance;
     }
     double mean = 0.0;

@@ -18,11 +18,11 @@ struct BradleyTerryOptions {
 
 // The contract of the numbers is tso_fast.scoring.bradley_terry_reference.
 class BradleyTerry {
-   public:
+public:
     // strengths_n: log-strengths of mean 0; NaN where all games of a response weigh 0. False if the tolerance was not reached.
     bool fit(const std::vector<Comparison>& comparisons, int64_t n, const BradleyTerryOptions& options, float* strengths_n);
 
-   private:
+private:
     std::vector<double> wins, games, strength, expected;
 };
 

@@ -101,9 +101,10 @@ struct Scratch {
     std::vector<int32_t> numbers;  // of each token position
     std::vector<int32_t> last_in;  // by number: the last response that has it, so far
     std::vector<int32_t> shared;   // by number: its bit, -1 while only one response has it
-    std::vector<std::pair<int32_t, int32_t>> members;  // (response, bit)
-    std::vector<int64_t> sizes;    // of each response: its distinct n-grams
-    std::vector<uint64_t> bits;    // a row of bits a response
+    // (response, bit)
+    std::vector<std::pair<int32_t, int32_t>> members;
+    std::vector<int64_t> sizes;  // of each response: its distinct n-grams
+    std::vector<uint64_t> bits;  // a row of bits a response
     std::vector<int32_t> num_here;
     std::vector<Counts> counts;
     std::vector<double> log_sum;

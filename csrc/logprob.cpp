@@ -38,7 +38,7 @@ void* offset_bytes(void* p, int64_t bytes) { return static_cast<char*>(p) + byte
 
 // Uninitialised memory, freed with its owner.
 class Buffer {
-  public:
+public:
     explicit Buffer(int64_t bytes) : data_(std::aligned_alloc(64, round_up(std::max<int64_t>(bytes, 1), 64))) {
         if (data_ == nullptr) throw std::bad_alloc();
     }
@@ -48,7 +48,7 @@ class Buffer {
     void* get() const { return data_; }
     void* at(int64_t bytes) const { return offset_bytes(data_, bytes); }
 
-  private:
+private:
     void* data_;
 };
 
@@ -95,7 +95,7 @@ int64_t padded_groups(const Ops& ops, int64_t count) { return round_up(divide_up
 
 // Rows of W as operand A, converted only where they can't be read as they are.
 class WeightRows {
-  public:
+public:
     explicit WeightRows(const Head& head)
         : head_(head),
           num_groups_(padded_groups(*head.ops, head.D)),
@@ -111,7 +111,7 @@ class WeightRows {
     }
     int64_t num_groups() const { return num_groups_; }
 
-  private:
+private:
     const Head& head_;
     int64_t num_groups_;
     bool is_direct_;
@@ -258,8 +258,8 @@ void hidden_gradient(const Head& head, const std::vector<Range>& ranges, const v
     const int64_t num_parts = divide_up(head.V, part_rows), num_blocks = blocks.size();
     const Buffer sums(num_parts * part_bytes);
     const Ops& plain = *portable_ops(acc == 8 ? Dtype::f64 : Dtype::f32);
-    // A chain is a part of the vocabulary for a block of tokens and columns, whose sums grow step by step. All chains make their
-    // first step, then all their second: threads that run at unequal speed are done at the same time, but for a step.
+    // A chain is a part of the vocabulary for a block of tokens and columns, whose sums grow step by step. All chains make
+    // their first step, then all their second: threads that run at unequal speed are done at the same time, but for a step.
     const int64_t num_chains = num_blocks * num_column_blocks * num_parts;
     const int64_t num_steps = num_chains * divide_up(part_rows, kStepRows);
     std::atomic<int64_t> next{0};
@@ -397,8 +397,7 @@ void logprob_backward(const Head& head, const double* dlogprob_T, const Row* row
         });
     // Once there is a sum, a chunk without gradients adds nothing to it.
     const bool is_nothing = ranges.empty() && !gradients.is_first && !gradients.is_last;
-    if (gradients.dweight_VD != nullptr && !is_nothing)
-        weight_gradient(head, ranges, factor.get(), exps, gradients);
+    if (gradients.dweight_VD != nullptr && !is_nothing) weight_gradient(head, ranges, factor.get(), exps, gradients);
     if (gradients.dhidden_TD == nullptr) return;
     const int64_t out_row = head.D * dtype_size(gradients.dhidden_dtype);
     int64_t end = 0;

@@ -2,7 +2,7 @@
 // With z the logits, k_t the target's logit and E = exp(z - k_t): logprob = -log(sum E) and dlogits = g (onehot - E / sum E).
 // E is stored in the forward pass, so that the backward pass is two plain products: dh = v (E^T W), dW = E (v h) with
 // v = -g / sum E. Exponents of float and bf16 reach 2^126, so any k_t near the log-sum-exp does: the target's logit costs one
-// dot product a row, where a running maximum would rescale what is stored. Rows where it is far off are redone with their maximum.
+// dot product a row, where a running maximum would rescale what is stored. Rows far off are redone with their maximum.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -17,7 +17,7 @@ struct Head {
     Dtype dtype;
     const void* hidden_TD;
     const void* weight_VD;
-    const void* bias_V;  // null: none
+    const void* bias_V;        // null: none
     const int64_t* targets_T;  // -1: another rank has the target, see Reduce
     int64_t T, D, V;
     double softcap;  // 0: none
@@ -27,10 +27,10 @@ struct Head {
 
 // Of a row: what it takes to get from stored exponentials to the gradient.
 struct Row {
-    double offset;         // E = 2^(z log2(e) - offset)
-    double sum;            // of E
-    double target_exp;     // E of the target
-    double target_slope;   // 1 - tanh^2 under a softcap, else 1
+    double offset;        // E = 2^(z log2(e) - offset)
+    double sum;           // of E
+    double target_exp;    // E of the target
+    double target_slope;  // 1 - tanh^2 under a softcap, else 1
 };
 
 // Columns of the stored exponentials [V, stride]: T rounded up.

@@ -19,9 +19,9 @@ constexpr int64_t kPanel = 64;
 struct SoftmaxTile {
     const void* logits;  // [num_vocab, kPanel] accumulators of h W^T; overwritten
     int64_t num_vocab, width;
-    const void* bias;  // [num_vocab] accumulators or null
-    double softcap;    // 0: none
-    double scale;      // 1 / temperature
+    const void* bias;    // [num_vocab] accumulators or null
+    double softcap;      // 0: none
+    double scale;        // 1 / temperature
     const void* offset;  // [width] accumulators, in powers of two: exponentials are 2^(logit log2(e) - offset)
     void* exps;          // [num_vocab, exps_stride] elements, or null: nothing is stored. Times 1 - tanh^2 under a softcap.
     int64_t exps_stride;
@@ -31,13 +31,13 @@ struct SoftmaxTile {
 
 struct Ops {
     const char* isa;
-    Dtype element;       // of packed operands and stored exponentials
+    Dtype element;  // of packed operands and stored exponentials
     int64_t element_size;
-    int64_t acc_size;    // 4: float, 8: double
+    int64_t acc_size;  // 4: float, 8: double
     int64_t group;
-    int64_t lanes;       // columns of a panel come in multiples of this
-    int64_t row_align;   // ranges of K over tokens start and end at multiples of this
-    int64_t group_align; // K in groups is a multiple of this
+    int64_t lanes;        // columns of a panel come in multiples of this
+    int64_t row_align;    // ranges of K over tokens start and end at multiples of this
+    int64_t group_align;  // K in groups is a multiple of this
 
     // One panel: `width` columns (a multiple of `lanes`) of B, `num_groups` of K.
     void (*gemm)(const void* A, int64_t row_stride, int64_t group_stride, const void* B, int64_t width, void* C, int64_t ldc,
@@ -62,12 +62,11 @@ struct Ops {
     // Adds a tile of accumulators to a sum kept in total and rest (dtype: of the inputs): f32 and f64 in total; bf16 and f16
     // as a float of 24 bits, the upper 16 in the memory of total and 8 more in rest, a byte each. is_first: what they hold is
     // overwritten. is_last: the sum is rounded into total. rest may be null where the tile is first and last.
-    void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t columns, void* total, void* rest, Dtype dtype, int64_t ld,
-                bool is_first, bool is_last);
+    void (*add)(const void* src, int64_t ld_src, int64_t rows, int64_t columns, void* total, void* rest, Dtype dtype,
+                int64_t ld, bool is_first, bool is_last);
     // sum_r exps[r] * factor[r]
     double (*dot_exps)(const void* exps, const void* factor, int64_t count);
     double (*dot)(const void* a, const void* b, Dtype dtype, int64_t count);
-    double (*load_exp)(const void* exps, int64_t index);
     void (*store_exp)(void* exps, int64_t index, double value);
 };
 

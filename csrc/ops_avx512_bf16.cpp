@@ -166,7 +166,7 @@ void pack_columns_bf16(const void* src_, Dtype, int64_t ld, int64_t rows, int64_
         }
 }
 
-// dst[g][token]: broadcasts take any address. An odd number of cache lines from group to group spreads them over the cache's sets.
+// dst[g][token]: broadcasts take any address. An odd number of cache lines from group to group spreads them over its sets.
 const void* vocab_operand_bf16(const void* exps_, int64_t ld, int64_t num_vocab, int64_t tokens, int64_t num_groups, void* dst_,
                                int64_t* row_stride, int64_t* group_stride) {
     const Bf16* exps = static_cast<const Bf16*>(exps_);
@@ -210,8 +210,8 @@ inline __m512i upper_24_bits(__m512 x) {
 }
 
 // kPanel or fewer columns of a sum of 24 bits: see Ops::add.
-void add_tile_bf16(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest_, Dtype, int64_t ld,
-                   bool is_first, bool is_last) {
+void add_tile_bf16(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest_, Dtype,
+                   int64_t ld, bool is_first, bool is_last) {
     const float* src = static_cast<const float*>(src_);
     Bf16* total = static_cast<Bf16*>(total_);
     uint8_t* rest = static_cast<uint8_t*>(rest_);
@@ -244,8 +244,8 @@ struct alignas(64) TileConfig {
 };
 
 // The tile registers, and the same in software: so that what is built on them is tested on machines without them.
-// Assembly, as the intrinsics are macros that take literals only, and that of ldtilecfg tells GCC before 14 of 8 bytes of the 64
-// that it reads.
+// Assembly, as the intrinsics are macros that take literals only, and that of ldtilecfg tells GCC before 14 of 8 bytes of the
+// 64 that it reads.
 struct HardwareTiles {
     void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
     void release() { _tile_release(); }
@@ -374,8 +374,7 @@ void gemm_tiles(const void* A_, int64_t row_stride, int64_t, const void* B_, int
     int64_t m = 0;
     for (; m + 32 <= M; m += 32)
         for (int64_t n = 0; n < width; n += 32)
-            tile_block<true>(tiles, A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups,
-                             accumulate);
+            tile_block<true>(tiles, A + m * row_stride, row_stride, B + n, width, C + m * ldc + n, ldc, num_groups, accumulate);
     if (const int64_t left = M - m; left > 0) {
         tiles.configure(tile_config(left < 16 ? left : 16, left - 16));
         for (int64_t n = 0; n < width; n += 32) {
@@ -416,14 +415,32 @@ typedef decltype(Ops::gemm) Gemm;
 typedef decltype(Ops::vocab_operand) VocabOperand;
 
 constexpr Ops make_bf16_ops(const char* isa, int64_t group_align, Gemm gemm, VocabOperand vocab_operand) {
-    return Ops{isa,  Dtype::bf16,  2,  4,  2,  32,  32,  group_align,  gemm,  convert_bf16,  pack_rows_bf16,
-               pack_columns_bf16,  vocab_operand,  softmax_tile<float, Bf16>,  store_rows<float>,  add_tile_bf16,  dot_exps<Bf16>,  dot,
-               load_exp<Bf16>,  store_exp<Bf16>};
+    Ops ops{};
+    ops.isa = isa;
+    ops.element = Dtype::bf16;
+    ops.element_size = 2;
+    ops.acc_size = 4;
+    ops.group = 2;
+    ops.lanes = 32;
+    ops.row_align = 32;
+    ops.group_align = group_align;
+    ops.gemm = gemm;
+    ops.convert = convert_bf16;
+    ops.pack_rows = pack_rows_bf16;
+    ops.pack_columns = pack_columns_bf16;
+    ops.vocab_operand = vocab_operand;
+    ops.softmax_tile = softmax_tile<float, Bf16>;
+    ops.store = store_rows<float>;
+    ops.add = add_tile_bf16;
+    ops.dot_exps = dot_exps<Bf16>;
+    ops.dot = dot;
+    ops.store_exp = store_exp<Bf16>;
+    return ops;
 }
 
-const Ops kAvx512Bf16 = make_bf16_ops("avx512_bf16", 1, gemm_bf16, vocab_operand_bf16);
-const Ops kAmx = make_bf16_ops("amx", 16, gemm_tiles<HardwareTiles>, vocab_operand_amx);
-const Ops kAmxEmulated = make_bf16_ops("amx_emulated", 16, gemm_tiles<SoftwareTiles>, vocab_operand_amx);
+constexpr Ops kAvx512Bf16 = make_bf16_ops("avx512_bf16", 1, gemm_bf16, vocab_operand_bf16);
+constexpr Ops kAmx = make_bf16_ops("amx", 16, gemm_tiles<HardwareTiles>, vocab_operand_amx);
+constexpr Ops kAmxEmulated = make_bf16_ops("amx_emulated", 16, gemm_tiles<SoftwareTiles>, vocab_operand_amx);
 
 }  // namespace
 

@@ -64,9 +64,13 @@ inline float widen(F16 x) {
 template <typename T>
 inline T narrow(double x);
 template <>
-inline double narrow<double>(double x) { return x; }
+inline double narrow<double>(double x) {
+    return x;
+}
 template <>
-inline float narrow<float>(double x) { return static_cast<float>(x); }
+inline float narrow<float>(double x) {
+    return static_cast<float>(x);
+}
 
 inline void round_to(float x, float* p) { *p = x; }
 inline void round_to(double x, double* p) { *p = x; }
@@ -177,19 +181,17 @@ inline void micro(const T* A, int64_t row_stride, int64_t group_stride, const T*
 }
 
 template <typename T, int kVectors>
-void gemm_columns(const T* A, int64_t row_stride, int64_t group_stride, const T* B, int64_t width, T* C, int64_t ldc,
-                  int64_t M, int64_t num_groups, bool accumulate) {
+void gemm_columns(const T* A, int64_t row_stride, int64_t group_stride, const T* B, int64_t width, T* C, int64_t ldc, int64_t M,
+                  int64_t num_groups, bool accumulate) {
     constexpr int kRows = TSO_MICRO_ROWS;
     int64_t m = 0;
     for (; m + kRows <= M; m += kRows)
         micro<T, kRows, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups,
                                   accumulate);
     for (; m + 2 <= M; m += 2)
-        micro<T, 2, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups,
-                              accumulate);
+        micro<T, 2, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups, accumulate);
     if (m < M)
-        micro<T, 1, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups,
-                              accumulate);
+        micro<T, 1, kVectors>(A + m * row_stride, row_stride, group_stride, B, width, C + m * ldc, ldc, num_groups, accumulate);
 }
 
 template <typename T>
@@ -235,8 +237,8 @@ void pack_rows(const void* src_, Dtype dtype, int64_t ld, int64_t rows, int64_t 
 }
 
 template <typename T>
-void pack_columns(const void* src_, Dtype dtype, int64_t ld, int64_t rows, int64_t columns, int64_t num_groups,
-                  int64_t width, void* dst_) {
+void pack_columns(const void* src_, Dtype dtype, int64_t ld, int64_t rows, int64_t columns, int64_t num_groups, int64_t width,
+                  void* dst_) {
     T* dst = static_cast<T*>(dst_);
     with_type(dtype, [=](auto* type) {
         auto* src = static_cast<decltype(type)>(src_);
@@ -260,7 +262,9 @@ const void* vocab_operand(const void* exps_, int64_t ld, int64_t num_vocab, int6
 }
 
 template <typename T>
-inline void store_exps(T* p, Vector<T> v) { store(p, v); }
+inline void store_exps(T* p, Vector<T> v) {
+    store(p, v);
+}
 
 // T: accumulators, E: stored exponentials.
 template <typename T, typename E>
@@ -300,8 +304,8 @@ void softmax_tile(const SoftmaxTile& tile) {
 }
 
 template <typename T>
-void store_rows(const void* src_, int64_t ld_src, const void* row_scale_, int64_t rows, int64_t columns, void* dst_, Dtype dtype,
-                int64_t ld_dst) {
+void store_rows(const void* src_, int64_t ld_src, const void* row_scale_, int64_t rows, int64_t columns, void* dst_,
+                Dtype dtype, int64_t ld_dst) {
     const T* src = static_cast<const T*>(src_);
     const T* row_scale = static_cast<const T*>(row_scale_);
     with_type(dtype, [=](auto* type) {
@@ -362,15 +366,15 @@ inline void add_row(const T* src, int64_t columns, F16* total, void* rest, bool 
 }
 
 template <typename T>
-void add_tile(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest, Dtype dtype, int64_t ld,
-              bool is_first, bool is_last) {
+void add_tile(const void* src_, int64_t ld_src, int64_t rows, int64_t columns, void* total_, void* rest, Dtype dtype,
+              int64_t ld, bool is_first, bool is_last) {
     const T* src = static_cast<const T*>(src_);
     with_type(dtype, [=](auto* type) {
         typedef typename RemoveConst<typename RemovePointer<decltype(type)>::type>::type Total;
         Total* total = static_cast<Total*>(total_);
         for (int64_t r = 0; r < rows; ++r)
-            add_row(src + r * ld_src, columns, total + r * ld,
-                    rest == nullptr ? nullptr : static_cast<char*>(rest) + r * ld, is_first, is_last);
+            add_row(src + r * ld_src, columns, total + r * ld, rest == nullptr ? nullptr : static_cast<char*>(rest) + r * ld,
+                    is_first, is_last);
     });
 }
 
@@ -406,21 +410,34 @@ inline double dot(const void* a_, const void* b_, Dtype dtype, int64_t count) {
 }
 
 template <typename E>
-double load_exp(const void* exps, int64_t index) {
-    return widen(static_cast<const E*>(exps)[index]);
-}
-template <typename E>
 void store_exp(void* exps, int64_t index, double value) {
     round_to(value, static_cast<E*>(exps) + index);
 }
 
 template <typename T>
 constexpr Ops make_ops(const char* isa, Dtype element) {
-    return Ops{isa,          element,         sizeof(T),          sizeof(T),           1,
-               16,           1,               1,                  gemm<T>,             convert<T>,
-               pack_rows<T>, pack_columns<T>, vocab_operand<T>,   softmax_tile<T, T>,  store_rows<T>,  add_tile<T>,
-               dot_exps<T>,  dot,             load_exp<T>,        store_exp<T>};
+    Ops ops{};
+    ops.isa = isa;
+    ops.element = element;
+    ops.element_size = sizeof(T);
+    ops.acc_size = sizeof(T);
+    ops.group = 1;
+    ops.lanes = 16;
+    ops.row_align = 1;
+    ops.group_align = 1;
+    ops.gemm = gemm<T>;
+    ops.convert = convert<T>;
+    ops.pack_rows = pack_rows<T>;
+    ops.pack_columns = pack_columns<T>;
+    ops.vocab_operand = vocab_operand<T>;
+    ops.softmax_tile = softmax_tile<T, T>;
+    ops.store = store_rows<T>;
+    ops.add = add_tile<T>;
+    ops.dot_exps = dot_exps<T>;
+    ops.dot = dot;
+    ops.store_exp = store_exp<T>;
+    return ops;
 }
 
-const Ops kFloat = make_ops<float>(TSO_ISA, Dtype::f32);
-const Ops kDouble = make_ops<double>(TSO_ISA, Dtype::f64);
+constexpr Ops kFloat = make_ops<float>(TSO_ISA, Dtype::f32);
+constexpr Ops kDouble = make_ops<double>(TSO_ISA, Dtype::f64);

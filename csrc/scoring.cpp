@@ -30,7 +30,7 @@ constexpr int64_t kMaxScoresBatched = 512;
 
 // What the kernels want to know of the scorers.
 class PaddedScorers {
-   public:
+public:
     PaddedScorers(const double* weights_M, int64_t M) {
         const int64_t padded = (M + kColumnPad - 1) / kColumnPad * kColumnPad;
         weights.assign(padded, 0.0);
@@ -52,14 +52,13 @@ class PaddedScorers {
             weighted.push_back(m);
         }
         const int32_t num_weighted = static_cast<int32_t>(weighted.size());
-        view = {M,          padded, weights.data(), absent.data(),   beyond.data(),
-                is_uniform, total,  num_weighted,   weighted.data()};
+        view = {M, padded, weights.data(), absent.data(), beyond.data(), is_uniform, total, num_weighted, weighted.data()};
     }
     PaddedScorers(const PaddedScorers&) = delete;
 
     Scorers view;
 
-   private:
+private:
     std::vector<double> weights;
     std::vector<int32_t> absent, beyond;
     std::vector<int64_t> weighted;
@@ -91,7 +90,7 @@ struct Scratch {
 
 // Prompts as the kernels take them.
 class Reader {
-   public:
+public:
     Reader(const Scores& scores, const Scorers& scorers, const ScoringOps& ops) : scores(scores), scorers(scorers), ops(ops) {}
 
     // False if a score is infinite. Rows are valid until the next call.
@@ -124,7 +123,8 @@ class Reader {
             batch.mean[lane] = consensus_R + begin;
             batch.num_scores[lane] = num_scores_R + begin;
             batch.most_rows = std::max(batch.most_rows, batch.n[lane]);
-            if (lane && lane < num_prompts) is_contiguous &= batch.scores[lane] == batch.scores[lane - 1] + batch.n[lane - 1] * M;
+            if (lane && lane < num_prompts)
+                is_contiguous &= batch.scores[lane] == batch.scores[lane - 1] + batch.n[lane - 1] * M;
         }
         const auto classify = [&](int lane, const float* last) {
             const Found found = ops.classify(batch.scores[lane], last - batch.scores[lane]);
@@ -152,7 +152,7 @@ class Reader {
         return true;
     }
 
-   private:
+private:
     const Scores& scores;
     const Scorers& scorers;
     const ScoringOps& ops;
@@ -369,8 +369,8 @@ struct Sums {
     double *count, *x, *y, *xx, *yy, *xy;
 };
 
-// Kendall's W = 12 S / (m^2 (n^3 - n) - m sum T) over the scorers that scored all responses. With ranks less their mean, doubled
-// to make them whole numbers, it is sum_i (sum_m rank)^2 / (m sum_i sum_m rank^2), ties and all.
+// Kendall's W = 12 S / (m^2 (n^3 - n) - m sum T) over the scorers that scored all responses. With ranks less their mean,
+// doubled to make them whole numbers, it is sum_i (sum_m rank)^2 / (m sum_i sum_m rank^2), ties and all.
 double concordance(const Scorers& scorers, const Rows& ranks, const double* num_present_M) {
     double num_scorers = 0.0, between = 0.0, all = 0.0;
     for (int64_t m = 0; m < scorers.count; ++m) num_scorers += num_present_M[m] == ranks.n;
@@ -387,8 +387,8 @@ double concordance(const Scorers& scorers, const Rows& ranks, const double* num_
     return num_scorers >= 2.0 && all > 0.0 ? between / (num_scorers * all) : kNaN;
 }
 
-void add_leave_one_out(const Scorers& scorers, const Rows& ranks, const double* num_present_M, double* rank_M, double* is_present_M,
-                       Sums& sums) {
+void add_leave_one_out(const Scorers& scorers, const Rows& ranks, const double* num_present_M, double* rank_M,
+                       double* is_present_M, Sums& sums) {
     const int64_t M = scorers.count;
     for (int64_t i = 0; i < ranks.n; ++i) {
         const float* row_M = ranks.scores + i * ranks.stride;
@@ -464,8 +464,8 @@ bool agreement(const Scores& scores, const ScoringOps& ops, int num_threads, flo
     for (const std::vector<double>& block : blocks)
         for (int64_t i = 0; i < 6 * M; ++i) total[i] += block[i];
     for (int64_t m = 0; m < M; ++m)
-        leave_one_out_M[m] = static_cast<float>(correlation(total[m], total[M + m], total[2 * M + m], total[3 * M + m],
-                                                            total[4 * M + m], total[5 * M + m]));
+        leave_one_out_M[m] = static_cast<float>(
+            correlation(total[m], total[M + m], total[2 * M + m], total[3 * M + m], total[4 * M + m], total[5 * M + m]));
     return true;
 }
 
@@ -479,7 +479,8 @@ int64_t bradley_terry(const int64_t* pairs, const double* wins, int64_t num_comp
     for (int64_t c = 0; c < num_comparisons; ++c) {
         const int64_t low = std::min(pairs[2 * c], pairs[2 * c + 1]), high = std::max(pairs[2 * c], pairs[2 * c + 1]);
         if (low < 0 || high >= num_rows || low == high) return c;
-        if (low < offsets[p] || low >= offsets[p + 1]) p = std::upper_bound(offsets, offsets + num_prompts + 1, low) - offsets - 1;
+        if (low < offsets[p] || low >= offsets[p + 1])
+            p = std::upper_bound(offsets, offsets + num_prompts + 1, low) - offsets - 1;
         if (high >= offsets[p + 1]) return c;
         prompts[c] = p;
         ++starts[p + 2];

@@ -4,14 +4,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,prefer-vector-width=512")
 #include <immintrin.h>
 
+#define TSO_ISA "avx512"
 #define TSO_VECTOR_BYTES 64
 
 namespace tso {
 namespace {
 #include "scoring_generic.inl"
-
-constexpr ScoringOps kOps = {"avx512", classify, affine, rank_table, mean, mean_of_batch, values, compare, sort_columns,
-                             best_and_worst};
 }  // namespace
 
 const ScoringOps* scoring_ops_avx512() { return &kOps; }

@@ -1,5 +1,5 @@
-// Body of scoring_portable.cpp, scoring_avx2.cpp and scoring_avx512.cpp: the same loops in GCC's vector types of TSO_VECTOR_BYTES.
-// Included after the target pragma, in namespace tso, in an anonymous namespace.
+// Body of scoring_portable.cpp, scoring_avx2.cpp and scoring_avx512.cpp: the same loops in GCC's vector types of
+// TSO_VECTOR_BYTES. Included after the target pragma, in namespace tso, in an anonymous namespace.
 
 #if defined(__clang__)
 #pragma clang fp contract(off)
@@ -402,7 +402,8 @@ template <bool kComplete, Normalize kNormalize>
 inline void differences_of(const Scorers& scorers, int64_t n, const BatchScratch& s) {
     constexpr int kColumns = kComplete ? 1 : 4;
     int64_t i = 0;
-    for (; i + kColumns <= scorers.num_weighted; i += kColumns) differences_of<kComplete, kNormalize, kColumns>(scorers, n, i, s);
+    for (; i + kColumns <= scorers.num_weighted; i += kColumns)
+        differences_of<kComplete, kNormalize, kColumns>(scorers, n, i, s);
     for (; i < scorers.num_weighted; ++i) differences_of<kComplete, kNormalize, 1>(scorers, n, i, s);
 }
 
@@ -563,3 +564,7 @@ void best_and_worst(const float* scores, int64_t n, int32_t* best, int32_t* wors
         store(margin + lane, high - low);
     }
 }
+
+constexpr ScoringOps kOps = {
+    TSO_ISA, classify, affine, rank_table, mean, mean_of_batch, values, compare, sort_columns, best_and_worst,
+};

@@ -1,6 +1,6 @@
-// The inner loops of scoring, one table of them per instruction set. No std templates in the files that fill the tables (why: ops.h).
+// The inner loops of scoring, one table of them per instruction set. No std templates in the files that fill them (why: ops.h).
 //
-// Lanes are scorers. Every sum over scorers is taken in 8 lanes of columns (m, m + 8, ...), which are then halved, and nothing is
+// Lanes are scorers. Every sum over them is taken in 8 lanes of columns (m, m + 8, ...), which are then halved, and nothing is
 // contracted to fused multiply-adds: the tables give the same bits. In mean_of_batch lanes are prompts, and sums are in order.
 #pragma once
 #include <cstdint>
@@ -66,7 +66,8 @@ struct ScoringOps {
     // table [n, padded]: how many of the scorer's other scores are below this one, ties half; NaN where missing. O(n^2).
     void (*rank_table)(const Scorers& scorers, const Rows& rows, float* table);
     // sums [3, n rounded up to a multiple of 8] is scratch.
-    void (*mean)(const Scorers& scorers, const Rows& rows, const Affine& affine, double* sums, float* mean_n, int32_t* num_scores_n);
+    void (*mean)(const Scorers& scorers, const Rows& rows, const Affine& affine, double* sums, float* mean_n,
+                 int32_t* num_scores_n);
     // Not Normalize::rank. scratch is aligned to 64 bytes.
     void (*mean_of_batch)(const Scorers& scorers, const Batch& batch, Normalize normalize, double* scratch);
     // values_M [padded] of one row, NaN where missing.
@@ -75,8 +76,8 @@ struct ScoringOps {
     void (*compare)(const Scorers& scorers, const Rows& rows, int64_t row, double* wins, double* games);
     // values [num_values, width] -> sorted in every column, width = 8.
     void (*sort_columns)(double* values, int64_t num_values);
-    // Of kMaxBatch prompts of n rows each, one after the other, and of each lane: the first of the rows of highest and of lowest
-    // score, and by how much these differ, -inf where all are missing. kMaxBatch floats beyond the last can be read.
+    // Of kMaxBatch prompts of n rows each, one after the other, and of each lane: the first of the rows of highest and of
+    // lowest score, and by how much these differ, -inf where all are missing. kMaxBatch floats beyond the last can be read.
     void (*best_and_worst)(const float* scores, int64_t n, int32_t* best, int32_t* worst, float* margin);
 };
 

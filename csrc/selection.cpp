@@ -120,8 +120,7 @@ int64_t decided_capacity_of(const int64_t* offsets, int64_t first, int64_t last,
 //   run(first_prompt, last_prompt, at)  fills the entries from `at` on, returns how many
 //   move(from, to, count)               moves entries
 template <typename Capacity, typename Run, typename Move>
-int64_t run_chunks(int64_t num_prompts, int64_t num_threads, const Capacity& capacity, const Run& run,
-                   const Move& move) {
+int64_t run_chunks(int64_t num_prompts, int64_t num_threads, const Capacity& capacity, const Run& run, const Move& move) {
     const int64_t range = std::clamp<int64_t>(num_prompts / (8 * num_threads), 1, kMaxPromptsPerChunk);
     const int64_t num_chunks = (num_prompts + range - 1) / range;
     std::vector<int64_t> begins(num_chunks), counts(num_chunks);
@@ -163,8 +162,8 @@ struct WiderGap {
 //
 //   take(pair)  false: that was enough
 template <typename Take>
-void take_least_used(Scratch& scratch, const int32_t* texts, int64_t num_texts, int first_phase, int last_phase,
-                     Draws* draws, const Take& take) {
+void take_least_used(Scratch& scratch, const int32_t* texts, int64_t num_texts, int first_phase, int last_phase, Draws* draws,
+                     const Take& take) {
     scratch.is_used.assign(num_texts, 0);
     for (int phase = first_phase; phase <= last_phase; ++phase) {
         std::vector<Pair>& pairs = scratch.pairs;
@@ -211,8 +210,7 @@ public:
     int64_t select() {
         if (n_ < 2) return 0;
         const bool is_plain = is_plain_best_worst(input_, options_);
-        if (is_plain && options_.max_pairs == 1 && !input_.positives_R && !input_.negatives_R)
-            return best_against_worst();
+        if (is_plain && options_.max_pairs == 1 && !input_.positives_R && !input_.negatives_R) return best_against_worst();
         // A copy: the caller's array may change while the GIL is released, and a sort must not see that.
         scratch_.scores.assign(scores_, scores_ + n_);
         scores_ = scratch_.scores.data();
@@ -318,8 +316,7 @@ private:
                 if (may_be_chosen(row) && (best < 0 || scores_[row] > scores_[best])) best = row;
                 if (may_be_rejected(row) && (worst < 0 || scores_[row] < scores_[worst])) worst = row;
             }
-            if (best < 0 || worst < 0 || !(gap(best, worst) > options_.min_margin) || !take(best, worst))
-                return count_;
+            if (best < 0 || worst < 0 || !(gap(best, worst) > options_.min_margin) || !take(best, worst)) return count_;
             scratch_.is_used[best] = scratch_.is_used[worst] = 1;
         }
     }
@@ -347,9 +344,8 @@ private:
         order.clear();
         for (int32_t row = 0; row < n_; ++row)
             if (!std::isnan(scores_[row]) && may_be_chosen(row)) order.push_back(row);
-        std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-            return scores_[a] != scores_[b] ? scores_[a] > scores_[b] : a < b;
-        });
+        std::sort(order.begin(), order.end(),
+                  [&](int32_t a, int32_t b) { return scores_[a] != scores_[b] ? scores_[a] > scores_[b] : a < b; });
         for (const int32_t best : order) {
             scratch_.rows.clear();
             for (int32_t row = 0; row < n_; ++row)
@@ -376,9 +372,8 @@ private:
         if (best < 0) return 0;
         std::vector<float>& distance_n = scratch_.distances;
         distance_n.assign(distances_ + static_cast<int64_t>(best) * n_, distances_ + static_cast<int64_t>(best + 1) * n_);
-        std::sort(scratch_.rows.begin(), scratch_.rows.end(), [&](int32_t a, int32_t b) {
-            return distance_n[a] != distance_n[b] ? distance_n[a] > distance_n[b] : a < b;
-        });
+        std::sort(scratch_.rows.begin(), scratch_.rows.end(),
+                  [&](int32_t a, int32_t b) { return distance_n[a] != distance_n[b] ? distance_n[a] > distance_n[b] : a < b; });
         for (const int32_t row : scratch_.rows)
             if (!take_unseen(best, row)) break;
         return count_;
@@ -395,9 +390,8 @@ private:
                 if (!std::isnan(scores_[row])) rows.push_back(row);
             if (rows.size() < 2) return 0;
             const auto median = rows.begin() + (rows.size() - 1) / 2;
-            std::nth_element(rows.begin(), median, rows.end(), [&](int32_t a, int32_t b) {
-                return scores_[a] != scores_[b] ? scores_[a] > scores_[b] : a < b;
-            });
+            std::nth_element(rows.begin(), median, rows.end(),
+                             [&](int32_t a, int32_t b) { return scores_[a] != scores_[b] ? scores_[a] > scores_[b] : a < b; });
             baseline = *median;
         }
         scratch_.pairs.clear();
@@ -485,8 +479,8 @@ int64_t selection_capacity(const int64_t* offsets, int64_t num_prompts, const Se
     return capacity_of(offsets, 0, num_prompts, options);
 }
 
-Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, const ScoringOps& ops,
-                       int64_t* pairs_N2, float* margin_N) {
+Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, const ScoringOps& ops, int64_t* pairs_N2,
+                       float* margin_N) {
     const int64_t* const offsets = input.offsets;
     std::vector<int64_t> blocks;  // where the distances of each prompt begin
     int64_t work = offsets[input.num_prompts];
@@ -497,8 +491,8 @@ Selection select_pairs(const SelectionInput& input, const SelectionOptions& opti
             work += (offsets[p + 1] - offsets[p]) * (offsets[p + 1] - offsets[p]);
         }
     }
-    const bool one_a_prompt = options.max_pairs == 1 && is_plain_best_worst(input, options) && !input.positives_R &&
-                              !input.negatives_R;
+    const bool one_a_prompt =
+        options.max_pairs == 1 && is_plain_best_worst(input, options) && !input.positives_R && !input.negatives_R;
     const int64_t num_rows = offsets[input.num_prompts];
     std::atomic<bool> is_finite{true};
     const auto run = [&](int64_t first, int64_t last, int64_t at) {
@@ -570,8 +564,7 @@ int64_t select_decided(const DecidedInput& input, const SelectionOptions& option
             Draws draws(options.seed, input.keys_P ? input.keys_P[p] : static_cast<uint64_t>(p));
             int64_t count = 0;
             take_least_used(scratch, scratch.rows.data(), ids.size(), takes_any ? 2 : 0,
-                            takes_any || options.reuses_texts ? 2 : 0, is_random ? &draws : nullptr,
-                            [&](const Pair& pair) {
+                            takes_any || options.reuses_texts ? 2 : 0, is_random ? &draws : nullptr, [&](const Pair& pair) {
                                 index_N[at++] = begin + pair.index;
                                 return ++count < options.max_pairs;
                             });

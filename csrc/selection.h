@@ -30,11 +30,12 @@ struct SelectionInput {
     const bool* positives_R;    // null: every row may be chosen
     const bool* negatives_R;    // null: every row may be rejected
     const int64_t* text_ids_R;  // null: all texts differ
-    const std::pair<int64_t, int64_t>* forbidden;  // sorted; the lower row first, both of one prompt
+    // sorted; the lower row first, both of one prompt
+    const std::pair<int64_t, int64_t>* forbidden;
     int64_t num_forbidden;
-    const uint64_t* keys_P;        // null: the prompt's index
-    const int64_t* baseline_P;     // null or -1: the median-ranked row
-    const float* distances;        // diverse: [n, n] blocks of the prompts, one after the other
+    const uint64_t* keys_P;     // null: the prompt's index
+    const int64_t* baseline_P;  // null or -1: the median-ranked row
+    const float* distances;     // diverse: [n, n] blocks of the prompts, one after the other
 };
 
 // At most so many pairs will be selected: the rows that select_pairs needs in its buffers.
@@ -46,13 +47,13 @@ struct Selection {
 };
 
 // pairs_N2 and margin_N: out; [selection_capacity], of which the first num_pairs rows are filled.
-Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, const ScoringOps& ops,
-                       int64_t* pairs_N2, float* margin_N);
+Selection select_pairs(const SelectionInput& input, const SelectionOptions& options, const ScoringOps& ops, int64_t* pairs_N2,
+                       float* margin_N);
 
 struct DecidedInput {
-    const int64_t* pairs_C2;   // rows >= 0
-    const float* margin_C;     // finite
-    const int64_t* offsets;    // [P+1] into C
+    const int64_t* pairs_C2;  // rows >= 0
+    const float* margin_C;    // finite
+    const int64_t* offsets;   // [P+1] into C
     int64_t num_prompts;
     const int64_t* text_ids_R;  // null: all texts differ
     const uint64_t* keys_P;
