@@ -191,7 +191,6 @@ def test_an_unknown_key_of_a_cell_names_it_and_the_nearest(tmp_path: Path) -> No
         (["--score_weights", "3"], "score_weights: got 3, expected dict[str, float] or null"),
         (["--score_weights", '{"a": "b"}'], "score_weights: got {'a': 'b'}, expected dict[str, float] or null"),
         (["--soft_label_kappa", "x"], "soft_label_kappa: got x, expected float or null"),
-        (["--verifier", "nummeric"], "verifier: got 'nummeric', expected one of exact, numeric, regex, ifeval"),
         (["--max_pairs", "0"], "max_pairs: got 0, expected an integer >= 1"),
         (["--min_margin", ".nan"], "min_margin: got nan, expected a finite number >= 0"),
         (["--seed", "-1"], "seed: got -1, expected an integer in [0, 2**32)"),
@@ -246,23 +245,31 @@ def test_a_wrong_value_in_yaml_names_the_key(tmp_path: Path, yaml: str, message:
     [
         ("[{kind: llm, modle: x}]", "judges[0]: unknown key 'modle'; did you mean 'model'?"),
         ("[llm]", "judges[0]: got 'llm', expected keys and values such as {kind: llm, cell: policy}"),
-        ("[{kind: llms}]", "judges"),
+        ("[{kind: llms}]", "judges[0].kind: got 'llms', expected one of llm, implicit, agreement, verifier"),
         ("[{kind: llm}]", "judges[0].cell: got neither of cell and model"),
-        ("[{kind: llm, cell: policy, model: {path: x}}]", "judges[0].cell: got both of cell and model"),
-        ("[{kind: llm, cell: policy, num_votes: 3}]", "judges[0].num_votes: 3 has no effect with temperature 0"),
         ("[{kind: llm, cell: policy, num_votes: 0}]", "judges[0].num_votes: got 0, expected an integer >= 1"),
-        ("[{kind: llm, cell: policy, reference: x}]", "judges[0].reference: it has no effect on a judge of kind 'llm'"),
-        ("[{kind: agreement, cell: policy}]", "judges[0].cell: it has no effect on a judge of kind 'agreement'"),
         ("[{kind: agreement}, {kind: agreement}]", "judges[1].name: 'agreement' is taken; set a name of its own"),
-        ("[{kind: agreement, name: human}]", "judges[0].name: 'human' is taken"),
-        ("[{kind: verifier}]", "judges[0].verifier: missing; a judge of kind 'verifier' needs a program"),
-        ("[{kind: verifier, verifier: nmeric}]", "judges[0].verifier: got 'nmeric', expected one of exact, numeric"),
-        ("[{kind: verifier, verifier: regex}]", "judges[0].verifier_pattern: it goes with verifier 'regex'"),
-        ("[{kind: implicit, template: pointwise}]", "judges[0].template: it has no effect on a judge of kind"),
     ],
 )
 def test_a_judge_that_cannot_be(judges: str, message: str) -> None:
-    assert message in refusal("train", "--judges", judges)
+    """By the parser, or by the judge's class (test_judges, test_llm_judge): in any case before a file is read."""
+    with pytest.raises(InputError) as caught:
+        commands.train(settings("train", "--judges", judges))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("command", ["score", "pairs", "eval"])
+def test_a_verifier_that_cannot_be(command: str) -> None:
+    """The files that are named here are not there."""
+    run: Callable[[Any], None] = getattr(commands, {"eval": "evaluate"}.get(command, command))
+    for arguments, message in (
+        (["--verifier", "nummeric"], "verifier: got 'nummeric', expected one of exact, numeric, regex, ifeval"),
+        (["--verifier", "regex"], "verifier_pattern: it goes with verifier 'regex', and regex needs it"),
+        (["--verifier", "exact", "--verifier_pattern", "a"], "verifier_pattern: it goes with verifier 'regex'"),
+    ):
+        with pytest.raises(InputError) as caught:
+            run(settings(command, *arguments))
+        assert str(caught.value).startswith(message)
 
 
 def test_what_is_missing_is_named() -> None:
@@ -278,8 +285,6 @@ def test_what_is_missing_is_named() -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("pairs", ["--verifier_pattern", "a"], "verifier_pattern: it goes with verifier 'regex'"),
-        ("pairs", ["--verifier", "regex"], "verifier_pattern: it goes with verifier 'regex', and regex needs it"),
         ("pairs", ["--score_weights.a", "1", "--consensus", "median"], "score_weights: they have no effect"),
         (
             "pairs",

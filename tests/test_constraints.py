@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 from helpers import read_rows, write_rows
 
-from tso_fast.config.checks import check
-from tso_fast.config.settings import ScoreConfig, VerifierConfig
+from tso_fast.config.settings import VerifierConfig
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, candidates_row, parse_candidates, prompt_row, read_candidates
-from tso_fast.judges import constraints
+from tso_fast.judges import constraints, panel
 from tso_fast.judges.constraints import (
     LANGUAGES,
     TYPES,
@@ -26,7 +25,6 @@ from tso_fast.judges.constraints import (
     holds,
     loose_variants,
 )
-from tso_fast.judges.panel import judgeable
 from tso_fast.judges.verifier import make_verifier, verify
 from tso_fast.types import Candidates, Constraint, Prompt, Response
 
@@ -576,82 +574,93 @@ WORDS, LETTERS = "length_constraints:number_words", "keywords:letter_frequency"
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"constraints": "title"}, "field 'constraints' is a string (\"title\"); expected a list of constraints"),
-        ({"constraints": ["title"]}, "field 'constraints[0]' is a string (\"title\"); expected an object with 'id'"),
+        ({"constraints": "title"}, "'constraints' is a string (\"title\"); expected a list of constraints"),
+        ({"constraints": ["title"]}, "'constraints[0]' is a string (\"title\"); expected an object with 'id'"),
         (
-            {"constraints": [{"id": "punctuation:no_coma"}]},
-            "field 'constraints[0].id' is a string "
-            "(\"punctuation:no_coma\"); expected one of IFEval's 25 instruction types, such as 'punctuation:no_comma'; "
-            "did you mean 'punctuation:no_comma'?",
+            {"constraints": [{"kwargs": {}}]},
+            "'constraints[0].id' is null; expected a string such as 'punctuation:no_comma'",
         ),
-        ({"constraints": [{"kwargs": {}}]}, "field 'constraints[0].id' is null; expected one of IFEval's 25"),
-        ({"constraints": [{"id": ["a"]}]}, "field 'constraints[0].id' is a list"),
-        (
-            {"constraints": [{"id": WORDS, "kwargs": 3}]},
-            "field 'constraints[0].kwargs' is a number (3); expected an object",
-        ),
-        (
-            {"constraints": [{"id": WORDS, "kwargs": {"num_words": 3}}]},
-            "field 'constraints[0].kwargs.relation' is missing; 'length_constraints:number_words' expects 'at least'",
-        ),
-        (
-            {"constraints": [{"id": WORDS, "kwargs": {"num_word": 3}}]},
-            "field 'constraints[0].kwargs.num_word': "
-            "'length_constraints:number_words' has no such argument; expected relation, num_words; did you "
-            "mean 'num_words'?",
-        ),
-        (
-            {"constraints": [{"id": "detectable_format:title", "kwargs": {"n": 3}}]},
-            "'detectable_format:title' has no such argument; expected none",
-        ),
-        (
-            {
-                "instruction_id_list": ["punctuation:no_comma", WORDS],
-                "kwargs": [{}, {"relation": "at most", "num_words": 3}],
-            },
-            "field 'kwargs[1].relation' is a string (\"at most\"); expected 'at least' or 'less than'",
-        ),
-        (
-            {"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": "3"}]},
-            "field 'kwargs[0].num_words' is a string (\"3\"); expected an integer >= 0",
-        ),
-        (
-            {"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": True}]},
-            "is a boolean (true)",
-        ),
-        ({"instruction_id_list": [WORDS], "kwargs": [{"relation": "at least", "num_words": -1}]}, "is a number (-1)"),
-        ({"instruction_id_list": [WORDS], "kwargs": [{"relation": ["at least"], "num_words": 1}]}, "is a list"),
-        (
-            {
-                "instruction_id_list": [LETTERS],
-                "kwargs": [{"letter": "ab", "let_frequency": 1, "let_relation": "at least"}],
-            },
-            "field 'kwargs[0].letter' is a string (\"ab\"); expected one character",
-        ),
-        (
-            {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a", " "]}]},
-            "expected a list of strings",
-        ),
-        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": []}]}, "expected a list of strings"),
-        (
-            {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "English"}]},
-            "field 'kwargs[0].language' is a string (\"English\"); expected a language such as 'en'",
-        ),
-        (
-            {"instruction_id_list": ["no_comma"], "kwargs": [{}]},
-            "field 'instruction_id_list[0]' is a string (\"no_comma\")",
-        ),
-        ({"instruction_id_list": [None], "kwargs": [{}]}, "field 'instruction_id_list[0]' is null"),
-        ({"instruction_id_list": [WORDS]}, "field 'kwargs' is missing; expected a list of objects"),
-        ({"instruction_id_list": [WORDS], "kwargs": []}, "field 'kwargs' has 0 items; expected 1"),
-        ({"instruction_id_list": [], "constraints": []}, "field 'constraints' is given beside 'instruction_id_list'"),
+        ({"constraints": [{"id": ["a"]}]}, "'constraints[0].id' is a list"),
+        ({"constraints": [{"id": WORDS, "kwargs": 3}]}, "'constraints[0].kwargs' is a number (3); expected an object"),
+        ({"instruction_id_list": [None], "kwargs": [{}]}, "'instruction_id_list[0]' is null"),
+        ({"instruction_id_list": [WORDS], "kwargs": ["a"]}, "'kwargs[0]' is a string (\"a\"); expected an object"),
+        ({"instruction_id_list": [WORDS]}, "'kwargs' is missing; expected a list of objects"),
+        ({"instruction_id_list": [WORDS], "kwargs": []}, "'kwargs' has 0 items; expected 1"),
+        ({"instruction_id_list": [], "constraints": []}, "'constraints' is given beside 'instruction_id_list'"),
     ],
 )
-def test_a_bad_constraint_names_file_line_and_field(row: dict[str, Any], message: str) -> None:
+def test_a_bad_form_names_file_line_and_field(row: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
         parsed(**row)
-    assert str(caught.value).startswith("p.jsonl:3: field ")
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"p.jsonl:3: field {message}")
+
+
+def test_types_and_arguments_are_not_the_reader_s_business() -> None:
+    assert parsed(constraints=[{"id": "my:own", "kwargs": {"n": 1, "m": None}}]) == (of("my:own", n=1),)
+    assert parsed(instruction_id_list=["my:own"], kwargs=[None]) == (of("my:own"),)
+
+
+# ---- types and arguments
+
+COMMA = of("punctuation:no_comma")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (
+            of("punctuation:no_coma"),
+            "got 'punctuation:no_coma', expected one of IFEval's 25 instruction types, such as "
+            "'punctuation:no_comma'; did you mean 'punctuation:no_comma'?",
+        ),
+        (of("no_comma"), "got 'no_comma', expected one of IFEval's 25"),
+        (of(WORDS, num_words=3), f"argument 'relation' of {WORDS!r} is missing; expected 'at least' or 'less than'"),
+        (
+            of(WORDS, num_word=3),
+            f"{WORDS!r} has no argument 'num_word'; expected relation, num_words; did you mean 'num_words'?",
+        ),
+        (of("startend:quotation", n=3), "'startend:quotation' has no argument 'n'; expected none"),
+        (
+            of(WORDS, relation="at most", num_words=3),
+            f"argument 'relation' of {WORDS!r} is 'at most'; expected 'at least' or 'less than'",
+        ),
+        (
+            of(WORDS, relation="at least", num_words="3"),
+            f"argument 'num_words' of {WORDS!r} is '3'; expected an integer",
+        ),
+        (of(WORDS, relation="at least", num_words=True), f"argument 'num_words' of {WORDS!r} is True; expected"),
+        (of(WORDS, relation="at least", num_words=-1), f"argument 'num_words' of {WORDS!r} is -1; expected"),
+        (of(WORDS, relation=["at least"], num_words=1), f"argument 'relation' of {WORDS!r} is ['at least']; expected"),
+        (
+            of(LETTERS, letter="ab", let_frequency=1, let_relation="at least"),
+            f"argument 'letter' of {LETTERS!r} is 'ab'; expected one character",
+        ),
+        (
+            of("keywords:existence", keywords=["a", " "]),
+            "argument 'keywords' of 'keywords:existence' is ['a', ' ']; ex",
+        ),
+        (
+            of("keywords:existence", keywords=[]),
+            "argument 'keywords' of 'keywords:existence' is []; expected a list of",
+        ),
+        (
+            of("language:response_language", language="English"),
+            "argument 'language' of 'language:response_language' is 'English'; expected a language such as 'en'",
+        ),
+    ],
+)
+def test_a_constraint_that_cannot_be_is_a_bad_row(constraint: Constraint, message: str) -> None:
+    """Known to the judge before anything is generated, and again when it judges."""
+    place, judges = "p.jsonl:1: constraint 2 of 2: ", panel.make_judges(VerifierConfig(verifier="ifeval"))
+    items = [Candidates(prompt=asked(COMMA, *more, id=i), responses=()) for i, more in (("1", [constraint]), ("2", []))]
+    with pytest.raises(InputError) as caught:
+        panel.usable(judges, items, BadRows())
+    assert str(caught.value).startswith(place + message)
+    bad = BadRows("skip")
+    assert [item.prompt.id for item in panel.usable(judges, items, bad)] == ["2"]
+    assert [(row["row"]["id"], row["error"][: len(place)]) for row in bad.rows] == [("1", place)]
+    with pytest.raises(InputError, match="constraint 2 of 2"):
+        verdicts(items[0].prompt, "a text")
 
 
 # ---- the verifier
@@ -694,11 +703,11 @@ def test_a_prompt_without_constraints_is_a_bad_row() -> None:
         Candidates(prompt=asked(*c, id=i), responses=()) for i, c in (("1", [of("startend:quotation")]), ("2", []))
     ]
     for name in ("ifeval", "ifeval_loose"):
-        check(ScoreConfig(responses="r", output="o", verifier=name))
-        assert [c.prompt.id for c in judgeable(items, VerifierConfig(verifier=name), bad)] == ["1"]
+        judges = panel.make_judges(VerifierConfig(verifier=name))
+        assert [c.prompt.id for c in panel.usable(judges, items, bad)] == ["1"]
     assert [row["row"]["id"] for row in bad.rows] == ["2", "2"]
     with pytest.raises(InputError, match="verifier: none of 1 prompts has constraints that 'ifeval' can use"):
-        judgeable(items[1:], VerifierConfig(verifier="ifeval"), BadRows("skip"))
+        panel.usable(panel.make_judges(VerifierConfig(verifier="ifeval")), items[1:], BadRows("skip"))
 
 
 def test_score_judges_responses_to_the_published_prompts(ifeval: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:

@@ -12,12 +12,14 @@ import numpy as np
 import peft
 import pytest
 import torch
+from helpers import write_rows
 from test_policy import CONFIGS, LOAD, VOCAB, tiny
 from torch import nn
 
 from tso_fast.errors import InputError
 from tso_fast.judges import implicit
 from tso_fast.judges.implicit import SequenceLogprob, cell_logprobs, response_logprobs
+from tso_fast.models import policy as policy_module
 from tso_fast.models.tokens import encode_prompt, response_ids
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.types import HUMAN, Candidates, Cell, Prompt, Response
@@ -167,6 +169,26 @@ def test_a_cell_scores_every_response(tmp_path: Path, monkeypatch: pytest.Monkey
     assert fits[0][0] is not None
     assert got[0][0] is not None
     assert fits[0][0].logprob == pytest.approx(got[0][0].logprob, abs=1e-4)
+
+
+def test_the_configured_implementation_reaches_the_op(
+    tiny_matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    used: list[str] = []
+    original = policy_module.linear_logprobs
+
+    def spy(*args: Any, impl: str, **options: Any) -> Any:
+        used.append(impl)
+        return original(*args, impl=impl, **options)
+
+    monkeypatch.setattr(policy_module, "linear_logprobs", spy)
+    rows = write_rows(tmp_path / "r.jsonl", [{"prompt": "2 + 3?", "responses": [{"model": "m", "text": "5"}]}])
+    cells = f"[{{path: {tiny_matrix / 's.v1'}}}]"
+    arguments = ["--responses", rows, "--cells", cells, "--judges", "[{kind: implicit}]", "--use_cpu"]
+    for impl in ("reference", "cpu"):
+        done = cli("score", [*arguments, "--impl", impl, "--output", tmp_path / impl])
+        assert done.status == 0, done.err
+    assert used == ["reference", "cpu"]
 
 
 def test_a_lora_cell_is_scored_with_its_adapter(tmp_path: Path) -> None:

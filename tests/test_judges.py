@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import read_rows
+from helpers import read_rows, write_rows
 
-from tso_fast.config.settings import VerifierConfig
+from tso_fast.config.settings import JudgeConfig, JudgesConfig, VerifierConfig
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_candidates
-from tso_fast.judges.panel import judgeable
+from tso_fast.judges import panel
+from tso_fast.judges.judge import Bench, Cost
 from tso_fast.judges.verifier import final_number, make_verifier, verify
 from tso_fast.types import Candidates, Message, Prompt, Response
 
@@ -187,17 +190,21 @@ def test_skip_abstains_on_the_prompt_and_says_why() -> None:
     assert [row["row"]["id"] for row in bad.rows] == ["2"]
 
 
+def usable(candidates: list[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
+    return panel.usable(panel.make_judges(config), candidates, bad)
+
+
 def test_prompts_that_cannot_be_judged_are_known_before_generation() -> None:
     candidates = [item(id="1"), item(answer=None, id="2"), item(answer="five", id="3")]
-    for name, usable in (("numeric", "1"), ("exact", "13"), ("toy_verifier:letters", "123"), (None, "123")):
+    for name, ids in (("numeric", "1"), ("exact", "13"), ("toy_verifier:letters", "123"), (None, "123")):
         bad = BadRows("skip")
         config = VerifierConfig(verifier=name)
-        assert "".join(c.prompt.id for c in judgeable(candidates, config, bad)) == usable
-        assert len(bad.rows) == 3 - len(usable)
+        assert "".join(c.prompt.id for c in usable(candidates, config, bad)) == ids
+        assert len(bad.rows) == 3 - len(ids)
     with pytest.raises(InputError, match=r"p\.jsonl:2: field 'answer' is missing"):
-        judgeable(candidates, VerifierConfig(verifier="exact"), BadRows())
+        usable(candidates, VerifierConfig(verifier="exact"), BadRows())
     with pytest.raises(InputError, match="verifier: none of 1 prompts has an answer that 'exact' can use"):
-        judgeable(candidates[1:2], VerifierConfig(verifier="exact"), BadRows("skip"))
+        usable(candidates[1:2], VerifierConfig(verifier="exact"), BadRows("skip"))
 
 
 # ---- a verifier from outside
@@ -269,3 +276,166 @@ def test_a_function_that_is_not_there(module: str, name: str, message: str) -> N
     with pytest.raises(InputError) as caught:
         make_verifier(name)
     assert str(caught.value).startswith(f"verifier: {message}")
+
+
+# ---- settings of judges
+
+
+def refusal(*judges: JudgeConfig, **settings: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        panel.make_judges(JudgesConfig(judges=list(judges), **settings))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"kind": "llms"},
+            "kind: got 'llms', expected one of llm, implicit, agreement, verifier, or package.module:Class; "
+            "did you mean 'llm'?",
+        ),
+        ({"kind": "agreement", "cell": "policy"}, "cell: it has no effect on a judge of kind 'agreement'; leave it"),
+        ({"kind": "agreement", "args": {"n": 1}}, "args: it has no effect on a judge of kind 'agreement'"),
+        ({"kind": "agreement", "name": "human"}, "name: 'human' is taken; set a name of its own"),
+        ({"kind": "verifier"}, "verifier: missing; a judge of kind 'verifier' needs a program"),
+        ({"kind": "verifier", "verifier": "nmeric"}, "verifier: got 'nmeric', expected one of exact, numeric"),
+        ({"kind": "verifier", "verifier": "regex"}, "verifier_pattern: it goes with verifier 'regex', and regex needs"),
+        (
+            {"kind": "verifier", "verifier": "exact", "verifier_pattern": "a"},
+            "verifier_pattern: it goes with verifier 'regex'",
+        ),
+        ({"kind": "verifier", "verifier": "no_such:f"}, "verifier: 'no_such:f' cannot be imported"),
+        ({"kind": "implicit", "template": "pointwise"}, "template: it has no effect on a judge of kind 'implicit'"),
+    ],
+)
+def test_a_judge_that_cannot_be_names_the_setting(settings: dict[str, Any], message: str) -> None:
+    assert refusal(JudgeConfig(kind="agreement", name="first"), JudgeConfig(**settings)).startswith(
+        f"judges[1].{message}"
+    )
+
+
+def test_judges_have_names_of_their_own() -> None:
+    twice = [JudgeConfig(kind="agreement")] * 2
+    assert refusal(*twice) == "judges[1].name: 'agreement' is taken; set a name of its own"
+    second = JudgeConfig(kind="verifier", verifier="exact")
+    assert refusal(second, verifier="numeric") == "judges[0].name: 'verifier' is taken; set a name of its own"
+    judges = panel.make_judges(JudgesConfig(verifier="numeric", judges=[dataclasses.replace(second, name="same")]))
+    assert [judge.name for judge in judges] == ["verifier", "same"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "message"),
+    [
+        ("nummeric", None, "verifier: got 'nummeric', expected one of exact, numeric, regex, ifeval"),
+        (None, "a", "verifier_pattern: it goes with verifier 'regex', and regex needs it; got verifier None"),
+        ("regex", None, "verifier_pattern: it goes with verifier 'regex', and regex needs it"),
+        ("toy_verifier:letters", "a", "verifier_pattern: it goes with verifier 'regex'"),
+    ],
+)
+def test_a_verifier_that_cannot_be_names_the_setting(name: str | None, pattern: str | None, message: str) -> None:
+    assert refusal(verifier=name, verifier_pattern=pattern).startswith(message)
+
+
+# ---- a judge from outside
+
+
+def own(which: str = "Shortest", **settings: Any) -> JudgeConfig:
+    return JudgeConfig(kind=f"toy_judge:{which}", **settings)
+
+
+def ask(*judges: JudgeConfig, **bench: Any) -> Any:
+    made = panel.make_judges(JudgesConfig(judges=list(judges)))
+    candidates = [item("5", "five", answer=None, id="1"), item("5", "55", id="2")]
+    return panel.ask(made, candidates, Bench(**{"bad": BadRows(), **bench}))
+
+
+def test_a_class_judges_beside_the_others() -> None:
+    lenient = JudgeConfig(kind="verifier", name="lenient", verifier="toy_verifier:letters")
+    found, costs = ask(own(), own(name="short", args={"longest": 1}), lenient)
+    assert [(v.judge, v.prompt_id, v.response) for v in found] == [
+        (name, prompt, i) for name in ("toy_judge:Shortest", "short", "lenient") for prompt in "12" for i in (0, 1)
+    ]
+    assert [v.score for v in found][:8] == [-1, -4, -1, -2, -1, None, -1, None]
+    assert costs == {}
+    (judge,) = panel.make_judges(JudgesConfig(judges=[own()]))
+    assert panel.num_steps([judge], [item("5")] * 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (
+            own(args={"longst": 1}),
+            "args.longst: judge 'toy_judge:Shortest' has no such argument; expected longest; did",
+        ),
+        (own(args={"longest": 0}), "args.longest: got 0, expected an integer >= 1"),
+        (own(cell="policy"), "cell: it has no effect on a judge of kind 'toy_judge:Shortest'; leave it out"),
+        (
+            own("Silent"),
+            "kind: 'toy_judge:Silent' has no 'judge'; expected a class that inherits tso_fast.judges.judge",
+        ),
+        (own("Absent"), "kind: 'toy_judge:Absent' cannot be imported: AttributeError: module 'toy_judge' has no"),
+        (own("function"), "kind: 'toy_judge:function' is <function function at"),
+        (own("Bench"), "kind: 'toy_judge:Bench' has no 'takes'"),
+        (JudgeConfig(kind="no_such:Judge"), "kind: 'no_such:Judge' cannot be imported: ModuleNotFoundError: No module"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, JudgeConfig) else "",
+)
+def test_a_class_that_is_no_judge(judge: JudgeConfig, message: str) -> None:
+    assert refusal(judge).startswith(f"judges[0].{message}")
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        {"prompt_id": "3"},
+        {"response": 2},
+        {"response": -1},
+        {"judge": "other"},
+        {"score": float("nan")},
+        {"score": "1"},
+    ],
+    ids=str,
+)
+def test_a_verdict_that_cannot_be_is_refused(verdict: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"^judge 'toy_judge:Careless' gave Verdict\(.*\); expected its own name"):
+        ask(own("Careless", args=verdict))
+    assert len(ask(own("Careless", args={"score": None}))[0]) == 1
+
+
+def test_programs_are_asked_before_models() -> None:
+    """What they refuse should cost nothing; verdicts keep the order of the judges."""
+    first, second = own("Model", name="a"), JudgeConfig(kind="verifier", name="b", verifier="exact")
+    told: list[int] = []
+    with pytest.raises(InputError, match="field 'answer' is missing"):
+        ask(first, second, advance=told.append)
+    assert told == []
+    found, _ = ask(first, second, bad=BadRows("skip"), advance=told.append)
+    assert told == [1, 1]
+    assert [v.judge for v in found] == ["a"] * 4 + ["b"] * 4
+    judges = panel.make_judges(JudgesConfig(judges=[second, first]))
+    assert panel.needs_models(judges)
+    with pytest.raises(InputError, match=r"judges: 'a' is a model, which this command does not run; run `tso-fast sc"):
+        panel.refuse_models(judges)
+
+
+def test_a_class_on_the_command_line(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    responses = [{"model": "m", "text": "5"}, {"model": "n", "text": "five"}]
+    rows = write_rows(tmp_path / "r.jsonl", [{"prompt": "2 + 3?", "responses": responses}])
+    judge = "{kind: 'toy_judge:Shortest', name: short, args: {longest: 3}}"
+    done = cli("score", ["--responses", rows, "--judges", f"[{judge}]", "--output", tmp_path / "v.jsonl"])
+    assert done.status == 0, done.err
+    assert [(row["judge"], row["score"]) for row in read_rows(tmp_path / "v.jsonl")] == [("short", -1), ("short", None)]
+    assert "judge " in done.err  # its progress
+    for command in ("score", "pairs"):  # before a file is read
+        arguments = ["--responses", "gone", "--output", tmp_path / "o", "--judges", "[{kind: 'toy_judge:Shortes'}]"]
+        done = cli(command, arguments)
+        assert done.status == 2
+        assert done.err.startswith("error: judges[0].kind: 'toy_judge:Shortes' cannot be imported")
+
+
+def test_the_cost_of_a_judge_as_a_row() -> None:
+    row = Cost(judge="a", results=60, decided=60, disagreements=60, first_shown=120).to_dict()
+    assert (row["disagreement"], row["first_shown_share"], row["abstentions"]) == (1.0, 1.0, 0)
+    assert row["bias"].startswith("judge a contradicts itself between the two orders in 60 of 60")

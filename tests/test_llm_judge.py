@@ -22,12 +22,13 @@ from test_openai_server import FakeServer, Handler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tso_fast.config.checks import check
-from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig, PairsConfig
+from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig, JudgesConfig, PairsConfig
 from tso_fast.errors import InputError
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows, read_verdicts, verdict_row
-from tso_fast.judges import llm, replies, template
-from tso_fast.judges.llm import Cost, baseline, judge, num_requests, of_both_orders
+from tso_fast.judges import panel, replies, template
+from tso_fast.judges.judge import Bench, Cost
+from tso_fast.judges.llm import LlmJudge, baseline, of_both_orders
 from tso_fast.judges.replies import read_label, read_logprobs, read_rating
 from tso_fast.matrix import ModelMatrix
 from tso_fast.models.tokens import encode_prompt
@@ -95,14 +96,17 @@ def run(
     **settings: Any,
 ) -> tuple[list[Any], Cost]:
     given = {"use_cpu": True, "engine_timeout_s": 60.0, "max_completion_length": 8, **settings}
-    check(PairsConfig(responses="-", output="-", judges=[config]))
+    (judge,) = panel.make_judges(JudgesConfig(judges=[config]))
+    judge.check(matrix)
     progress: list[int] = []
     with ResponseStore(store) as opened:
         answering = AnsweringConfig(**given)
-        out, cost = judge(candidates, config, matrix, answering, opened, bad or BadRows(), progress.append)
-    assert sum(progress) == num_requests(candidates, config)
+        bench = Bench(bad=bad or BadRows(), settings=answering, store=opened, matrix=matrix, advance=progress.append)
+        out, cost = judge.judge(candidates, bench)
+    assert sum(progress) == judge.num_steps(candidates)
+    assert cost is not None
     assert cost.results == len(out)
-    return out, cost
+    return list(out), cost
 
 
 # ----------------------------------------------------------------------------------------------- planted judges
@@ -655,7 +659,7 @@ def test_the_cell_that_judges(trained: Path, tiny_matrix: Path, tmp_path: Path) 
     template = str(trained / "compare.txt")
 
     def who(**given: Any) -> str:
-        return llm.judge_model(JudgeConfig(kind="llm", template=template, **given), matrix)[0].name
+        return LlmJudge(JudgeConfig(kind="llm", template=template, **given)).cell(matrix)[0].name
 
     assert who(cell="policy") == "m.v2"
     assert who(cell="s.v1") == "s.v1"
@@ -674,7 +678,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 import test_llm_judge as t
-from tso_fast.response_store import ResponseStore
+from tso_fast.files.responses import ResponseStore
 add, calls = ResponseStore.add, 0
 def killing(self, rows):
     global calls
@@ -1052,5 +1056,7 @@ def test_two_orders() -> None:
 )
 def test_settings_that_cannot_be(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        check(PairsConfig(responses="-", output="-", judges=[JudgeConfig(kind="llm", **given)]))
+        config = PairsConfig(responses="-", output="-", judges=[JudgeConfig(kind="llm", **given)])
+        check(config)
+        panel.make_judges(config)
     assert str(caught.value).startswith(message)

@@ -176,7 +176,8 @@ def test_no_cluster_there(run: Any) -> None:
 
 
 def test_a_judge_on_the_cluster(tiny_matrix: Path, cluster: Any, two_nodes: list[Any], tmp_path: Path) -> None:
-    from tso_fast.judges.llm import judge
+    from tso_fast.judges.judge import Bench
+    from tso_fast.judges.llm import LlmJudge
 
     (tmp_path / "short.txt").write_text("---\nread: label\n---\n{prompt} {first} {second}")
     matrix = ModelMatrix([CellConfig(path=str(tiny_matrix / "m.v2"))])
@@ -187,6 +188,7 @@ def test_a_judge_on_the_cluster(tiny_matrix: Path, cluster: Any, two_nodes: list
     for executor, address in (("local", None), ("ray", cluster.address)):
         settings = AnsweringConfig(use_cpu=True, executor=executor, ray_address=address, shard_size=6)  # type: ignore[arg-type]
         with ResponseStore(tmp_path / executor) as store:
-            found.append(judge(candidates, config, matrix, settings, store, BadRows()))
+            bench = Bench(bad=BadRows(), settings=settings, store=store, matrix=matrix)
+            found.append(LlmJudge(config).judge(candidates, bench))
     assert found[0] == found[1]
-    assert found[0][1].new_requests == 18  # pairs that two prompts share are asked about once
+    assert found[0].cost.new_requests == 18  # pairs that two prompts share are asked about once

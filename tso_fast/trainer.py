@@ -27,9 +27,8 @@ from accelerate.utils import set_seed
 from tso_fast.answering import answer, ask, max_tokens
 from tso_fast.config.checks import check
 from tso_fast.config.ranges import free_keys
-from tso_fast.config.settings import EvalConfig, TrainConfig, VerifierConfig, to_dict, verifier_of
+from tso_fast.config.settings import EvalConfig, TrainConfig, to_dict, verifier_of
 from tso_fast.correction.make_pairs import make_pairs
-from tso_fast.environment import library_versions
 from tso_fast.errors import InputError, Paused, TrainingError
 from tso_fast.evaluation import evaluate
 from tso_fast.files.atomic import atomic_folder, sha256_file, write_jsonl
@@ -44,8 +43,9 @@ from tso_fast.files.rows import (
     read_verdicts,
     verdict_row,
 )
-from tso_fast.files.run import SKIPPED_FILE, Run
+from tso_fast.files.run import SKIPPED_FILE, Run, library_versions
 from tso_fast.judges import panel
+from tso_fast.judges.judge import Bench, Judge
 from tso_fast.matrix import ModelMatrix, check_fits, require_weights
 from tso_fast.models.load import save_model
 from tso_fast.models.memory import free_gpu_memory
@@ -68,20 +68,22 @@ def train(config: TrainConfig) -> Run:
         TrainingError: training was stopped because going on would waste the run.
     """
     check(config)
+    judges = panel.make_judges(config)
     accelerator = make_accelerator(config, config.output_dir)
     bad = BadRows(config.on_bad_row)
     trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
     matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
     require_weights(matrix.policy, "policy")
-    panel.check_models(config, matrix)
-    mini_batches = split(_read(config.prompts, config, matrix, config, bad), config.num_iterations)
-    held_out = _read(config.eval_prompts, verifier_of(config), matrix, config, bad) if config.eval_prompts else []
+    panel.check(judges, matrix)
+    mini_batches = split(_read(config.prompts, judges, matrix, config, bad), config.num_iterations)
+    verifier = panel.make_judges(verifier_of(config))
+    held_out = _read(config.eval_prompts, verifier, matrix, config, bad) if config.eval_prompts else []
     with _open_run(config, matrix, accelerator) as run:
         if accelerator.is_main_process and bad.set_aside(run / SKIPPED_FILE):
             console.print(f"{len(bad.rows)} bad rows set aside in {run / SKIPPED_FILE}")
         if config.report_to != "none":
             accelerator.init_trackers("tso-fast", tracker_settings(config))
-        loop = Loop(run=run, accelerator=accelerator, matrix=matrix, config=config)
+        loop = Loop(run=run, accelerator=accelerator, matrix=matrix, config=config, judges=judges)
         loop.evaluate(0, held_out)
         for t, mini_batch in enumerate(mini_batches, start=1):
             loop.generate(t, mini_batch)
@@ -105,6 +107,7 @@ class Loop:
     accelerator: Accelerator
     matrix: ModelMatrix
     config: TrainConfig
+    judges: Sequence[Judge]
 
     def generate(self, t: int, mini_batch: Sequence[Candidates]) -> None:
         """The cells answer mini-batch t, the policy as it is now among them; human responses come with the data."""
@@ -140,10 +143,12 @@ class Loop:
         def produce() -> Produced:
             candidates = read_candidates(files.responses, BadRows())
             bad = BadRows(config.on_bad_row)
-            steps = panel.num_steps(candidates, config) or len(candidates)
+            steps = panel.num_steps(self.judges, candidates) or len(candidates)
             with stage(f"iteration {t}: judge", steps) as advance, self._store() as store:
-                models = panel.Models(matrix=self.matrix, settings=config, store=store, advance=advance)
-                verdicts, costs = panel.judge(candidates, config, bad, models)
+                bench = Bench(
+                    bad=bad, settings=config, store=store, matrix=self.matrix, advance=advance, impl=config.impl
+                )
+                verdicts, costs = panel.ask(self.judges, candidates, bench)
             write_jsonl(files.verdicts, map(verdict_row, verdicts))
             written = [files.verdicts, *bad.set_aside(files.skipped)]
             return written, {"verdicts": len(verdicts), "skipped_prompts": len(bad.rows), "costs": costs}
@@ -278,9 +283,9 @@ def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candi
 
 
 def _read(
-    path: str, judges: VerifierConfig, matrix: ModelMatrix, config: TrainConfig, bad: BadRows
+    path: str, judges: Sequence[Judge], matrix: ModelMatrix, config: TrainConfig, bad: BadRows
 ) -> list[Candidates]:
-    candidates = panel.judgeable(read_candidates(path, bad), judges, bad)
+    candidates = panel.usable(judges, read_candidates(path, bad), bad)
     return check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
 
 

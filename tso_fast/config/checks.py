@@ -1,8 +1,7 @@
-"""Combinations of settings that no single field can check."""
+"""Combinations of settings that no single field can check; those of a judge are checked by its class."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from tso_fast.config.ranges import check_ranges
@@ -12,12 +11,8 @@ from tso_fast.config.settings import (
     EngineConfig,
     EvidenceConfig,
     GenerationConfig,
-    JudgeConfig,
-    JudgesConfig,
     PairingConfig,
     TrainConfig,
-    VerifierConfig,
-    judge_name,
 )
 from tso_fast.errors import InputError
 
@@ -25,10 +20,6 @@ from tso_fast.errors import InputError
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise InputError(f"{key}: got {value!r}, expected {expected}")
-
-
-VERIFIERS = ("exact", "numeric", "regex", "ifeval", "ifeval_loose")
-"""Built in."""
 
 
 def check(config: Any) -> None:
@@ -44,10 +35,6 @@ def check(config: Any) -> None:
         _check_engine(config)
     if isinstance(config, GenerationConfig):
         _check_generation(config)
-    if isinstance(config, VerifierConfig):
-        _check_verifier(config)
-    if isinstance(config, JudgesConfig):
-        _check_judges(config)
     if isinstance(config, EvidenceConfig):
         _check_evidence(config)
     if isinstance(config, PairingConfig):
@@ -85,21 +72,6 @@ def _check_generation(config: GenerationConfig) -> None:
     _check_greedy(config)
 
 
-def _check_verifier(config: VerifierConfig, place: str = "") -> None:
-    if config.verifier is not None and ":" not in config.verifier:
-        _require(
-            config.verifier in VERIFIERS,
-            f"{place}verifier",
-            config.verifier,
-            f"one of {', '.join(VERIFIERS)}, or package.module:function",
-        )
-    if (config.verifier == "regex") != (config.verifier_pattern is not None):
-        raise InputError(
-            f"{place}verifier_pattern: it goes with verifier 'regex', and regex needs it; "
-            f"got verifier {config.verifier!r}, verifier_pattern {config.verifier_pattern!r}"
-        )
-
-
 def _check_evidence(config: EvidenceConfig) -> None:
     if config.score_normalize != "none" and config.consensus in ("borda", "win_rate", "bradley_terry"):
         raise InputError(
@@ -119,51 +91,6 @@ def _check_evidence(config: EvidenceConfig) -> None:
             f"judge_reliability: it has no effect with evidence {config.evidence!r}; set evidence to "
             "calibrated, or leave it out"
         )
-
-
-def _check_judges(config: JudgesConfig) -> None:
-    names = ["verifier"] if config.verifier is not None else []
-    for i, judge in enumerate(config.judges or []):
-        name = judge_name(judge)
-        if name in names or name == "human":
-            raise InputError(f"judges[{i}].name: {name!r} is taken; set a name of its own")
-        names.append(name)
-        _check_judge(judge, f"judges[{i}].")
-
-
-def _check_judge(judge: JudgeConfig, place: str) -> None:
-    own = {
-        "llm": ("cell", "model", "template", "num_votes", "temperature", "max_completion_length", "pairs"),
-        "implicit": ("cell", "reference", "length_normalized"),
-        "verifier": ("verifier", "verifier_pattern"),
-        "agreement": (),
-    }[judge.kind]
-    for f in dataclasses.fields(JudgeConfig):
-        if f.name not in ("kind", "name", *own) and getattr(judge, f.name) != f.default:
-            raise InputError(f"{place}{f.name}: it has no effect on a judge of kind {judge.kind!r}; leave it out")
-    if judge.kind == "verifier":
-        if judge.verifier is None:
-            raise InputError(f"{place}verifier: missing; a judge of kind 'verifier' needs a program")
-        _check_verifier(VerifierConfig(verifier=judge.verifier, verifier_pattern=judge.verifier_pattern), place)
-    if judge.kind == "llm":
-        _check_llm(judge, place)
-
-
-def _check_llm(config: JudgeConfig, place: str) -> None:
-    if (config.cell is None) == (config.model is None):
-        given = "neither" if config.cell is None else "both"
-        raise InputError(f"{place}cell: got {given} of cell and model; a judge of kind 'llm' needs one of them")
-    if config.num_votes > 1 and config.temperature == 0:
-        raise InputError(
-            f"{place}num_votes: {config.num_votes} has no effect with temperature 0, which gives the same "
-            "reply each time; set a temperature above 0 or leave it out"
-        )
-    for key in ("num_generations", "temperature", "top_p", "top_k", "max_completion_length"):
-        if config.model is not None and getattr(config.model, key) is not None:
-            raise InputError(
-                f"{place}model.{key}: it has no effect on a judge, which replies by its own settings such "
-                "as temperature and max_completion_length; leave it out"
-            )
 
 
 def _check_pairing(config: PairingConfig) -> None:

@@ -101,7 +101,7 @@ class GenerationConfig:
     """The k likeliest tokens; 0 keeps all."""
     max_completion_length: PositiveInt = 256
     """Most tokens of a response; prompt and response together must fit the model's context."""
-    stop: list[Stop] | None = None
+    stop: Stop | None = None
     """Texts that end a response; they are no part of it."""
 
 
@@ -272,7 +272,15 @@ class PairingConfig:
 
 
 @dataclass(kw_only=True)
-class OptimizationConfig(ModelConfig):
+class OpConfig:
+    """How log-probs are computed."""
+
+    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    """Implementation of the log-prob and loss op."""
+
+
+@dataclass(kw_only=True)
+class OptimizationConfig(OpConfig, ModelConfig):
     """How the policy is trained on the pairs of an iteration."""
 
     loss_type: str | list[str] = "dual_clip"
@@ -292,8 +300,6 @@ class OptimizationConfig(ModelConfig):
     clip_rejected: Bound | None = None
     """Negated reward at which a rejected response is no longer pushed down, `.inf`: never; short for an entry of
     `loss_args`; default: the loss's own, 0.3."""
-    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    """Implementation of the log-prob and loss op."""
     learning_rate: NonNegativeFloat = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -383,7 +389,7 @@ class GenerateConfig(AnsweringConfig):
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(JudgesConfig, AnsweringConfig):
+class ScoreConfig(JudgesConfig, OpConfig, AnsweringConfig):
     """Responses in, verdicts out."""
 
     responses: str
@@ -475,7 +481,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def judge_name(config: JudgeConfig) -> str:
-    """In files and tables."""
+    """A judge's name in files and tables."""
     return config.name or config.kind
 
 

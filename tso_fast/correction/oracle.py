@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tso_fast.config.checks import VERIFIERS
 from tso_fast.correction.beliefs import FOLDS, Beliefs, by_prompt, combined, fold_of
 from tso_fast.correction.decide import Corrected
 from tso_fast.correction.evidence import Evidence
 from tso_fast.errors import InputError, did_you_mean
-from tso_fast.judges.verifier import make_verifier
+from tso_fast.judges.verifier import VERIFIERS, make_verifier
 from tso_fast.types import Candidates, PairEvidence
 
 
@@ -39,7 +38,8 @@ def make_oracle(name: str, candidates: Sequence[Candidates]) -> Oracle:
         scores = [[r.scores.get(name) for r in c.responses] for c in candidates]
     else:
         names = {score for c in candidates for r in c.responses for score in r.scores}
-        known = sorted({"is_correct", *VERIFIERS, *names} - {"regex"})  # which needs a pattern
+        verifiers = {verifier for verifier, row in VERIFIERS.items() if not row.takes_pattern}
+        known = sorted({"is_correct", *verifiers, *names})
         if name not in known and ":" not in name:
             raise InputError(
                 f"oracle: nothing is called {name!r}{did_you_mean(name, known)}; expected one of "

@@ -32,6 +32,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tso_fast.errors import InputError, did_you_mean
 from tso_fast.types import Constraint
 
 
@@ -406,6 +407,29 @@ TYPES: dict[str, Type] = {
     "startend:end_checker": Type(_end_checker, {"end_phrase": _TEXT}),
     "startend:quotation": Type(_quotation, {}),
 }
+
+
+def check_constraint(constraint: Constraint) -> None:
+    """
+    Raises:
+        InputError: no such type; an argument that is missing, unknown or does not fit.
+    """
+    known = TYPES.get(constraint.id)
+    if known is None:
+        raise InputError(
+            f"got {constraint.id!r:.60}, expected one of IFEval's {len(TYPES)} instruction types, such as "
+            f"'punctuation:no_comma'{did_you_mean(constraint.id, TYPES)}"
+        )
+    for key, value in constraint.kwargs.items():
+        if (kind := known.kwargs.get(key)) is None:
+            takes = ", ".join(known.kwargs) or "none"
+            near = did_you_mean(key, known.kwargs)
+            raise InputError(f"{constraint.id!r} has no argument {key!r}; expected {takes}{near}")
+        if not kind.fits(value):
+            raise InputError(f"argument {key!r} of {constraint.id!r} is {value!r:.60}; expected {kind.expected}")
+    for key, kind in known.kwargs.items():
+        if key not in constraint.kwargs:
+            raise InputError(f"argument {key!r} of {constraint.id!r} is missing; expected {kind.expected}")
 
 
 def loose_variants(text: str) -> Iterator[str]:

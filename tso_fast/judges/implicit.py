@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tso_fast.errors import InputError
-from tso_fast.models.load import load_model
+from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts
+from tso_fast.matrix import ModelMatrix, require_weights
+from tso_fast.models.load import device_of, load_model
 from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy
 from tso_fast.models.tokens import encode_prompt, pad_sequences, response_ids
@@ -23,6 +26,74 @@ class SequenceLogprob:
     logprob: float
     """Sum over the completion's tokens, nats."""
     num_tokens: int
+
+
+NOTHING = SequenceLogprob(logprob=0.0, num_tokens=0)
+"""What is subtracted where there is no reference."""
+
+
+class ImplicitJudge(Judge):
+    """Judge of kind ``implicit``: log-probs of a cell, less those of a reference cell where there is one.
+
+    The difference is the DPO reward over beta.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("cell", "reference", "length_normalized")
+    needs_models: ClassVar[bool] = True
+
+    def check(self, matrix: ModelMatrix | None) -> None:
+        for name in self._cells:
+            self._find(name, matrix)
+
+    def num_steps(self, candidates: Sequence[Candidates]) -> int:
+        return len(self._cells) * sum(len(item.responses) for item in candidates)
+
+    def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
+        scores = [self._logprobs(name, candidates, bench) for name in self._cells]
+        verdicts = []
+        for item, *by_cell in zip(candidates, *scores, strict=True):
+            opinions = [self._opinion(*by_response) for by_response in zip(*by_cell, strict=True)]
+            verdicts += as_verdicts(item, self.name, opinions)
+        return Judged(verdicts)
+
+    @property
+    def _cells(self) -> list[str]:
+        """The cell that is asked and, where there is one, the reference."""
+        return [self.config.cell or "policy", *([self.config.reference] if self.config.reference else [])]
+
+    def _opinion(self, own: SequenceLogprob | None, base: SequenceLogprob | None = NOTHING) -> Opinion:
+        if own is None or base is None:
+            return Opinion(None, "longer than the context")
+        score = own.logprob - base.logprob
+        return Opinion(score / own.num_tokens if self.config.length_normalized else score)
+
+    def _find(self, name: str, matrix: ModelMatrix | None) -> Cell:
+        if matrix is None:
+            raise InputError(f"judges: {self.name!r} asks for cell {name!r}, and there are no cells; set cells")
+        found = matrix.named
+        if name not in found:
+            raise InputError(
+                f"judges: {self.name!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
+                "the current one is policy"
+            )
+        require_weights(found[name], f"judges: {self.name!r}")
+        return found[name]
+
+    def _logprobs(
+        self, name: str, candidates: Sequence[Candidates], bench: Bench
+    ) -> list[list[SequenceLogprob | None]]:
+        assert bench.matrix is not None
+        assert bench.settings is not None
+        return cell_logprobs(
+            self._find(name, bench.matrix),
+            candidates,
+            bench.matrix.tokenizer,
+            dtype=bench.settings.dtype,
+            attn_implementation=bench.settings.attn_implementation,
+            device=device_of(bench.settings.use_cpu),
+            impl=bench.impl,
+            advance=bench.advance,
+        )
 
 
 @torch.inference_mode()
@@ -40,8 +111,8 @@ def response_logprobs(
     Args:
         rows: token ids of (prompt, completion).
         tokens_per_batch: most tokens of a forward pass, padding included; a longer row goes alone.
-        impl: of ``linear_logprobs``.
-        advance: told how many rows more are done.
+        impl: implementation of ``linear_logprobs``.
+        advance: is told how many more rows are done.
 
     Raises:
         ValueError: a prompt or a completion without tokens.

@@ -1,6 +1,6 @@
 """The LLM judge: a cell of the matrix, or a model of its own, says which of two responses is better, or rates each.
 
-    candidates -> questions -> answering.answer -> replies -> Comparison[] | Verdict[], Cost
+    candidates -> questions -> answering.answer -> replies -> Judged: Comparison[] | Verdict[], Cost
 
 Questions are prompts like any others: they run on any generator and executor, and what was asked once is in the
 response store. Every comparison is asked for in both orders.
@@ -17,14 +17,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import ClassVar, overload
 
-from tso_fast.answering import Advance, answer, ask
-from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig, judge_name
+from tso_fast.answering import answer, ask
+from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig
 from tso_fast.errors import InputError, did_you_mean
-from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows, prompt_row
 from tso_fast.judges import template as templates
+from tso_fast.judges.judge import Bench, Cost, Judge, Judged
 from tso_fast.judges.replies import Reading, read_label, read_logprobs, read_rating
 from tso_fast.judges.template import Template
 from tso_fast.matrix import ModelMatrix
@@ -37,109 +37,104 @@ TOP_LOGPROBS = 20
 """As many as vLLM tells unless it is told otherwise: room for A and B with and without white space."""
 LABEL_TOKENS = 32
 """Most tokens of a reply that is a label, such as "The better response is B."; the rest would be paid for in vain."""
-MIN_DECIDED, MAX_DISAGREEMENT = 50, 0.3
-"""A warning is due where, of so many comparisons or more, a greater share contradicts itself between the orders. It is
-a half of a judge that tosses a coin, and all of one that always says A."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a judge was asked, what it took, and how far it is to be trusted."""
+class LlmJudge(Judge):
+    """Judge of kind ``llm``: a comparison of every pair that ``pairs`` wants, or a verdict on every response."""
 
-    judge: str
-    results: int
-    """Comparisons or verdicts, abstentions included."""
-    abstentions: int
-    requests: int
-    """Generations, the judge's own answers included; identical ones count once."""
-    new_requests: int
-    """Of these, what was not in the store before."""
-    prompt_tokens: int
-    """Of all requests that were answered."""
-    completion_tokens: int
-    refused: int
-    """Requests that the engine did not take, such as prompts beyond the context."""
-    unread: int
-    """Replies from which nothing could be told."""
-    decided: int
-    """Comparisons in which each order prefers one of the two."""
-    disagreements: int
-    """Of these, those in which the orders prefer different ones; they are ties."""
-    first_shown: int
-    """Of the ``2 * decided`` orders, those that prefer the response shown first."""
+    takes: ClassVar[tuple[str, ...]] = (
+        "cell",
+        "model",
+        "template",
+        "num_votes",
+        "temperature",
+        "max_completion_length",
+        "pairs",
+    )
+    needs_models: ClassVar[bool] = True
 
-    @property
-    def disagreement(self) -> float | None:
-        """Share of decided comparisons."""
-        return self.disagreements / self.decided if self.decided else None
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__(config)
+        _check_settings(config)
+        self.template = _load_template(config)
 
-    @property
-    def first_shown_share(self) -> float | None:
-        """0.5 without position bias."""
-        return self.first_shown / (2 * self.decided) if self.decided else None
+    def check(self, matrix: ModelMatrix | None) -> None:
+        self.cell(matrix)
 
-    @property
-    def bias(self) -> str | None:
-        """A warning, where one is due."""
-        if self.decided < MIN_DECIDED or (self.disagreement or 0) <= MAX_DISAGREEMENT:
-            return None
-        contradicts, first = 100 * (self.disagreement or 0), 100 * (self.first_shown_share or 0)
-        return (
-            f"judge {self.judge} contradicts itself between the two orders in {self.disagreements} of "
-            f"{self.decided} decided comparisons ({contradicts:.0f} %), which count as ties; it prefers the "
-            f"response shown first in {first:.0f} % of its replies. Expected: a judge whose word does not depend "
-            "on the order; use a stronger model or another template"
+    def num_steps(self, candidates: Sequence[Candidates]) -> int:
+        """Generations, those that it can do without included."""
+        num_judged = [len(_judged(item, self.config, self.template)) for item in candidates]
+        num_own = sum(map(bool, num_judged)) if "own" in self.template.placeholders else 0
+        return num_own + sum(num_judged) * (2 if self.template.is_comparison else 1) * self.config.num_votes
+
+    def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
+        """
+        Raises:
+            InputError: a cell or model that cannot be used; a prompt that the judge cannot answer itself, where its
+                template wants that.
+            EngineError: engines died too often; what was answered is kept.
+        """
+        config, template = self.config, self.template
+        client = _Client(*self.cell(bench.matrix), bench)
+        own = _own_answers(candidates, config, template, client, bench.bad) if "own" in template.placeholders else {}
+        questions = _Questions(candidates, template, {number: answer.text for number, answer in own.items()})
+        plan = [
+            _planned(number, shown, item, own, questions)
+            for number, item in enumerate(candidates)
+            for shown in _judged(item, config, template)
+        ]
+        bench.advance(self.num_steps(candidates) - len(own) - len(questions) * config.num_votes)
+        readings, unread = _readings(questions, config, template, client)
+        results = [_result(planned, candidates, readings, self.name) for planned in plan]
+        cost = _cost(self.name, results, client, unread)
+        _warn(cost, results)
+        return Judged(results, cost)
+
+    def cell(self, matrix: ModelMatrix | None) -> tuple[Cell, CellConfig | None, ModelMatrix]:
+        """The cell that judges, how it was configured, and the matrix whose tokenizer it has."""
+        config = self.config
+        if config.model is not None:
+            return self._own_matrix.policy, config.model, self._own_matrix
+        if matrix is None:
+            raise InputError(
+                f"judge {self.name}: cell: got {config.cell!r}, but there are no cells; set cells, "
+                "or give the judge a model of its own"
+            )
+        known = matrix.named
+        if cell := known.get(config.cell or ""):
+            return cell, matrix.configs.get(cell.name), matrix
+        raise InputError(
+            f"judge {self.name}: cell: no cell is called {config.cell!r}"
+            f"{did_you_mean(config.cell or '', known)}; expected one of {', '.join(known)}"
         )
 
-
-def judge(
-    candidates: Sequence[Candidates],
-    config: JudgeConfig,
-    matrix: ModelMatrix | None,
-    settings: AnsweringConfig,
-    store: ResponseStore,
-    bad: BadRows,
-    advance: Advance = lambda count: None,
-) -> tuple[list[Verdict | Comparison], Cost]:
-    """A comparison of every pair that ``config.pairs`` wants, or a verdict on every response, in their order.
-
-    Args:
-        matrix: where ``config.cell`` is; not needed with ``config.model``.
-        settings: of the run: engines, seed, length of an answer.
-        bad: what happens to a prompt that the judge cannot answer itself, where its template wants that.
-        advance: is told how many more of ``num_requests`` are done.
-
-    Raises:
-        InputError: a template, cell or model that cannot be used.
-        EngineError: engines died too often; what was answered is kept.
-    """
-    template = load_template(config)
-    client = _Client(*judge_model(config, matrix), settings, store, advance)
-    own = _own_answers(candidates, config, template, client, bad) if "own" in template.placeholders else {}
-    questions = _Questions(candidates, template, {number: answer.text for number, answer in own.items()})
-    plan = [
-        _planned(number, shown, item, own, questions)
-        for number, item in enumerate(candidates)
-        for shown in _judged(item, config, template)
-    ]
-    advance(num_requests(candidates, config) - len(own) - len(questions) * config.num_votes)
-    readings, unread = _readings(questions, config, template, client)
-    results = [_result(planned, candidates, readings, judge_name(config)) for planned in plan]
-    cost = _cost(judge_name(config), results, client, unread)
-    _warn(cost, results)
-    return results, cost
+    @functools.cached_property
+    def _own_matrix(self) -> ModelMatrix:
+        assert self.config.model is not None
+        try:
+            return ModelMatrix([self.config.model])
+        except InputError as error:
+            raise InputError(f"judge {self.name}: model: {str(error).removeprefix('cells[0]: ')}") from error
 
 
-def num_requests(candidates: Sequence[Candidates], config: JudgeConfig) -> int:
-    """How many generations ``judge`` will report to ``advance``, those that it can do without included."""
-    template = load_template(config)
-    num_judged = [len(_judged(item, config, template)) for item in candidates]
-    num_own = sum(map(bool, num_judged)) if "own" in template.placeholders else 0
-    return num_own + sum(num_judged) * (2 if template.is_comparison else 1) * config.num_votes
+def _check_settings(config: JudgeConfig) -> None:
+    if (config.cell is None) == (config.model is None):
+        given = "neither" if config.cell is None else "both"
+        raise InputError(f"cell: got {given} of cell and model; a judge of kind 'llm' needs one of them")
+    if config.num_votes > 1 and config.temperature == 0:
+        raise InputError(
+            f"num_votes: {config.num_votes} has no effect with temperature 0, which gives the same "
+            "reply each time; set a temperature above 0 or leave it out"
+        )
+    for key in ("num_generations", "temperature", "top_p", "top_k", "max_completion_length"):
+        if config.model is not None and getattr(config.model, key) is not None:
+            raise InputError(
+                f"model.{key}: it has no effect on a judge, which replies by its own settings such "
+                "as temperature and max_completion_length; leave it out"
+            )
 
 
-def load_template(config: JudgeConfig) -> Template:
-    """Raises InputError: see ``template.load``; ``pairs`` that a rating does not have."""
+def _load_template(config: JudgeConfig) -> Template:
     template = templates.load(config.template)
     if config.pairs != "all" and not template.is_comparison:
         raise InputError(
@@ -175,29 +170,7 @@ def of_both_orders(orders: tuple[Reading, Reading]) -> Reading:
     return (first + second) / 2, ""
 
 
-# ----------------------------------------------------------------------------------------------------------- details
-
-
-def judge_model(config: JudgeConfig, matrix: ModelMatrix | None) -> tuple[Cell, CellConfig | None, ModelMatrix]:
-    """The judge's cell, how it was configured, and the matrix whose tokenizer it has."""
-    if config.model is not None:
-        try:
-            matrix = ModelMatrix([config.model])
-        except InputError as error:
-            raise InputError(f"judge {judge_name(config)}: model: {str(error).removeprefix('cells[0]: ')}") from error
-        return matrix.policy, config.model, matrix
-    if matrix is None:
-        raise InputError(
-            f"judge {judge_name(config)}: cell: got {config.cell!r}, but there are no cells; set cells, "
-            "or give the judge a model of its own"
-        )
-    known = matrix.named
-    if cell := known.get(config.cell or ""):
-        return cell, matrix.configs.get(cell.name), matrix
-    raise InputError(
-        f"judge {judge_name(config)}: cell: no cell is called {config.cell!r}"
-        f"{did_you_mean(config.cell or '', known)}; expected one of {', '.join(known)}"
-    )
+# ---- details
 
 
 def _judged(item: Candidates, config: JudgeConfig, template: Template) -> list[tuple[int, ...]]:
@@ -287,19 +260,12 @@ def _text_id(text: str) -> str:
 class _Client:
     """Asks the judge's cell, and counts."""
 
-    def __init__(
-        self,
-        cell: Cell,
-        own: CellConfig | None,
-        matrix: ModelMatrix,
-        settings: AnsweringConfig,
-        store: ResponseStore,
-        advance: Advance,
-    ) -> None:
-        self.cell, self.own, self.matrix, self.store, self.advance = cell, own, matrix, store, advance
-        if own is not None and own.url is not None:  # a server for the judge alone
-            settings = dataclasses.replace(settings, generator="openai")
-        self.settings = settings
+    def __init__(self, cell: Cell, own: CellConfig | None, matrix: ModelMatrix, bench: Bench) -> None:
+        assert bench.settings is not None
+        assert bench.store is not None
+        self.cell, self.own, self.matrix, self.store, self.advance = cell, own, matrix, bench.store, bench.advance
+        is_own_server = own is not None and own.url is not None
+        self.settings = dataclasses.replace(bench.settings, generator="openai") if is_own_server else bench.settings
         self.requests = self.new_requests = self.refused = self.prompt_tokens = self.completion_tokens = 0
         self.decode = functools.lru_cache(maxsize=4096)(lambda token: str(self.matrix.tokenizer.decode([token])))
 

@@ -1,183 +1,172 @@
-"""The configured judges: candidates in, verdicts on one or two responses out."""
+"""All judges of a run: made and checked from its settings before any work, then asked one after the other."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import inspect
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from tso_fast.config.settings import AnsweringConfig, JudgeConfig, JudgesConfig, VerifierConfig, judge_name
-from tso_fast.errors import InputError
-from tso_fast.files.responses import ResponseStore
-from tso_fast.files.rows import BadRows
-from tso_fast.judges import llm
-from tso_fast.judges.implicit import cell_logprobs
-from tso_fast.judges.self_consistency import agree
-from tso_fast.judges.verifier import make_verifier, verify, with_answers
-from tso_fast.matrix import ModelMatrix, require_weights
-from tso_fast.models.load import device_of
-from tso_fast.types import Candidates, Cell, Comparison, Verdict
+from tso_fast.config.settings import JudgeConfig, JudgesConfig, VerifierConfig
+from tso_fast.errors import InputError, did_you_mean
+from tso_fast.files.rows import FLOAT32_MAX, BadRows
+from tso_fast.judges import verifier
+from tso_fast.judges.implicit import ImplicitJudge
+from tso_fast.judges.judge import Bench, Judge, Judged, import_named
+from tso_fast.judges.llm import LlmJudge
+from tso_fast.judges.self_consistency import SelfConsistencyJudge
+from tso_fast.judges.verifier import VerifierJudge
+from tso_fast.matrix import ModelMatrix
+from tso_fast.types import Candidates, Comparison, Verdict
+
+JUDGES: dict[str, type[Judge]] = {
+    "llm": LlmJudge,
+    "implicit": ImplicitJudge,
+    "agreement": SelfConsistencyJudge,
+    "verifier": VerifierJudge,
+}
+"""Judges by their kind."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Models:
-    """What judges that are models run on."""
-
-    matrix: ModelMatrix | None
-    """Of the run; None: there is none, and a judge brings its own model."""
-    settings: AnsweringConfig
-    store: ResponseStore
-    advance: Callable[[int], None] = field(default=lambda count: None)
-
-
-def judgeable(candidates: Sequence[Candidates], config: VerifierConfig, bad: BadRows) -> list[Candidates]:
-    """Those that the configured verifiers can judge, known before anything is generated; the others are bad rows.
+def make_judges(config: VerifierConfig) -> list[Judge]:
+    """The configured judges, ``verifier`` first; nothing is loaded or generated yet.
 
     Raises:
-        InputError: a verifier that cannot be made, a template that cannot be used.
+        InputError: names the setting of a judge that cannot be, such as ``judges[0].cell``.
     """
-    usable = list(candidates)
-    for verifier, pattern in _verifiers(config):
-        make_verifier(verifier, pattern)
-        usable = with_answers(usable, verifier, bad)
-    for own in _judges(config):
-        if own.kind == "llm":
-            llm.load_template(own)
-    return usable
+    verifier.check_settings(config.verifier, config.verifier_pattern)
+    judges = []
+    if config.verifier is not None:
+        program = JudgeConfig(kind="verifier", verifier=config.verifier, verifier_pattern=config.verifier_pattern)
+        judges.append(_make(program, ""))
+    for i, own in enumerate((config.judges if isinstance(config, JudgesConfig) else None) or []):
+        judge = _make(own, f"judges[{i}].")
+        if judge.name in ("human", *(other.name for other in judges)):
+            raise InputError(f"judges[{i}].name: {judge.name!r} is taken; set a name of its own")
+        judges.append(judge)
+    return judges
 
 
-def _judges(config: VerifierConfig) -> list[JudgeConfig]:
-    return config.judges or [] if isinstance(config, JudgesConfig) else []
+def _make(config: JudgeConfig, place: str) -> Judge:
+    """``place`` is what stands before a field's name in an error."""
+    made = _class(config.kind, f"{place}kind")
+    for f in dataclasses.fields(JudgeConfig):
+        if f.name not in ("kind", "name", *made.takes) and getattr(config, f.name) != f.default:
+            raise InputError(f"{place}{f.name}: it has no effect on a judge of kind {config.kind!r}; leave it out")
+    _check_args(made, config, f"{place}args")
+    try:
+        return made(config, **(config.args or {}))
+    except ValueError as error:  # an InputError is one
+        raise InputError(f"{place}{error}") from error
 
 
-def _verifiers(config: VerifierConfig) -> list[tuple[str, str | None]]:
-    every = [(config.verifier, config.verifier_pattern)]
-    every += [(judge.verifier, judge.verifier_pattern) for judge in _judges(config) if judge.kind == "verifier"]
-    return [(verifier, pattern) for verifier, pattern in every if verifier is not None]
+def _class(kind: str, setting: str) -> type[Judge]:
+    if kind in JUDGES:
+        return JUDGES[kind]
+    if ":" not in kind:
+        raise InputError(
+            f"{setting}: got {kind!r}, expected one of {', '.join(JUDGES)}, or package.module:Class"
+            f"{did_you_mean(kind, JUDGES)}"
+        )
+    found: Any = import_named(kind, setting, "Class")
+    if not isinstance(found, type):
+        raise InputError(f"{setting}: {kind!r} is {found!r:.60}; expected a class")
+    needed = ("takes", "needs_models", "check", "usable", "num_steps", "judge")
+    lacking = [name for name in needed if not hasattr(found, name)] + sorted(getattr(found, "__abstractmethods__", ()))
+    if lacking:
+        raise InputError(
+            f"{setting}: {kind!r} has no {lacking[0]!r}; expected a class that inherits tso_fast.judges.judge.Judge"
+        )
+    return found
 
 
-def check_models(config: JudgesConfig, matrix: ModelMatrix | None) -> None:
+def _check_args(made: type[Judge], config: JudgeConfig, setting: str) -> None:
+    signature, args = inspect.signature(made), config.args or {}
+    takes = list(signature.parameters.values())[1:]  # after the configuration
+    names = [p.name for p in takes if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for name in args:
+        if name not in names and not any(p.kind is p.VAR_KEYWORD for p in takes):
+            raise InputError(
+                f"{setting}.{name}: judge {config.kind!r} has no such argument; expected "
+                f"{', '.join(names) or 'none'}{did_you_mean(name, names)}"
+            )
+    try:
+        signature.bind(config, **args)
+    except TypeError as error:
+        raise InputError(f"{setting}: judge {config.kind!r}: {error}") from error
+
+
+def check(judges: Sequence[Judge], matrix: ModelMatrix | None) -> None:
     """Before anything is generated.
 
     Raises:
         InputError: a judge names a cell that is not there, or a model that cannot be used.
     """
-    for own in _judges(config):
-        if own.kind == "llm":
-            llm.judge_model(own, matrix)
-        elif own.kind == "implicit":
-            for name in (own.cell or "policy", *([own.reference] if own.reference else [])):
-                _cell(name, own, matrix)
+    for judge in judges:
+        judge.check(matrix)
 
 
-def needs_models(config: JudgesConfig) -> bool:
-    return any(map(_is_model, _judges(config)))
+def usable(judges: Sequence[Judge], candidates: Sequence[Candidates], bad: BadRows) -> list[Candidates]:
+    """The candidates that every judge can judge, known before anything is generated; the others are bad rows."""
+    found = list(candidates)
+    for judge in judges:
+        found = judge.usable(found, bad)
+    return found
 
 
-def _is_model(config: JudgeConfig) -> bool:
-    return config.kind in ("llm", "implicit")
+def needs_models(judges: Sequence[Judge]) -> bool:
+    return any(judge.needs_models for judge in judges)
 
 
-def num_steps(candidates: Sequence[Candidates], config: JudgesConfig) -> int:
-    """What ``Models.advance`` is told in all: requests, and responses scored by log-probs."""
-    num_responses = sum(len(item.responses) for item in candidates)
-    steps = 0
-    for judge in _judges(config):
-        if judge.kind == "llm":
-            steps += llm.num_requests(candidates, judge)
-        elif judge.kind == "implicit":
-            steps += num_responses * (1 if judge.reference is None else 2)
-    return steps
-
-
-def judge(
-    candidates: Sequence[Candidates], config: JudgesConfig, bad: BadRows, models: Models | None = None
-) -> tuple[list[Verdict | Comparison], dict[str, Any]]:
-    """Verdicts of every configured judge, none when there is none; and what the judges that are models cost.
+def refuse_models(judges: Sequence[Judge]) -> None:
+    """For a command that runs programs only.
 
     Raises:
-        InputError: a judge that is a model, where there are no ``models``.
+        InputError: a judge is a model.
     """
-    verdicts: list[Verdict | Comparison] = []
-    costs: dict[str, Any] = {}
-    if config.verifier is not None:
-        verdicts += verify(candidates, make_verifier(config.verifier, config.verifier_pattern), bad)
-    for own in _judges(config):
-        name = judge_name(own)
-        if own.kind == "agreement":
-            verdicts += agree(candidates, name)
-        elif own.kind == "verifier":
-            assert own.verifier is not None
-            verdicts += verify(candidates, make_verifier(own.verifier, own.verifier_pattern), bad, name)
-        elif models is None:
+    for judge in judges:
+        if judge.needs_models:
             raise InputError(
-                f"judges: {name!r} is a model, which this command does not run; run `tso-fast score` and "
+                f"judges: {judge.name!r} is a model, which this command does not run; run `tso-fast score` and "
                 "give its file as verdicts"
             )
-        elif own.kind == "implicit":
-            verdicts += _implicit(candidates, own, models)
+
+
+def num_steps(judges: Sequence[Judge], candidates: Sequence[Candidates]) -> int:
+    """What ``Bench.advance`` is told in all."""
+    return sum(judge.num_steps(candidates) for judge in judges)
+
+
+def ask(
+    judges: Sequence[Judge], candidates: Sequence[Candidates], bench: Bench
+) -> tuple[list[Verdict | Comparison], dict[str, Any]]:
+    """Verdicts of every judge, in the order of the judges, and what those that are models cost, by name.
+
+    Raises:
+        InputError: a prompt that a judge cannot use, unless bad rows are skipped; a verdict that cannot be.
+        EngineError: engines died too often; what was answered is kept.
+    """
+    # Programs first: what they refuse should cost no generation.
+    given = {judge.name: judge.judge(candidates, bench) for judge in sorted(judges, key=lambda j: j.needs_models)}
+    for name, judged in given.items():
+        _check_verdicts(name, judged, candidates)
+    verdicts = itertools.chain.from_iterable(given[judge.name].verdicts for judge in judges)
+    costs = {judge.name: cost.to_dict() for judge in judges if (cost := given[judge.name].cost) is not None}
+    return list(verdicts), costs
+
+
+def _check_verdicts(name: str, judged: Judged, candidates: Sequence[Candidates]) -> None:
+    num_responses = {item.prompt.id: len(item.responses) for item in candidates}
+    for verdict in judged.verdicts:
+        if isinstance(verdict, Verdict):
+            responses, value, low, high = [verdict.response], verdict.score, -FLOAT32_MAX, FLOAT32_MAX
         else:
-            found, cost = llm.judge(candidates, own, models.matrix, models.settings, models.store, bad, models.advance)
-            verdicts += found
-            costs[name] = {
-                **dataclasses.asdict(cost),
-                "disagreement": cost.disagreement,
-                "first_shown_share": cost.first_shown_share,
-                "bias": cost.bias,
-            }
-    return verdicts, costs
-
-
-def _implicit(candidates: Sequence[Candidates], config: JudgeConfig, models: Models) -> list[Verdict]:
-    """Log-probs of a cell, less those of a reference cell where there is one: the DPO reward over beta."""
-    policy = _logprobs(_cell(config.cell or "policy", config, models.matrix), candidates, models)
-    reference = None
-    if config.reference is not None:
-        reference = _logprobs(_cell(config.reference, config, models.matrix), candidates, models)
-    verdicts = []
-    for p, item in enumerate(candidates):
-        for i in range(len(item.responses)):
-            own = policy[p][i]
-            base = reference[p][i] if reference is not None else None
-            score = None
-            if own is not None and (reference is None or base is not None):
-                score = own.logprob - (base.logprob if base is not None else 0.0)
-                score = score / own.num_tokens if config.length_normalized else score
-            verdicts.append(
-                Verdict(
-                    prompt_id=item.prompt.id,
-                    response=i,
-                    judge=judge_name(config),
-                    score=score,
-                    reason="" if score is not None else "longer than the context",
-                )
+            responses, value, low, high = [*verdict.responses], verdict.probability, 0.0, 1.0
+        is_known = all(0 <= i < num_responses.get(verdict.prompt_id, 0) for i in responses)
+        is_number = value is None or (isinstance(value, int | float) and low <= value <= high)
+        if verdict.judge != name or not is_known or not is_number:
+            raise InputError(
+                f"judge {name!r} gave {verdict!r:.200}; expected its own name, a response of the prompt by its number, "
+                "and a finite score, a probability, or None"
             )
-    return verdicts
-
-
-def _cell(name: str, config: JudgeConfig, matrix: ModelMatrix | None) -> Cell:
-    if matrix is None:
-        raise InputError(f"judges: {judge_name(config)!r} asks for cell {name!r}, and there are no cells; set cells")
-    found = matrix.named
-    if name not in found:
-        raise InputError(
-            f"judges: {judge_name(config)!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
-            "the current one is policy"
-        )
-    require_weights(found[name], f"judges: {judge_name(config)!r}")
-    return found[name]
-
-
-def _logprobs(cell: Cell, candidates: Sequence[Candidates], models: Models) -> Any:
-    assert models.matrix is not None
-    settings = models.settings
-    return cell_logprobs(
-        cell,
-        candidates,
-        models.matrix.tokenizer,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        device=device_of(settings.use_cpu),
-        advance=models.advance,
-    )

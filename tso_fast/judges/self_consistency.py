@@ -7,9 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
+from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts
 from tso_fast.judges.verifier import final_number
 from tso_fast.types import Candidates, Verdict
+
+
+class SelfConsistencyJudge(Judge):
+    """Judge of kind ``agreement``."""
+
+    takes: ClassVar[tuple[str, ...]] = ()
+
+    def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
+        return Judged(agree(candidates, self.name))
 
 
 def agree(candidates: Sequence[Candidates], name: str) -> list[Verdict]:
@@ -17,21 +28,21 @@ def agree(candidates: Sequence[Candidates], name: str) -> list[Verdict]:
 
     It abstains on a response that ends in none, on a person's, and where there is no other.
     """
-    verdicts = []
-    for item in candidates:
-        numbers = [None if r.is_human else final_number(r.text) for r in item.responses]
-        votes = Counter(number for number in numbers if number is not None)
-        others = sum(not r.is_human for r in item.responses) - 1
-        for i, number in enumerate(numbers):
-            score = (votes[number] - 1) / others if number is not None and others > 0 else None
-            reason = (
-                ""
-                if score is not None
-                else "a person's"
-                if item.responses[i].is_human
-                else "no number"
-                if number is None
-                else "no other response"
-            )
-            verdicts.append(Verdict(prompt_id=item.prompt.id, response=i, judge=name, score=score, reason=reason))
-    return verdicts
+    return [verdict for item in candidates for verdict in as_verdicts(item, name, _opinions(item))]
+
+
+def _opinions(item: Candidates) -> list[Opinion]:
+    numbers = [None if r.is_human else final_number(r.text) for r in item.responses]
+    votes = Counter(number for number in numbers if number is not None)
+    others = sum(not r.is_human for r in item.responses) - 1
+    opinions = []
+    for response, number in zip(item.responses, numbers, strict=True):
+        if response.is_human:
+            opinions.append(Opinion(None, "a person's"))
+        elif number is None:
+            opinions.append(Opinion(None, "no number"))
+        elif others == 0:
+            opinions.append(Opinion(None, "no other response"))
+        else:
+            opinions.append(Opinion((votes[number] - 1) / others))
+    return opinions

@@ -2,27 +2,89 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from tso_fast.errors import InputError
+from tso_fast.config.settings import JudgeConfig
+from tso_fast.errors import InputError, did_you_mean
 from tso_fast.files.rows import FLOAT32_MAX, BadRows, prompt_row
-from tso_fast.judges.constraints import NO_DETECTOR, holds
+from tso_fast.judges.constraints import NO_DETECTOR, check_constraint, holds
+from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts, import_named
 from tso_fast.types import Candidates, Constraint, Prompt, Response, Verdict
 
-
-class Opinion(NamedTuple):
-    """What a verifier says of one response."""
-
-    score: float | None
-    """Higher is better; None: it abstains."""
-    reason: str = ""
-
-
 Check = Callable[[Prompt, Response], Opinion]
+"""Raises InputError where the prompt lacks what the verifier needs."""
+
+
+class VerifierJudge(Judge):
+    """Judge of kind ``verifier``."""
+
+    takes: ClassVar[tuple[str, ...]] = ("verifier", "verifier_pattern")
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__(config)
+        if config.verifier is None:
+            raise InputError("verifier: missing; a judge of kind 'verifier' needs a program")
+        self.verifier = config.verifier
+        self.says = make_verifier(config.verifier, config.verifier_pattern)
+
+    def usable(self, candidates: Sequence[Candidates], bad: BadRows) -> list[Candidates]:
+        return usable(candidates, self.verifier, bad)
+
+    def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
+        return Judged(verify(candidates, self.says, bench.bad, self.name))
+
+
+# ---- what a verifier needs of a prompt
+
+
+class Need(NamedTuple):
+    """What a verifier needs of a prompt."""
+
+    what: str
+    find: Callable[[Prompt, str], Any]
+    """Takes the verifier's name for messages; raises InputError where the prompt does not have it."""
+
+
+def _answer(prompt: Prompt, verifier: str) -> str:
+    if prompt.answer is None:
+        raise InputError(f"{prompt.where or prompt.id}: field 'answer' is missing; verifier {verifier!r} needs it")
+    return prompt.answer
+
+
+def _number(prompt: Prompt, verifier: str) -> Decimal:
+    number = final_number(_answer(prompt, verifier))
+    if number is None:
+        raise InputError(
+            f"{prompt.where or prompt.id}: field 'answer' is {prompt.answer!r}; verifier {verifier!r} expects a number"
+        )
+    return number
+
+
+def _constraints(prompt: Prompt, verifier: str) -> tuple[Constraint, ...]:
+    place = prompt.where or prompt.id
+    if not prompt.constraints:
+        raise InputError(
+            f"{place}: field 'constraints' is missing; verifier {verifier!r} needs "
+            "it, or IFEval's 'instruction_id_list' and 'kwargs'"
+        )
+    for number, constraint in enumerate(prompt.constraints, start=1):
+        try:
+            check_constraint(constraint)
+        except InputError as error:
+            raise InputError(f"{place}: constraint {number} of {len(prompt.constraints)}: {error}") from error
+    return prompt.constraints
+
+
+ANSWER = Need("an answer", _answer)
+NUMBER = Need("an answer", _number)
+CONSTRAINTS = Need("constraints", _constraints)
+
+# ---- the verifiers
 
 # A currency sign may stand before the number and thousands may be grouped: "-$1,234.50".
 _NUMBER = re.compile(r"(?<![\w.])[-−]?(?:[$€£]\s?)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-−]?\.\d+")
@@ -49,88 +111,95 @@ def final_number(text: str) -> Decimal | None:
         return None
 
 
-def _expected(prompt: Prompt, verifier: str) -> str:
-    if prompt.answer is None:
-        raise InputError(f"{prompt.where or prompt.id}: field 'answer' is missing; verifier {verifier!r} needs it")
-    return prompt.answer
+def _exact(answer: str, text: str) -> Opinion:
+    return Opinion(float(text.strip() == answer.strip()))
 
 
-def _exact(prompt: Prompt, response: Response) -> Opinion:
-    return Opinion(float(response.text.strip() == _expected(prompt, "exact").strip()))
+def _numeric(answer: Decimal, text: str) -> Opinion:
+    return Opinion(float(final_number(text) == answer))
 
 
-def _expected_number(prompt: Prompt) -> Decimal:
-    expected = final_number(_expected(prompt, "numeric"))
-    if expected is None:
-        raise InputError(
-            f"{prompt.where or prompt.id}: field 'answer' is {prompt.answer!r}; verifier 'numeric' expects a number"
-        )
-    return expected
+def _regex(answer: str, text: str, *, pattern: re.Pattern[str]) -> Opinion:
+    matches = list(pattern.finditer(text))
+    if not matches:
+        return Opinion(0.0)
+    found = matches[-1].group(1 if pattern.groups else 0)
+    return Opinion(float(found is not None and found.strip() == answer.strip()))
 
 
-def _numeric(prompt: Prompt, response: Response) -> Opinion:
-    expected = _expected_number(prompt)
-    return Opinion(float(final_number(response.text) == expected))
-
-
-def _regex(pattern: str) -> Check:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"verifier_pattern: {pattern!r} is no regular expression: {error}") from error
-
-    def check(prompt: Prompt, response: Response) -> Opinion:
-        expected = _expected(prompt, "regex").strip()
-        matches = list(compiled.finditer(response.text))
-        if not matches:
-            return Opinion(0.0)
-        found = matches[-1].group(1 if compiled.groups else 0)
-        return Opinion(float(found is not None and found.strip() == expected))
-
-    return check
-
-
-IFEVAL = ("ifeval", "ifeval_loose")
-
-
-def _constraints(prompt: Prompt, verifier: str) -> tuple[Constraint, ...]:
-    if not prompt.constraints:
-        raise InputError(
-            f"{prompt.where or prompt.id}: field 'constraints' is missing; verifier {verifier!r} needs "
-            "it, or IFEval's 'instruction_id_list' and 'kwargs'"
-        )
-    return prompt.constraints
-
-
-def _ifeval(name: str) -> Check:
+def _ifeval(constraints: Sequence[Constraint], text: str, *, loose: bool = False) -> Opinion:
     """Share of the prompt's constraints that hold; 1.0 is where IFEval's prompt-level accuracy counts a success.
 
     The reason names those that do not hold. A constraint that cannot be told is left out of the share; the verifier
     abstains where none can be told.
     """
-
-    def check(prompt: Prompt, response: Response) -> Opinion:
-        constraints = _constraints(prompt, name)
-        verdicts = [holds(constraint, response.text, loose=name == "ifeval_loose") for constraint in constraints]
-        told = [verdict for verdict in verdicts if verdict is not None]
-        reasons = []
-        for what, verdict, why in (("failed", False, ""), ("not told", None, f" ({NO_DETECTOR})")):
-            if ids := [c.id for c, v in zip(constraints, verdicts, strict=True) if v is verdict]:
-                reasons.append(f"{what}: {', '.join(ids)}{why}")
-        return Opinion(sum(told) / len(told) if told else None, "; ".join(reasons))
-
-    return check
+    found = [holds(constraint, text, loose=loose) for constraint in constraints]
+    told = [is_held for is_held in found if is_held is not None]
+    reasons = []
+    for what, state, why in (("failed", False, ""), ("not told", None, f" ({NO_DETECTOR})")):
+        if ids := [c.id for c, is_held in zip(constraints, found, strict=True) if is_held is state]:
+            reasons.append(f"{what}: {', '.join(ids)}{why}")
+    return Opinion(sum(told) / len(told) if told else None, "; ".join(reasons))
 
 
-def _callable(name: str) -> Check:
-    module_name, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever the module does when it is imported
+@dataclass(frozen=True, kw_only=True)
+class Verifier:
+    """A built-in verifier: ``Verifier(needs=ANSWER, says=lambda answer, text: Opinion(float(answer in text)))``."""
+
+    needs: Need
+    says: Callable[..., Opinion]
+    """Its opinion, from what it needs of the prompt and a response's text."""
+    takes_pattern: bool = False
+    """Whether ``says`` also takes ``verifier_pattern``, compiled, as ``pattern``."""
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "exact": Verifier(needs=ANSWER, says=_exact),
+    "numeric": Verifier(needs=NUMBER, says=_numeric),
+    "regex": Verifier(needs=ANSWER, says=_regex, takes_pattern=True),
+    "ifeval": Verifier(needs=CONSTRAINTS, says=_ifeval),
+    "ifeval_loose": Verifier(needs=CONSTRAINTS, says=functools.partial(_ifeval, loose=True)),
+}
+"""The built-in verifiers by name."""
+
+
+def check_settings(name: str | None, pattern: str | None) -> None:
+    """Raises InputError for a name that is not known, and for a pattern without a verifier that takes one."""
+    row = VERIFIERS.get(name or "")
+    if name is not None and row is None and ":" not in name:
         raise InputError(
-            f"verifier: {name!r} cannot be imported: {type(error).__name__}: {error}; expected "
-            "package.module:function, with the package's folder on PYTHONPATH"
-        ) from error
+            f"verifier: got {name!r}, expected one of {', '.join(VERIFIERS)}, or package.module:function"
+            f"{did_you_mean(name, VERIFIERS)}"
+        )
+    if (row is not None and row.takes_pattern) != (pattern is not None):
+        takers = " or ".join(name for name, row in VERIFIERS.items() if row.takes_pattern)
+        raise InputError(
+            f"verifier_pattern: it goes with verifier {takers!r}, and {takers} needs it; "
+            f"got verifier {name!r}, verifier_pattern {pattern!r}"
+        )
+
+
+def make_verifier(name: str, pattern: str | None = None) -> Check:
+    """A row of ``VERIFIERS``, or ``package.module:function``, which is called as f(prompt, response, answer).
+
+    Raises:
+        InputError: unknown, or cannot be imported; a pattern that is missing, without effect or no regular expression.
+    """
+    check_settings(name, pattern)
+    if name not in VERIFIERS:
+        return _own(name)
+    row = VERIFIERS[name]
+    says = row.says
+    if row.takes_pattern:
+        try:
+            says = functools.partial(says, pattern=re.compile(pattern or ""))
+        except re.error as error:
+            raise InputError(f"verifier_pattern: {pattern!r} is no regular expression: {error}") from error
+    return lambda prompt, response: says(row.needs.find(prompt, name), response.text)
+
+
+def _own(name: str) -> Check:
+    function = import_named(name, "verifier", "function")
     if not callable(function):
         raise InputError(f"verifier: {name!r} is {function!r:.60}; expected a function")
 
@@ -153,43 +222,21 @@ def _callable(name: str) -> Check:
     return check
 
 
-def make_verifier(name: str, pattern: str | None = None) -> Check:
-    """``exact``, ``numeric``, ``regex``, ``ifeval``, ``ifeval_loose``, or ``package.module:function``.
-
-    The last is called as f(prompt, response, answer).
-
-    Raises:
-        InputError: unknown, or cannot be imported.
-    """
-    if name == "exact":
-        return _exact
-    if name == "numeric":
-        return _numeric
-    if name == "regex":
-        return _regex(pattern or "")
-    if name in IFEVAL:
-        return _ifeval(name)
-    return _callable(name)
-
-
-def with_answers(candidates: Sequence[Candidates], name: str, bad: BadRows) -> list[Candidates]:
-    """Those whose ``answer``, or ``constraints``, a built-in verifier can use; the others are bad rows."""
-    usable = []
+def usable(candidates: Sequence[Candidates], name: str, bad: BadRows) -> list[Candidates]:
+    """The candidates whose prompt has what a built-in verifier needs; the others are bad rows."""
+    if name not in VERIFIERS:
+        return list(candidates)
+    needs = VERIFIERS[name].needs
+    found = []
     for item in candidates:
         try:
-            if name == "numeric":
-                _expected_number(item.prompt)
-            elif name in ("exact", "regex"):
-                _expected(item.prompt, name)
-            elif name in IFEVAL:
-                _constraints(item.prompt, name)
-            usable.append(item)
+            needs.find(item.prompt, name)
+            found.append(item)
         except InputError as error:
             bad.handle(error, prompt_row(item.prompt))
-    if not usable:
-        what = "constraints" if name in IFEVAL else "an answer"
-        raise InputError(f"verifier: none of {len(candidates)} prompts has {what} that {name!r} can use")
-    return usable
+    if not found:
+        raise InputError(f"verifier: none of {len(candidates)} prompts has {needs.what} that {name!r} can use")
+    return found
 
 
 def verify(candidates: Sequence[Candidates], check: Check, bad: BadRows, name: str = "verifier") -> list[Verdict]:
@@ -201,8 +248,5 @@ def verify(candidates: Sequence[Candidates], check: Check, bad: BadRows, name: s
         except InputError as error:
             bad.handle(error, prompt_row(item.prompt))
             opinions = [Opinion(None, str(error))] * len(item.responses)
-        verdicts += [
-            Verdict(prompt_id=item.prompt.id, response=i, judge=name, score=opinion.score, reason=opinion.reason)
-            for i, opinion in enumerate(opinions)
-        ]
+        verdicts += as_verdicts(item, name, opinions)
     return verdicts
