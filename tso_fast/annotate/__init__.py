@@ -1,4 +1,4 @@
-"""Labels by people: which pair is asked next, the page that asks, and other tools' files.
+"""Human labels: the order in which pairs are asked, the page that asks, and exchange with other tools.
 
-queue, agreement → desk → page → command; exchange → command. Only ``page`` knows gradio.
+order, agreement → desk → page → command; exchange → command. Only ``page`` knows gradio.
 """

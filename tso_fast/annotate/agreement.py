@@ -13,18 +13,18 @@ from tso_fast.files.labels import Pair
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Of several opinions on the same pairs."""
+    """Agreement of several opinions on the same pairs."""
 
     pairs: int
-    """With two opinions or more."""
+    """Number of pairs with two opinions or more."""
     raw: float
-    """Share of equal ones among all twos of opinions on a pair, every pair weighing the same."""
+    """Share of equal opinions among all twos of opinions on a pair; every pair has the same weight."""
     alpha: float | None
-    """Krippendorff's, nominal: 1 full agreement, 0 that of chance; None where all opinions are one and the same."""
+    """Krippendorff's alpha, nominal: 1 is full agreement, 0 is chance; None if all opinions are the same."""
 
 
 def agreement(opinions: Iterable[Sequence[Hashable]]) -> Agreement | None:
-    """From the opinions on each pair; None without a pair that has two.
+    """Agreement, given the opinions on each pair; None if no pair has two opinions.
 
     Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), nominal data with missing values; with two
     annotators and many pairs it is Scott's pi, close to Cohen's kappa.
@@ -47,8 +47,8 @@ def agreement(opinions: Iterable[Sequence[Hashable]]) -> Agreement | None:
 
 
 def _preferences(opinions: Iterable[Sequence[float | None]]) -> Agreement | None:
-    """Of opinions on pairs of responses. Which response is the first means nothing, so each pair counts in both orders:
-    where the first is mostly the better, to say "the first" would otherwise count as agreement by chance."""
+    """Agreement on preferences. The order of two responses is arbitrary, so each pair counts in both orders: otherwise,
+    if the first response were usually better, agreeing on "the first" would look like chance."""
     given = [list(of_pair) for of_pair in opinions]
     swapped = [[None if value is None else -value for value in of_pair] for of_pair in given]
     found = agreement([*given, *swapped])
@@ -56,7 +56,7 @@ def _preferences(opinions: Iterable[Sequence[float | None]]) -> Agreement | None
 
 
 def between_people(values: Mapping[tuple[Pair, str], float | None]) -> Agreement | None:
-    """Between annotators, a bad pair being an opinion like any other."""
+    """Agreement between annotators; "bad pair" is an opinion like any other."""
     by_pair: dict[Pair, list[float | None]] = {}
     for (pair, _), value in values.items():
         by_pair.setdefault(pair, []).append(value)
@@ -66,7 +66,7 @@ def between_people(values: Mapping[tuple[Pair, str], float | None]) -> Agreement
 def with_judges(
     values: Mapping[tuple[Pair, str], float | None], votes: Mapping[Pair, Mapping[str, float]]
 ) -> Agreement | None:
-    """Between each label and the majority of the judges; a bad pair and one that no judge knows are left out."""
+    """Agreement of each label with the majority of the judges; leaves out bad pairs and pairs without votes."""
     return _preferences(
         (value, float(sign(sum(map(sign, votes[pair].values())))))
         for (pair, _), value in values.items()

@@ -1,4 +1,4 @@
-"""``tso-fast annotate``: finds the files, then serves the page, or writes or reads labels."""
+"""``tso-fast annotate``: finds the files, then serves the page, or exports or imports labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PASSWORD = "TSO_FAST_PASSWORD"
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """What one run of the command reads and writes."""
+    """Files that one run of the command reads and writes."""
 
     responses: Path
     verdicts: Path | None
@@ -33,10 +33,10 @@ class Files:
 
 
 def find_files(config: AnnotateConfig) -> Files:
-    """The files of an iteration of a run folder, or those at a file of responses.
+    """The files of one iteration of a run folder, or those next to a file of responses.
 
     Raises:
-        InputError: neither is there.
+        InputError: ``config.run`` is neither a run folder nor a file of responses.
     """
     run = Path(config.run)
     given = None if config.verdicts is None else Path(config.verdicts)
@@ -46,17 +46,16 @@ def find_files(config: AnnotateConfig) -> Files:
         stem = re.sub(r"\.jsonl(\.gz)?$", "", run.name)
         found = Files(responses=run, verdicts=given, labels=run.with_name(f"{stem}.labels.jsonl"))
     else:
-        of = _iteration(run, config.iteration)
-        found = Files(
-            responses=of.responses, labels=of.labels, verdicts=given or (of.verdicts if of.verdicts.is_file() else None)
-        )
+        iteration = _iteration(run, config.iteration)
+        verdicts = given or (iteration.verdicts if iteration.verdicts.is_file() else None)
+        found = Files(responses=iteration.responses, labels=iteration.labels, verdicts=verdicts)
     if config.labels is None:
         return found
     return Files(responses=found.responses, verdicts=found.verdicts, labels=Path(config.labels))
 
 
 def _iteration(run: Path, number: int | None) -> Iteration:
-    known = {of.number: of for of in iterations(run) if of.responses.is_file()}
+    known = {iteration.number: iteration for iteration in iterations(run) if iteration.responses.is_file()}
     if not known:
         what = (
             "has no iteration with responses yet"

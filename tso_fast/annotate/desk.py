@@ -1,4 +1,4 @@
-"""The work of the people at one labels file: who sees which pair, what they said of it, and how far they are."""
+"""Annotation of one labels file: who sees which pair, what they answered, and their progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Choice = Literal["left", "right", "tie", "bad"]
 CHOICES: tuple[str, ...] = get_args(Choice)
 
 AWAY_S = 900
-"""A pair that someone looks at is kept from the others for so long."""
+"""Seconds for which a pair that one annotator is looking at is not shown to others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,46 +29,46 @@ class Task:
     pair: Pair
     candidates: Candidates
     shown: tuple[int, int]
-    """Response at the left, response at the right."""
+    """Indices of the responses at the left and at the right."""
 
     @property
     def key(self) -> str:
-        """Names the pair on the page; opaque, as the index of a response tells which model wrote it."""
+        """Name of the pair on the page; opaque, since the index of a response reveals which model wrote it."""
         return f"{draw('key', *self.pair, *self.shown):016x}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What an annotator's page shows."""
+    """Content of an annotator's page."""
 
     task: Task | None
-    """None: nothing is left for this annotator."""
+    """The pair to label; None: nothing is left for this annotator."""
     labelled: int
-    """Pairs with a label of anybody."""
+    """Number of pairs that anybody has labelled."""
     total: int
     own: int
-    """Labels of this annotator."""
+    """Number of labels by this annotator."""
     people: int
-    """Annotators with a label."""
+    """Number of annotators with a label."""
     among_people: Agreement | None
     with_judges: Agreement | None
 
 
 @dataclass
 class _Seat:
-    """Where an annotator is."""
+    """The pair an annotator is looking at."""
 
     pair: Pair
     since: float
 
 
 class Desk:
-    """One set of pairs, one labels file, any number of annotators; may be used from several threads.
+    """One set of pairs, one labels file, any number of annotators; safe to use from several threads.
 
     Args:
-        overlap: share of an annotator's labels that fall on pairs which others labelled too, for the agreement: 0 none,
-            1 everybody labels everything.
-        max_pairs: only the first so many of the queue.
+        overlap: share of an annotator's labels that go to pairs which others labelled too, to measure agreement; 1:
+            everybody labels everything.
+        max_pairs: length at which the queue is cut.
     """
 
     def __init__(
@@ -111,9 +111,10 @@ class Desk:
             )
 
     def label(self, annotator: str, key: str, choice: str) -> bool:
-        """Puts a label on disk; False where ``key`` is not the pair that lies before the annotator any more.
+        """Writes a label to disk; returns False if ``key`` is no longer the annotator's current pair.
 
-        That is a second press of a key for one pair, or another tab; the label would be of a pair not seen.
+        This happens when a key is pressed twice or the page is open in two tabs; the label would go to a pair that the
+        annotator has not seen.
         """
         if choice not in CHOICES:
             raise ValueError(f"choice: got {choice!r}, expected one of {', '.join(CHOICES)}")
@@ -138,7 +139,7 @@ class Desk:
             return True
 
     def undo(self, annotator: str) -> bool:
-        """Withdraws the annotator's newest label and puts its pair back before them; False where there is none."""
+        """Withdraws the annotator's newest label and shows its pair again; returns False if there is none."""
         with self._mutex:
             own = [label for (_, name), label in standing(self.labels.history()).items() if name == annotator]
             if not own:
@@ -150,7 +151,7 @@ class Desk:
             return True
 
     def _now(self) -> datetime:
-        """Later than every label in the file, even where the clock was set back: the newest label counts."""
+        """A time later than every label in the file, even if the clock was set back: the newest label counts."""
         times = [label.time for label in self.labels.history() if label.time is not None]
         now = datetime.now(UTC)
         return max(now, max(times) + timedelta(microseconds=1)) if times else now

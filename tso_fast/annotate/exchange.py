@@ -1,7 +1,7 @@
-"""Labels from and for other tools: Label Studio's tasks, Argilla's records, and our own rows.
+"""Import and export of labels: Label Studio's tasks, Argilla's records, and our own rows.
 
 Every file names a pair by ``prompt_id`` and the responses at its left and right, and repeats their texts, so that a
-label cannot reach other texts than were seen. What a person said is ``left``, ``right``, ``tie`` or ``bad``.
+label cannot be applied to texts that the annotator did not see. A choice is ``left``, ``right``, ``tie`` or ``bad``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tso_fast.files.rows import BadRows, Row
 from tso_fast.types import Candidates
 
 PROBABILITY: dict[str, float | None] = {"left": 1.0, "right": 0.0, "tie": 0.5, "bad": None}
-"""Of the response at the left, by what a person said."""
+"""Probability that the left response is better, for each choice."""
 
 LABEL_STUDIO_CONFIG = """\
 <View>
@@ -43,8 +43,7 @@ LABEL_STUDIO_CONFIG = """\
 def export_labels(
     path: Path, form: str, candidates: Sequence[Candidates], queue: Sequence[Pair], labels: LabelFile, seed: int
 ) -> int:
-    """Writes the labels that stand; for the other tools also the pairs of the queue that have none. Returns how many
-    labels."""
+    """Writes the current labels and returns their number; other tools' files also get the queue's unlabelled pairs."""
     newest = standing(labels.history())
     if form == "jsonl":
         write_jsonl(path, map(label_row, newest.values()))
@@ -91,7 +90,7 @@ def _label_studio_task(number: int, item: Candidates, shown: tuple[int, int], la
             "type": "choices",
             "value": {"choices": [_said(label, shown[0])]},
         }
-        # Not completed_by: Label Studio wants the number of one of its own users there.
+        # Not completed_by: Label Studio expects the number of one of its own users there.
         row: Row = {"annotator": label.annotator, "result": [result]}
         if label.time is not None:
             row["created_at"] = label.time.astimezone(UTC).isoformat()
@@ -125,17 +124,17 @@ def import_labels(
 ) -> tuple[int, int]:
     """Adds the labels of a file, all or none.
 
-    A label without a time counts as given now. One that says what stands already, or is older than what the annotator
-    said or withdrew here, is not added.
+    A label without a time counts as given now. A label that repeats the current one, or is older than the annotator's
+    newest label or withdrawal of the pair, is skipped.
 
     Args:
-        annotator: whose labels those are that name nobody.
+        annotator: name for labels that carry none.
 
     Returns:
-        How many labels the file has, and how many of them were added.
+        Number of labels in the file, and number of labels added.
 
     Raises:
-        InputError: names the place and what is wrong there; nothing was added.
+        InputError: a row is wrong, with its place and the error; nothing was added.
     """
     given = list(standing(_read(path, form, candidates, annotator, bad)).values())
     now = datetime.now(UTC)
@@ -219,7 +218,7 @@ def _probability(choice: Any, where: str) -> float | None:
 
 
 def _name(value: Any, default: str | None, where: str) -> str:
-    """A user as the tools write one: a name, a number, or an object with one of both."""
+    """Name of a user, which tools write as a name, a number, or an object with one of the two."""
     if isinstance(value, dict):
         value = next((value[k] for k in ("email", "username", "name", "id") if value.get(k)), None)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -232,7 +231,7 @@ def _name(value: Any, default: str | None, where: str) -> str:
 
 
 def _from_label_studio(task: Any, where: str, items: Mapping[str, Candidates], annotator: str | None) -> list[Label]:
-    """A task of the JSON export, or of JSON-MIN, which has the data and the choice side by side."""
+    """Labels of a task of the JSON export, or of JSON-MIN, which has data and choice side by side."""
     data = task.get("data", task) if isinstance(task, dict) else None
     item, left, right = _pair(data, data, where, items)
     assert isinstance(task, dict)
@@ -272,7 +271,7 @@ def _from_label_studio(task: Any, where: str, items: Mapping[str, Candidates], a
 
 
 def _from_argilla(record: Any, where: str, items: Mapping[str, Candidates], annotator: str | None) -> list[Label]:
-    """A record as ``records.to_json`` writes it, or as the first release's exports have it."""
+    """Labels of a record as Argilla's ``records.to_json`` writes it, or as our first release's exports do."""
     fields = _field(record, "fields", where, dict, "the texts that were shown")
     item, left, right = _pair(record.get("metadata"), fields, where, items)
     responses = record.get("responses") or {}

@@ -1,4 +1,4 @@
-"""In which order pairs of responses are put before people: first those where a label teaches most."""
+"""The order in which people see pairs: pairs where a label is most informative come first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tso_fast.types import Candidates, Comparison, PairEvidence, Verdict
 
 
 def evidence_of(candidates: Sequence[Candidates], verdicts: Sequence[Verdict | Comparison]) -> list[PairEvidence]:
-    """All pairs of responses of different texts, with the scores in the data and the verdicts on each."""
+    """All pairs of responses with different texts, with the scores in the data and the verdicts on each."""
     matrix = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)])
     found = evidence.evidence_of(candidates, matrix, [v for v in verdicts if isinstance(v, Comparison)])
     return [pair for pairs in found for pair in pairs if not pair.is_same_text]
@@ -24,7 +24,7 @@ def sign(value: float) -> int:
 
 
 def informativeness(pair: PairEvidence) -> float:
-    """What a label would teach, in [0, 2]: split + conflict.
+    """How informative a label would be, in [0, 2]: split + conflict.
 
     With s the signs of the judges' votes (1, 0 or -1) and m their mean, 0 where no judge voted:
 
@@ -32,8 +32,8 @@ def informativeness(pair: PairEvidence) -> float:
         conflict = (1 - prior x m) / 2        1 when all contradict the prior, 0 when all confirm it
                    (1 - |m|) / 2              where there is no prior
 
-    So 1.5: the judges are split; 1: they agree, against the prior; 0.5: nobody said anything; 0: all agree, and a label
-    could only repeat it. Signs and not sizes: the scales of two judges cannot be compared.
+    So 1.5: the judges are split; 1: they agree, against the prior; 0.5: no votes and no prior; 0: all agree, and a
+    label adds nothing. Only signs count, since the scales of two judges cannot be compared.
     """
     signs = [sign(vote) for vote in pair.votes.values()]
     m = sum(signs) / len(signs) if signs else 0.0
@@ -48,9 +48,9 @@ def draw(*parts: object) -> int:
 
 
 def ordered(evidence: Iterable[PairEvidence], seed: int) -> list[Pair]:
-    """The queue: a second pair of a prompt comes after every prompt's first, and what teaches nothing comes last.
+    """The queue: a prompt's second pair comes after every prompt's first, and uninformative pairs come last.
 
-    Among equals the order is drawn from ``seed``.
+    Ties are broken at random, by ``seed``.
     """
     keyed = []
     for pair in evidence:
@@ -66,6 +66,6 @@ def ordered(evidence: Iterable[PairEvidence], seed: int) -> list[Pair]:
 
 
 def sides(pair: Pair, annotator: str, seed: int) -> tuple[int, int]:
-    """Which response is shown at the left and which at the right."""
+    """Indices of the responses shown at the left and at the right."""
     _, i, j = pair
     return (i, j) if draw("side", seed, annotator, *pair) % 2 else (j, i)

@@ -1,7 +1,7 @@
-"""The page: two responses side by side, one key or button a label. The only module that knows gradio.
+"""The page: two responses side by side, one key or button per label. The only module that imports gradio.
 
-Whatever comes from the data is shown as text. Nothing is loaded from elsewhere, which the page's own policy
-(Content-Security-Policy) also forbids to it.
+Everything from the data is shown as plain text. The page loads nothing from other servers; its Content-Security-Policy
+enforces this.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _turns = itertools.count(1)
 
 
 def plain(text: str) -> str:
-    """Text that HTML, and the templates that gradio fills, show as it is."""
+    """Text escaped for HTML and for gradio's templates."""
     return "".join(f"&#{ord(c)};" if c in "{}$@`\\" else c for c in html.escape(text))
 
 
 def show(view: View, annotator: str, notice: str = "", is_error: bool = False) -> str:
-    """Everything above the buttons; ``data-key`` names the pair, ``data-turn`` this showing of it."""
+    """HTML above the buttons; ``data-key`` names the pair, ``data-turn`` numbers each time it is shown."""
     task = view.task
     body = _done(view) if task is None else _task(task)
     kind = "notice error" if is_error else "notice"
@@ -95,7 +95,8 @@ def _done(view: View) -> str:
 
 
 def below(view: View | None) -> str:
-    """Keys, and the agreement so far; before somebody has labelled anything there is none to influence them."""
+    """HTML below the buttons: keys, and the agreement so far, which is hidden until the annotator has labelled a pair
+    so that it cannot influence them."""
     keys = (
         '<span class="keys"><kbd>A</kbd> <kbd>1</kbd> <kbd>←</kbd> &nbsp; <kbd>B</kbd> <kbd>2</kbd> <kbd>→</kbd> '
         "&nbsp; tie <kbd>T</kbd> <kbd>0</kbd> &nbsp; bad <kbd>X</kbd> &nbsp; undo <kbd>U</kbd> <kbd>⌫</kbd></span>"
@@ -126,7 +127,7 @@ def _agreements(view: View) -> list[tuple[str, Agreement | None]]:
 
 
 def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
-    """The gradio application, not yet served. With a login, the name is the one given there."""
+    """The gradio application, not yet served. If there is a login, the annotator's name comes from it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
@@ -157,7 +158,7 @@ def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
         name = annotator or request.username or (stored if isinstance(stored, str) else "")
         return render(name) if name else ask()
 
-    # gradio passes the request by this type, which it cannot look up by name as gradio is imported only here.
+    # gradio finds the request argument by its type, and cannot resolve the name since gradio is imported only here.
     open_page.__annotations__["request"] = gr.Request
 
     def start(name: str) -> list[Any]:
@@ -226,7 +227,7 @@ def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
         gr.on([typed.submit, go.click], start, typed, [*outputs, stored], **direct)
         if may_leave:
             away.click(leave, None, [*outputs, stored], **direct)
-        # The page says which pair it shows: what the server would show by now may be another.
+        # The page sends the key of the pair it shows, since the server's current pair may be another by now.
         shown_key = "(name) => [name, document.querySelector('[data-turn]')?.dataset.key ?? '']"
         for choice, button in (("left", left), ("tie", tie), ("bad", bad), ("right", right)):
             button.click(choose(choice), [name, key], outputs, js=shown_key, **direct)
@@ -241,7 +242,7 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
     """Serves the page until it is interrupted.
 
     Raises:
-        InputError: gradio is missing, or there is nothing to listen on.
+        InputError: gradio is missing, or the host and port cannot be listened on.
     """
     with _listen(host, port) as listening:
         try:
@@ -272,7 +273,7 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
             mcp_server=False,
             show_error=False,
             theme=gr.themes.Default(primary_hue="blue", neutral_hue="gray", font=SYSTEM_FONTS, font_mono=SYSTEM_MONO),
-            # Not as css=...: gradio puts its own class before each selector.
+            # Not css=...: gradio would prefix every selector with its own class.
             head="".join(
                 f"<{tag}>{(HERE / name).read_text(encoding='utf-8')}</{tag}>"
                 for tag, name in (("style", "page.css"), ("script", "page.js"))
@@ -310,7 +311,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _with_policy(app: Any) -> Any:
-    """The application with a policy on each of its answers: this page talks to this server only."""
+    """The application with POLICY on each of its responses: the page talks to this server only."""
     headers = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
 
     async def outer(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
