@@ -2,7 +2,7 @@
 
 import threading
 import time
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -78,10 +78,10 @@ def one_prompt(function, scores, **options):
 @EACH
 def test_agrees_with_reference(strategy, shape):
     rng = np.random.default_rng(1)
-    for seed in range(16):
+    for seed in range(8):
         scores, offsets = ragged(seed, **shape)
         options = random_options(rng, strategy, scores, offsets)
-        for max_pairs in (1, 2, 3, None):
+        for max_pairs in (1, 3) if seed % 2 else (2, None):
             options |= {"max_pairs": max_pairs, "min_margin": [0.0, 0.125, 0.2][seed % 3], "seed": seed - 1}
             got = select_pairs(scores, offsets, strategy=strategy, **options)
             expected = select_pairs_reference(scores, offsets, strategy=strategy, **options)
@@ -378,17 +378,14 @@ def test_threads_change_nothing(strategy):
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [0, 0, 0], [1, 0, 1]], ids=str)
-@EACH
-@BOTH
-def test_nothing_to_pair(function, strategy, sizes):
+def test_nothing_to_pair(sizes):
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    more = {"distances": np.zeros(sum(n * n for n in sizes), np.float32)} if strategy == "diverse" else {}
-    for max_pairs in (1, None):
-        pairs, margin = function(
-            np.zeros(sum(sizes), np.float32), offsets, strategy=strategy, max_pairs=max_pairs, **more
-        )
-        assert pairs.shape == (0, 2)
-        assert margin.shape == (0,)
+    scores, distances = np.zeros(sum(sizes), np.float32), np.zeros(sum(n * n for n in sizes), np.float32)
+    for function, strategy, max_pairs in product((select_pairs, select_pairs_reference), STRATEGIES, (1, None)):
+        more = {"distances": distances} if strategy == "diverse" else {}
+        pairs, margin = function(scores, offsets, strategy=strategy, max_pairs=max_pairs, **more)
+        assert pairs.shape == (0, 2), strategy
+        assert margin.shape == (0,), strategy
 
 
 def test_takes_distances_as_they_come():
@@ -426,16 +423,12 @@ def test_releases_the_gil():
 SCORES, OFFSETS = np.array([1, 2, 3, 4, 5], np.float32), np.array([0, 3, 5])
 
 
-@BOTH
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"consensus": SCORES.astype(float)}, r"consensus must be \[R\] float32, got float64"),
         ({"consensus": SCORES[None]}, r"consensus must be \[R\] float32, got shape \[1, 5\]"),
         ({"consensus": np.array([1, np.inf, 3, -np.inf, 5], np.float32)}, r"consensus\[1\] is inf \(2 infinite in all"),
-        ({"offsets": np.array([0, 3, 2, 5])}, r"offsets\[1\] = 3 is followed by 2"),
-        ({"offsets": np.array([0, 3])}, r"end at R = 5.*offsets\[-1\] is 3"),
-        ({"offsets": OFFSETS.astype(np.int32)}, "offsets must be .* int64, got int32"),
         ({"strategy": "best_wort"}, "unknown strategy 'best_wort'; known: best_worst, .*; did you mean 'best_worst'"),
         ({"max_pairs": 0}, "max_pairs must be an int >= 1, or None"),
         ({"max_pairs": 1.5}, "max_pairs must be an int >= 1"),
@@ -443,7 +436,6 @@ SCORES, OFFSETS = np.array([1, 2, 3, 4, 5], np.float32), np.array([0, 3, 5])
         ({"min_margin": -0.1}, "min_margin must be a number >= 0"),
         ({"min_margin": NAN}, "min_margin must be a number >= 0.*got nan"),
         ({"seed": 1.0}, "seed must be an int"),
-        ({"num_threads": -1}, "num_threads must be >= 0"),
         ({"positives": np.ones(4, bool)}, r"positives must be \[R\] with R = 5, got 4"),
         ({"negatives": np.ones(5)}, r"negatives must be \[R\] bool, got float64"),
         ({"text_ids": np.ones(5, np.int32)}, r"text_ids must be \[R\] int64"),
@@ -469,10 +461,11 @@ SCORES, OFFSETS = np.array([1, 2, 3, 4, 5], np.float32), np.array([0, 3, 5])
         ),
     ],
 )
-def test_bad_input(function, change, message):
+def test_bad_input(change, message):
     arguments = {"consensus": SCORES, "offsets": OFFSETS, "strategy": "best_worst", "max_pairs": 1} | change
-    with pytest.raises(ValueError, match=message):
-        function(arguments.pop("consensus"), arguments.pop("offsets"), **arguments)
+    for function in (select_pairs, select_pairs_reference):
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
 
 
 def test_takes_views_and_leaves_arguments_alone():
@@ -536,7 +529,6 @@ def test_decided_by_hand(function):
     assert drawn == {(0, 3), (1, 4), (2, 3), (3, 0), (3, 2), (4, 1)}  # disjoint while others are left
 
 
-@BOTH_DECIDED
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -549,7 +541,7 @@ def test_decided_by_hand(function):
         ({"strategy": "all", "reuse_texts": False}, "'all' does not read reuse_texts"),
     ],
 )
-def test_decided_bad_input(function, change, message):
+def test_decided_bad_input(change, message):
     arguments = {
         "pairs": np.array([[0, 1], [2, 3]]),
         "margin": np.ones(2, np.float32),
@@ -557,8 +549,9 @@ def test_decided_bad_input(function, change, message):
         "strategy": "best_worst",
         "max_pairs": 1,
     } | change
-    with pytest.raises(ValueError, match=message):
-        function(**arguments)
+    for function in (select_decided, select_decided_reference):
+        with pytest.raises(ValueError, match=message):
+            function(**arguments)
 
 
 def test_strategies_differ():
