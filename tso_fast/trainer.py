@@ -138,16 +138,14 @@ class Loop:
 
     def score(self, t: int) -> None:
         """The judges look at every response."""
-        config, files = self.config, self.run.iteration(t)
+        config, matrix, files = self.config, self.matrix, self.run.iteration(t)
 
         def produce() -> Produced:
             candidates = read_candidates(files.responses, BadRows())
             bad = BadRows(config.on_bad_row)
             steps = panel.num_steps(self.judges, candidates) or len(candidates)
             with stage(f"iteration {t}: judge", steps) as advance, self._store() as store:
-                bench = Bench(
-                    bad=bad, settings=config, store=store, matrix=self.matrix, advance=advance, impl=config.impl
-                )
+                bench = Bench(bad=bad, settings=config, store=store, matrix=matrix, advance=advance, impl=config.impl)
                 verdicts, costs = panel.ask(self.judges, candidates, bench)
             write_jsonl(files.verdicts, map(verdict_row, verdicts))
             written = [files.verdicts, *bad.set_aside(files.skipped)]
