@@ -1,4 +1,4 @@
-"""Progress for people: bars on a terminal, one line a stage elsewhere."""
+"""Progress display: bars on a terminal, one line per stage elsewhere."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-# Not on stdout, which carries results and can be piped.
-# Of several processes the first one speaks.
+# Not on stdout, which carries results and can be piped. Only the first of several processes prints.
 console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextlib.contextmanager
 def stage(title: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[Callable[[int], None]]:
-    """Shows a stage of ``total`` items; yields ``advance(n)``. ``note()`` is appended when it ends."""
+    """Shows progress over ``total`` items; yields ``advance(n)``. ``note()`` is appended at the end."""
     start = time.perf_counter()
     if console.is_terminal and not console.quiet:
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

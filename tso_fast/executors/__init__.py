@@ -1,10 +1,10 @@
-"""Executors: where engines run. Shards of requests in, answers out, whatever dies on the way.
+"""Executors run engines: shards of requests in, answers out, even if engines die on the way.
 
     Job[] -> run(executor, jobs, done) -> done(answers) ...
 
-A job is what one kind of engine has to do. Jobs are ordered by size, the largest first; each gets an engine while there
-is room, then what room is left goes round again. Every engine has a thread that feeds it shards and takes its answers;
-the calling thread hands them to ``done``. A shard whose engine died goes to another engine, without what was answered.
+A job is the work of one kind of engine. Jobs are ordered by size, the largest first; each gets one engine while there
+is room, then each a second one, and so on. Every engine has a thread that feeds it shards and collects its answers; the
+calling thread hands them to ``done``. If an engine dies, its unanswered requests go to another engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tso_fast.errors import EngineError
 from tso_fast.generators import Completion, Engine, EngineSpec, Refusal, Request
 
 LOOK_S = 10.0
-"""Seconds after which room for more engines is looked for, as clusters grow."""
+"""Seconds between checks for room for more engines, since clusters grow."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ Answer = Completion | Refusal
 
 
 class Executor(Protocol):
-    """Room for engines."""
+    """Places where engines can run."""
 
     def acquire(self, spec: EngineSpec) -> Any | None:
-        """A place for one more engine of this kind; None: not now."""
+        """A place for one more engine of this kind; None: there is no room now."""
         ...
 
     def release(self, place: Any) -> None: ...
@@ -47,7 +47,7 @@ class Executor(Protocol):
 
 @dataclass
 class Shard:
-    """Requests that are handed out together; what was answered is taken out."""
+    """Requests that are handed out together; answered ones are removed."""
 
     requests: dict[bytes, Request]
     failures: int = 0
@@ -55,11 +55,11 @@ class Shard:
 
 @dataclass
 class Job:
-    """The work of one kind of engine. Threads take from it under its lock."""
+    """The work of one kind of engine; may be used from several threads."""
 
     spec: EngineSpec
     size_b: float
-    """Jobs start in the order of the size of their models, the largest first."""
+    """Size of the largest model, billions of parameters; the largest jobs start first."""
     shards: Iterator[list[Request]]
     returned: list[Shard] = field(default_factory=list)
     engines: int = 0
@@ -71,7 +71,7 @@ class Job:
         return f"{self.spec.kind}: {self.spec.names}"
 
     def take(self) -> Shard | None:
-        """The next shard, one that came back first; None: nothing is left to hand out."""
+        """The next shard, returned ones first; None: nothing is left to hand out."""
         with self._lock:
             if self.returned:
                 return self.returned.pop(0)
@@ -101,14 +101,14 @@ class _Done:
 
 @dataclass(frozen=True)
 class _Progress:
-    """Answers more, or less where they were lost with their engine."""
+    """Change in the number of answers; negative if some were lost with their engine."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """An engine's thread is over; ``error`` says why, None: there was nothing left to do."""
+    """An engine's thread has ended; ``error`` says why, None: no work was left."""
 
     job: Job
     place: Any
@@ -127,8 +127,8 @@ class _Worker(threading.Thread):
         self.executor, self.job, self.place, self.events = executor, job, place, events
         self.is_stopped = threading.Event()
         self.engine: Engine | None = None
-        # hf: batches are made of a shard, and the shard is stored whole, so that done again it has the same bits.
-        # Others are fed on: the tail of a shard overlaps the head of the next.
+        # hf makes batches within a shard and stores the shard whole, so that a repeated shard gives the same bits.
+        # Other engines get several shards at once: the tail of a shard overlaps the head of the next.
         self.is_whole = job.spec.kind == "hf"
         self.depth = 1 if self.is_whole else 3
         self.buffer: list[Answer] = []
@@ -180,14 +180,14 @@ def run(
     max_retries: int,
     progress: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Does all jobs; ``done`` and ``progress`` are called in this thread, with answers as they come and their number.
+    """Runs all jobs; calls ``done`` with new answers and ``progress`` with their number, both in this thread.
 
     Args:
-        max_retries: times that a shard is given to another engine when its engine died.
+        max_retries: how often a shard may go to another engine after its engine died.
 
     Raises:
-        EngineError: a shard's engines died ``max_retries + 1`` times; with the last engine's own words.
-        InputError, or what ``done`` raises: engines are stopped first. What ``done`` was given stays done.
+        EngineError: the engines of one shard died ``max_retries + 1`` times; contains the last engine's output.
+        InputError, or what ``done`` raises: engines are stopped first. Answers already given to ``done`` are kept.
     """
     jobs = sorted(jobs, key=lambda job: -job.size_b)
     events: queue.Queue[_Event] = queue.Queue()
@@ -220,13 +220,13 @@ def run(
             worker.is_stopped.set()
         for worker in workers.values():
             if worker.engine is not None:
-                with contextlib.suppress(Exception):  # what went wrong first is what counts
+                with contextlib.suppress(Exception):  # the first error is the one to report
                     worker.engine.close()
             worker.join(timeout=60)
 
 
 def _waiting(events: queue.Queue[_Event], timeout_s: float) -> list[_Event]:
-    """All that came; answers that come one by one are so written together."""
+    """All events that have arrived, so that answers that come one by one are written together."""
     out = []
     with contextlib.suppress(queue.Empty):
         out.append(events.get(timeout=timeout_s))
@@ -236,13 +236,13 @@ def _waiting(events: queue.Queue[_Event], timeout_s: float) -> list[_Event]:
 
 
 def _start(executor: Executor, jobs: Sequence[Job], events: queue.Queue, workers: dict[int, _Worker]) -> None:
-    """Engines for jobs that have work, one each in the order of the jobs, then a second one each, and so on."""
+    """Starts engines for jobs that have work: one per job in order, then a second one each, while there is room."""
     is_new = True
     while is_new:
         is_new = False
         fewest = min((job.engines for job in jobs if job.has_more()), default=0)
         for job in jobs:
-            is_enough = job.engines > fewest or (job.engines and job.spec.is_client)  # its one client is async
+            is_enough = job.engines > fewest or (job.engines and job.spec.is_client)  # one client is async
             if is_enough or not job.has_more() or (place := executor.acquire(job.spec)) is None:
                 continue
             job.engines += 1

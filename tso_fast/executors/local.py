@@ -14,11 +14,11 @@ from tso_fast.generators import Engine, EngineSpec, open_engine
 class Place:
     gpus: tuple[str, ...]
     number: int
-    """Of the engine, for its log."""
+    """Number of the engine, used in its log's name; 0 for a client."""
 
 
 def visible_gpus() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES of the GPUs that this process may use."""
+    """GPUs that this process may use, as named in CUDA_VISIBLE_DEVICES."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -30,8 +30,8 @@ class LocalExecutor:
     """``Executor`` on this machine.
 
     Args:
-        gpus: that may be used; none: engines run on the CPU.
-        num_engines: most engines at once; 0: as many as the GPUs allow, one without GPUs.
+        gpus: GPUs that engines may use; empty: engines run on the CPU.
+        num_engines: maximum number of engines at once; 0: as many as the GPUs allow, or one if there are none.
         logs: folder for the engines' output.
     """
 

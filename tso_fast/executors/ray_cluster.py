@@ -1,8 +1,8 @@
-"""Engines on the nodes of a Ray cluster: an actor holds an engine, a shard is one task of it.
+"""Engines on the nodes of a Ray cluster: an actor holds an engine, and each shard is one task of that actor.
 
-An actor rather than free tasks, as an engine takes a minute to start and serves many shards. Retries are those of
-``executors.run``: a node or an engine that dies costs its shards a retry. The model folders must be at the same path on
-every node, and tso-fast must be installed there.
+Actors are used instead of plain tasks because an engine takes a minute to start and serves many shards.
+``executors.run`` does the retries: if a node or an engine dies, its shards use up one retry. Model folders must have
+the same path on every node, and tso-fast must be installed there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INSTALL = "ray is not installed; pip install 'tso-fast[ray]'"
 
 
 def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unless asked for
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage reports unless the user asks for them
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
@@ -40,7 +40,7 @@ class Place:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Fails early if nothing listens at the address; Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
@@ -50,11 +50,11 @@ class RayExecutor:
     """``Executor`` on a Ray cluster.
 
     Args:
-        address: of the cluster; None: the one of RAY_ADDRESS or of this machine, else a new one on this machine.
-        num_engines: most engines at once; 0: as many as the GPUs of all nodes allow, one a node without GPUs.
+        address: address of the cluster; None: that in RAY_ADDRESS, else this machine's cluster, else a new one here.
+        num_engines: maximum number of engines at once; 0: as many as all GPUs allow, or one per node without GPUs.
 
     Raises:
-        InputError: ray is not installed, or no cluster answers there.
+        InputError: ray is not installed, or no cluster answers at the address.
     """
 
     def __init__(self, address: str | None, num_engines: int) -> None:
@@ -82,7 +82,7 @@ class RayExecutor:
             has_room = len(engines) < (self.num_engines or (sum(gpus) if spec.num_gpus else len(nodes)))
             used = sum(p.num_gpus for p in engines)
             fits = used + spec.num_gpus <= sum(gpus) and max(gpus, default=0) >= spec.num_gpus
-            # The first one may wait for a node: clusters grow.
+            # The first engine may wait for a node, since clusters grow.
             if engines and not (has_room and (fits or not spec.num_gpus)):
                 return None
         self.running.append(place)
@@ -100,7 +100,7 @@ class RayExecutor:
 
 
 class EngineHost:
-    """The actor: an engine in a process of its own, which shards share."""
+    """The actor: an engine in its own process, shared by shards."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.engine = open_engine(spec, own_process=True)
@@ -111,7 +111,7 @@ class EngineHost:
         pass
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers of a shard. Several calls run at once: whichever holds the lock collects for all."""
+        """Answers of a shard. Several calls run at once; the one that holds the lock collects for all."""
         with self.lock:
             self.engine.submit(requests)
         while True:
@@ -125,7 +125,7 @@ class EngineHost:
 
 
 class RayEngine:
-    """``Engine`` on some node."""
+    """``Engine`` on a node that Ray chooses."""
 
     def __init__(self, ray: Any, spec: EngineSpec) -> None:
         self.ray = ray
@@ -146,7 +146,7 @@ class RayEngine:
             raise
 
     def _get(self, task: Any, timeout_s: float, what: str) -> Any:
-        """The result of a task; its errors as those of an engine here would be."""
+        """The result of a task; Ray's errors become the errors that a local engine would raise."""
         exceptions = self.ray.exceptions
         cells = self.spec.names
         try:
@@ -178,7 +178,7 @@ class RayEngine:
                 self.tasks.remove(done[0])
                 answers: list[Answer] = self._get(done[0], self.spec.timeout_s, "its answers did not arrive")
                 return answers
-            # The node watches its engine; this watches the node.
+            # EngineHost watches the engine; this watches the node.
             self._get(self.actor.ping.remote(), self.spec.timeout_s, "its node was silent")
 
     def close(self) -> None:
