@@ -1,1 +1,1 @@
-"""Language models: text to tokens, folders to models, and the policy whose forward pass ends in the loss."""
+"""Language models: tokenising text, loading from folders, and the policy, whose forward pass computes the loss."""

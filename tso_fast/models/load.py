@@ -1,4 +1,4 @@
-"""Models on disk: loading, adapters, attention, saving, and giving memory back."""
+"""Models on disk: loading, adapters, attention and saving."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tso_fast.models.tokens import end_of_turn
 
 logger = logging.getLogger(__name__)
 
-transformers.utils.logging.disable_progress_bar()  # stages show their own
+transformers.utils.logging.disable_progress_bar()  # stages show their own progress
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Raises InputError when the folder has no usable tokenizer."""
+    """Loads a tokenizer; raises InputError if the folder has no usable one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -56,14 +56,13 @@ def load_model(
     """A causal language model from a local folder of safetensors, on ``device``.
 
     Args:
-        path: folder of the weights, or of a LoRA adapter for those in ``base``.
-        attn_implementation: transformers' name of it, or ``auto``, see ``resolve_attention``.
-        base: folder of the full weights; None or ``path``: ``path`` is no adapter.
-        merge: add the adapter to the weights, which leaves a plain model; the sum is rounded to ``dtype``, so where
-            only the results count the adapter's layers stay apart.
+        path: folder of the weights, or of a LoRA adapter for the weights in ``base``.
+        attn_implementation: transformers' name of an attention implementation, or ``auto``, see ``resolve_attention``.
+        base: folder of the full weights; None or ``path``: ``path`` is not an adapter.
+        merge: add the adapter to the weights, which gives a plain model but rounds the sum to ``dtype``.
 
     Raises:
-        InputError: no model there, or one that cannot be loaded, or weights that are not all there or do not fit.
+        InputError: the folder has no model, or it cannot be loaded, or weights are missing or do not fit.
     """
     full = path if base is None else base
     attention = attn_implementation
@@ -81,7 +80,7 @@ def load_model(
         )
     except Exception as error:
         raise InputError(f"{full}: no causal language model can be loaded from here: {error}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random ones
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
         raise InputError(
             f"{full}: {len(missing)} of the model's weights are not in its safetensors files, such as "
             f"{missing[0]}; expected all of them"
@@ -99,7 +98,7 @@ def _add_adapter(model: PreTrainedModel, path: Path, merge: bool) -> PreTrainedM
     except ImportError as error:
         raise InputError(f"{path}: a LoRA adapter needs peft: {error}; pip install 'tso-fast[lora]'") from error
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (path / name).is_file():  # peft would look for a pickle, then on the hub
+        if not (path / name).is_file():  # peft would try a pickle, then the hub
             raise InputError(f"{path}: no {name} here; expected a LoRA adapter as peft saves it, in safetensors")
     try:
         config = peft.PeftConfig.from_pretrained(str(path))
@@ -110,7 +109,7 @@ def _add_adapter(model: PreTrainedModel, path: Path, merge: bool) -> PreTrainedM
         loading = adapted.load_adapter(str(path), "default", torch_device=str(model.device))
     except Exception as error:
         raise InputError(f"{path}: the LoRA adapter cannot be put on {model.name_or_path}: {error}") from error
-    # peft passes over both.
+    # peft ignores both.
     for what, keys in (
         ("are not in adapter_model.safetensors", loading.missing_keys),
         ("have no place in the model", loading.unexpected_keys),
@@ -128,7 +127,7 @@ def _add_adapter(model: PreTrainedModel, path: Path, merge: bool) -> PreTrainedM
             raise InputError(f"{path}: the LoRA adapter cannot be merged into {model.name_or_path}: {error}") from error
     model = adapted.base_model.model
     head = model.get_output_embeddings()
-    if isinstance(head, peft.utils.ModulesToSaveWrapper):  # a head that was trained whole is just another Linear
+    if isinstance(head, peft.utils.ModulesToSaveWrapper):  # a fully trained head is just another Linear
         model.set_output_embeddings(head.modules_to_save["default"])
     return model
 
@@ -136,7 +135,7 @@ def _add_adapter(model: PreTrainedModel, path: Path, merge: bool) -> PreTrainedM
 def resolve_attention(
     name: str, device: torch.device | str, dtype: str, model_class: type[PreTrainedModel] | None = None
 ) -> str:
-    """What ``auto`` stands for: flash_attention_2 where it can run, else sdpa, else eager; other names as they are."""
+    """Resolves ``auto`` to flash_attention_2 if it can run, else sdpa, else eager; returns other names as given."""
     if name != "auto":
         return name
     device = torch.device(device).type
@@ -157,7 +156,7 @@ def _flash_obstacle(device: str, dtype: str) -> str:
         return f"it needs float16 or bfloat16, dtype is {dtype}"
     try:
         importlib.import_module("flash_attn")
-    except Exception as error:  # of a build for another torch: undefined symbols
+    except Exception as error:  # such as undefined symbols in a build for another torch
         return f"{error}; pip install flash-attn"
     return ""
 
@@ -183,7 +182,7 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder with full weights.
 
     Raises:
-        InputError: no configuration or no safetensors weights there.
+        InputError: the folder has no configuration or no safetensors weights.
     """
     weights = sorted(path.glob("*.safetensors"))
     if not (path / "config.json").is_file() or not weights:
@@ -197,7 +196,7 @@ def weight_shapes(path: Path) -> Shapes:
     """Shapes of all weights in a folder, from the headers of their files.
 
     Raises:
-        InputError: no model there, or a file that is cut or damaged.
+        InputError: the folder has no model, or a file is truncated or damaged.
     """
     return {name: shape for file in weight_files(path) for name, shape in tensor_shapes(file).items()}
 
@@ -206,7 +205,7 @@ def tensor_shapes(file: Path) -> Shapes:
     """Shape of every tensor in a safetensors file, from its header.
 
     Raises:
-        InputError: a file that is cut or damaged.
+        InputError: the file is truncated or damaged.
     """
     try:
         return _tensor_shapes(file)
@@ -227,7 +226,7 @@ def load_config(path: str | Path) -> Any:
 
 
 def end_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response of this model: the tokenizer's, its chat template's, its generation config's."""
+    """Tokens that end a response: those of the tokenizer, its chat template and the model's generation config."""
     try:
         configured = GenerationConfig.from_pretrained(str(path), local_files_only=True).eos_token_id
     except OSError:  # the file is optional

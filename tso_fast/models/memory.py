@@ -1,4 +1,4 @@
-"""Memory that is free, and memory that is given back."""
+"""Measuring and freeing memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that programs can still take.
+    """Bytes of main memory that programs can still allocate.
 
-    The kernel's estimate counts the page cache, which is full of weights just read.
+    This is the kernel's estimate, which counts the page cache as available: it is full of weights just read.
     """
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -24,10 +24,10 @@ def available_memory() -> int:
 
 
 def release(model: nn.Module) -> None:
-    """Gives back the memory of a model that is not used again.
+    """Frees the memory of a model that is not used again.
 
-    Models hold themselves in cycles, and a collection takes a quarter of a second with these libraries loaded; their
-    weights are let go of here and now.
+    Models are in reference cycles, and a garbage collection takes a quarter of a second with these libraries loaded, so
+    this drops the weights directly.
     """
     import torch
 
@@ -38,7 +38,7 @@ def release(model: nn.Module) -> None:
 
 
 def free_gpu_memory() -> None:
-    """Gives GPU memory that nothing holds any more back to other processes."""
+    """Returns unused GPU memory, so that other processes can allocate it."""
     import torch
 
     if torch.cuda.is_available():

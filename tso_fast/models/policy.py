@@ -1,4 +1,4 @@
-"""The policy: a language model whose forward pass ends in the loss, its full logits never computed."""
+"""The policy: a language model whose forward pass computes the loss without ever computing full logits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Policy(nn.Module):
     """A language model whose forward pass is a preference loss.
 
     The loss is computed inside ``forward``, so that wrappers which gather weights there (DDP, FSDP) also gather
-    the output head. Logits are not computed by the model: its head only hands over what enters it.
+    the output head. The model computes no logits: its head only records its input.
 
     Raises:
-        InputError: the model does something between head and logits that the op does not know.
+        InputError: the model changes its logits after the head in a way that the op does not support.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -43,7 +43,7 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()
 
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """What enters the output head, [S, L, D]."""
+        """Input of the output head, [S, L, D]."""
         with _capture_head_input(self.head) as captured:
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return captured[0]
@@ -51,15 +51,15 @@ class Policy(nn.Module):
     def logprobs(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor, *, impl: str
     ) -> torch.Tensor:
-        """Log-probs of the targets, [S, L] nats, 0 where they are ignored."""
+        """Log-probs of the targets, [S, L] nats, 0 for ignored targets."""
         hidden = self.hidden(input_ids, attention_mask)
         return linear_logprobs(hidden, self.head.weight, targets, impl=impl, **self._head_options())
 
     def forward(self, batch: PairBatch, *, impl: str, loss: str | Loss | None = None, **options: Any) -> Any:
-        """The loss of a batch as ``PreferenceOutput``, or, without a ``loss``, its sums of log-probs, [S] nats."""
+        """The ``PreferenceOutput`` of a batch, or, if ``loss`` is None, the log-prob of each sequence, [S] nats."""
         if loss is None:
             logprobs = self.logprobs(batch.input_ids, batch.attention_mask, batch.targets, impl=impl)
-            # As preference_loss sums them: where policy and reference are the same, so are their sums.
+            # Summed as in preference_loss, so that equal policy and reference have equal sums.
             return logprobs.sum(dim=1, dtype=torch.float64).to(logprobs.dtype)
         return preference_loss(
             self.hidden(batch.input_ids, batch.attention_mask),
@@ -92,7 +92,8 @@ class Policy(nn.Module):
         if self.softcap is not None:
             ours = self.softcap * torch.tanh(ours / self.softcap)
         ours = ours / self.temperature
-        # Against the largest logit: those of untrained weights are all near 0. The model rounds to its dtype, twice.
+        # Relative to the largest logit, since logits of untrained weights are near 0. The model rounds to its dtype
+        # twice.
         error, largest = float((ours - logits).abs().max()), float(logits.abs().max())
         if not error <= max(1e-4, 4 * torch.finfo(self.head.weight.dtype).eps) * largest:
             raise InputError(
@@ -103,7 +104,7 @@ class Policy(nn.Module):
 
 @contextlib.contextmanager
 def _capture_head_input(head: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within, the head keeps its input and returns one column, so that no full logits exist."""
+    """Makes the head record its input and return one column, so that full logits never exist."""
     captured: list[torch.Tensor] = []
 
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -118,7 +119,7 @@ def _capture_head_input(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, those that modules pass to functions included."""
+    """Sets every dropout probability to 0, including those that modules pass to functions."""
     module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):

@@ -1,6 +1,6 @@
-"""Text to tokens.
+"""Tokenises prompts and written responses.
 
-What a cell sampled is trained on token by token; only text from elsewhere is tokenised here.
+Sampled responses already have token ids, and training uses exactly those.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ IGNORE = -100
 
 
 def _render(tokenizer: Any, prompt: Prompt, response: str | None = None) -> str:
-    """The prompt by the chat template, ready for an answer, or with ``response`` as one."""
+    """The prompt rendered by the chat template, up to where an answer starts, or with ``response`` as the answer."""
     messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
     if response is not None:
         messages.append({"role": "assistant", "content": response})
@@ -37,11 +37,11 @@ def _render(tokenizer: Any, prompt: Prompt, response: str | None = None) -> str:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt, up to where the response starts.
 
-    With a chat template the prompt is rendered by it, a plain string as one user message. Without one it must be a
-    plain string, and gets the tokens that the tokenizer puts before a text.
+    If the tokenizer has a chat template, it renders the prompt; a plain string becomes one user message. Otherwise the
+    prompt must be a plain string, and the tokenizer adds its usual tokens before it.
 
     Raises:
-        InputError: a conversation without a chat template, or a prompt without tokens.
+        InputError: the prompt is a conversation but there is no chat template, or it has no tokens.
     """
     if getattr(tokenizer, "chat_template", None):
         ids = _ids(tokenizer, _render(tokenizer, prompt))
@@ -60,14 +60,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> tuple[int, ...]:
-    """Token ids of a response that was written, not sampled: its text and the one token that ends it.
+    """Token ids of a response that was written, not sampled: its text and the token that ends it.
 
-    With a chat template it is what the template puts after the prompt, as far as the end of the turn.
+    If there is a chat template, these are the tokens that it puts after the prompt, up to the end of the turn.
     """
     completion = text
     if getattr(tokenizer, "chat_template", None):
         before, full = _render(tokenizer, prompt), _render(tokenizer, prompt, text)
-        # Some templates rewrite earlier turns once an answer follows; then the bare text is all there is.
+        # Some templates rewrite earlier turns once an answer follows; then only the bare text is used.
         if full.startswith(before):
             completion = full[len(before) :]
     end = end_of_turn(tokenizer)
@@ -77,16 +77,17 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: st
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a response: the first special one that the chat template puts after it, else end-of-sequence.
+    """The token that ends a response: the first special token that the chat template puts after it, else eos_token.
 
-    They differ in the templates of Gemma and Phi: what is sampled ends with "<end_of_turn>", no "<eos>" follows.
+    The two differ for Gemma and Phi: a sampled response ends with "<end_of_turn>" and no "<eos>" follows.
     """
     return _end_of_turn(tokenizer, getattr(tokenizer, "chat_template", None), tokenizer.eos_token_id)
 
 
 @functools.lru_cache(maxsize=8)
 def _end_of_turn(tokenizer: Any, chat_template: str | None, eos: int) -> int:
-    """Asked for every written response; what may be replaced in a tokenizer is an argument, so that it is seen."""
+    """Cached, since every written response needs it; mutable tokenizer attributes are arguments, so that changes are
+    seen."""
     if not chat_template:
         return eos
     answer = "tso-fast"
@@ -96,20 +97,20 @@ def _end_of_turn(tokenizer: Any, chat_template: str | None, eos: int) -> int:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # Not verbose: a text longer than the context is for check_fits to refuse.
+    # Not verbose: check_fits refuses texts longer than the context.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Response) -> tuple[int, ...]:
-    """The tokens that were sampled, else those of the text."""
+    """The sampled tokens, or the tokens of the text if none were sampled."""
     return response.token_ids or encode_response(tokenizer, prompt, response.text)
 
 
 def pad_sequences(
     rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded inputs, attention mask and shifted targets, [S, L] int64 each, of (prompt, completion) rows."""
+    """Right-padded input ids, attention mask and shifted targets, [S, L] int64 each, for (prompt, completion) rows."""
     length = max(len(prompt) + len(completion) for prompt, completion in rows) - 1  # the last token is only a target
     ids = torch.full((len(rows), length), pad_token_id)
     mask = torch.zeros_like(ids)
