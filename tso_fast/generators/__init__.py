@@ -1,9 +1,9 @@
-"""Generators: token ids in, sampled token ids out, the same records whatever runs the model.
+"""Generators: token ids in, sampled token ids out, with the same records for every engine.
 
     Request[] -> Engine.submit ... Engine.collect -> (Completion | Refusal)[]
 
-An engine answers for the cells of its ``EngineSpec``; ``open_engine`` makes one. ``hf`` runs in the process that opens
-it, ``vllm`` in a process of its own (``process.py``), ``openai`` is a client of a server that the user started.
+An engine answers for the cells of its ``EngineSpec``; ``open_engine`` starts one. ``hf`` runs in the process that opens
+it, ``vllm`` in its own process (``process.py``), and ``openai`` is a client of a server that the user started.
 """
 
 from tso_fast.generators.engine import Completion as Completion

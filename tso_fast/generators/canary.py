@@ -1,6 +1,6 @@
-"""Whether an engine answers with the weights that it should: one greedy answer against transformers on a CPU.
+"""Checks that an engine uses the right weights: compares one greedy answer with transformers on a CPU.
 
-Engines have kept weights that were to be replaced, or answered nonsense after a reload, without an error
+Engines have silently kept weights that should have been replaced, or answered nonsense after a reload
 (vllm#29341, trl#3247).
 """
 
@@ -28,17 +28,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far two right implementations are apart, nats."""
+    """Largest difference between two correct implementations, nats."""
 
     mean: float
-    """Of the sum of log-probs, per token."""
+    """Difference of the summed log-prob, per token."""
     gap: float
-    """Of a greedy token below the reference's best."""
+    """Distance of a greedy token's log-prob below the reference's best token."""
 
 
-# float32 sums in another order differ by 1e-5, with TF32 products by some 1e-3. The others round every layer's output
-# to 11 and 8 bits: logits of some 20 are then off by 1/64 and 1/8, tokens that close may change places, and in the
-# mean over tokens much of it cancels.
+# float32 sums in another order differ by 1e-5, or about 1e-3 with TF32 products. float16 and bfloat16 round every
+# layer's output to 11 and 8 bits: logits of about 20 are then off by 1/64 and 1/8. Tokens that close may change places,
+# and in the mean over tokens much of the error cancels.
 TOLERANCES = {
     "float32": Tolerance(mean=5e-3, gap=2e-2),
     "float16": Tolerance(mean=2e-2, gap=1e-1),
@@ -48,15 +48,15 @@ TOLERANCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What transformers says of some tokens after the prompt."""
+    """Log-probs by transformers of some tokens after the prompt."""
 
     logprob: float
     gap: float
-    """Largest distance of a token's log-prob from the best one's."""
+    """Largest distance of a token's log-prob below the best token's."""
 
 
 def request(cell: Cell, spec: EngineSpec) -> Request:
-    """The greedy answer to ask for."""
+    """The request for the greedy answer that is checked."""
     prompt = _prompt_ids(spec.tokenizer)
     limit = min((n for n in (spec.context, cell.context) if n is not None), default=MAX_TOKENS + len(prompt))
     prompt = prompt[: max(1, limit - MAX_TOKENS)]
@@ -71,10 +71,10 @@ def request(cell: Cell, spec: EngineSpec) -> Request:
 
 
 def check(engine: Engine, cell: Cell, spec: EngineSpec) -> Completion:
-    """Asks an engine that has nothing else to do.
+    """Asks an idle engine and judges its answer.
 
     Raises:
-        EngineError: its answer is not that of the cell's weights; with figures.
+        EngineError: the answer does not come from the cell's weights; reports the differences.
         InputError: the weights themselves are damaged.
     """
     asked = request(cell, spec)
@@ -91,10 +91,10 @@ def check(engine: Engine, cell: Cell, spec: EngineSpec) -> Completion:
 def judge(answer: Completion, cell: Cell, spec: EngineSpec, before: tuple[Cell, Completion] | None = None) -> None:
     """Compares an answer to ``request`` with transformers.
 
-    Weights too large for a quarter of the free memory are only checked for finite numbers.
+    If the weights take more than a quarter of the free memory, only checks that log-probs are finite.
 
     Args:
-        before: the weights that were to be replaced, and what they answered.
+        before: the weights that should have been replaced, and their answer.
     """
     where = f"cell {cell.name}: {cell.path}"
     if not answer.token_ids:
@@ -125,7 +125,7 @@ def judge(answer: Completion, cell: Cell, spec: EngineSpec, before: tuple[Cell, 
         )
     if before is None:
         return
-    # Versions of one model may be closer to each other than the tolerance; but not by every bit.
+    # Two versions of a model may differ by less than the tolerance, but not agree in every bit.
     old, old_answer = before
     is_same = (old_answer.token_ids, old_answer.logprob) == (answer.token_ids, answer.logprob)
     if is_same and _reference(old, prompt, answer.token_ids, spec) != reference:
@@ -142,7 +142,7 @@ _references: dict[tuple[Any, ...], Reference] = {}
 
 
 def _reference(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...], spec: EngineSpec) -> Reference:
-    """Kept: a loop over versions comes back to each of them, and the same weights give the same answer."""
+    """Cached, since a loop over versions returns to each of them, and the same weights give the same answer."""
     key = (cell.weight_hash, spec.dtype, prompt, tokens)
     if key not in _references:
         _references[key] = _teacher_forced(cell, prompt, tokens, spec)
@@ -152,7 +152,7 @@ def _reference(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...], spe
 def _teacher_forced(cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...], spec: EngineSpec) -> Reference:
     import torch
 
-    # What runs on this engine's device may have no implementation for the CPU.
+    # The engine's attention may have no CPU implementation.
     attention = spec.attn_implementation if spec.attn_implementation in ("eager", "sdpa") else "auto"
     loaded = load_model(cell.path, base=cell.base, dtype=spec.dtype, attn_implementation=attention, device="cpu")
     model: Any = loaded.eval()

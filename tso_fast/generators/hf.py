@@ -1,8 +1,8 @@
-"""Generation with transformers in this process, one random stream a request.
+"""Generation with transformers in this process, with one random stream per request.
 
-    shard -> cell -> sampling -> rows, longest prompts first: finished ones leave the batch, waiting ones join it
+    shard -> cell -> sampling -> rows, longest prompts first: finished rows leave the batch, waiting rows join it
 
-Batches never reach beyond a shard: one that is done again gives the same bytes on a CPU.
+A batch never spans two shards, so a repeated shard gives the same bytes on a CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOP_P_CANDIDATES = 1024
 def sample(logits_SV: torch.Tensor, uniform_S: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and their log-probs under the sampling distribution, [S] int64 and [S] float32 nats.
 
-    A token is where the cumulative distribution first exceeds the uniform number, so it depends on nothing else.
+    A row's token is where its cumulative distribution first exceeds its uniform number, so it depends on nothing else.
     """
     logits_SV = logits_SV.float()
     if sampling.temperature == 0:
@@ -53,7 +53,7 @@ def sample(logits_SV: torch.Tensor, uniform_S: torch.Tensor, sampling: Sampling)
 
 
 def filtered(logits_SV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Logits with -inf for what top_k, then top_p leave out; of equal ones at the edge all stay."""
+    """Logits with -inf for tokens that top_k, then top_p exclude; ties at the edge all stay."""
     if 0 < sampling.top_k < logits_SV.shape[-1]:
         kth = logits_SV.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits_SV = logits_SV.masked_fill(logits_SV < kth, -torch.inf)
@@ -63,18 +63,20 @@ def filtered(logits_SV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _least_of_nucleus(logits_SV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """[S, 1]: the last logit in falling order before which less than top_p of the probability lies."""
+    """Smallest logit in the nucleus, [S, 1]: in falling order, the last one with less than top_p of the probability
+    before it."""
     total = logits_SV.logsumexp(dim=-1, keepdim=True)
     ordered = logits_SV.topk(min(TOP_P_CANDIDATES, logits_SV.shape[-1]), dim=-1).values
     if ((ordered - total).exp().sum(dim=-1) < top_p).any():
-        ordered = logits_SV.sort(dim=-1, descending=True).values  # takes many times as long, and is rarely needed
+        ordered = logits_SV.sort(dim=-1, descending=True).values  # many times slower, and rarely needed
     probs = (ordered - total).exp()
     kept = (probs.cumsum(dim=-1) - probs < top_p).sum(dim=-1, keepdim=True)
     return ordered.gather(-1, (kept - 1).clamp(min=0))
 
 
 def _invert_cdf(probs_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
-    """[S, 1] tokens. Cumulative sums of blocks, then within one: those of a row in float64 cost many times that."""
+    """Sampled tokens, [S, 1]. Uses cumulative sums over blocks, then within one block; float64 sums over a whole row
+    would cost many times more."""
     vocab = probs_SV.shape[-1]
     blocks = (pad(probs_SV, (0, -vocab % CDF_BLOCK)) if vocab % CDF_BLOCK else probs_SV).unflatten(-1, (-1, CDF_BLOCK))
     cdf = pad(blocks.sum(dim=-1).double().cumsum(dim=-1), (1, 0))
@@ -82,17 +84,17 @@ def _invert_cdf(probs_SV: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor
     block = _first_above(cdf[:, 1:].contiguous(), target)
     inner = blocks.gather(1, block[:, :, None].expand(-1, -1, CDF_BLOCK))[:, 0].double().cumsum(dim=-1)
     token = block * CDF_BLOCK + _first_above(inner, target - cdf.gather(-1, block))
-    return token.clamp(max=vocab - 1)  # of logits that are not finite, which the log-prob shows
+    return token.clamp(max=vocab - 1)  # needed only if logits are not finite, which the log-prob shows
 
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Never something of probability 0, also where u * total is rounded up to the total."""
+    """Index of the first entry above the target; never of probability 0, even if u * total rounds up to the total."""
     last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
     return torch.searchsorted(cdf, target, right=True).minimum(last).clamp(max=cdf.shape[-1] - 1)
 
 
 def uniforms(seeds: np.ndarray, steps: np.ndarray | int) -> np.ndarray:
-    """One float64 in [0, 1) a seed and step: SplitMix64 (Steele, Lea & Flood 2014) as a counter-based stream."""
+    """One float64 in [0, 1) per seed and step: SplitMix64 (Steele, Lea & Flood 2014) as a counter-based stream."""
     with np.errstate(over="ignore"):
         z = seeds + np.uint64(0x9E3779B97F4A7C15) * (np.asarray(steps, dtype=np.uint64) + np.uint64(1))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -106,7 +108,7 @@ def uniforms(seeds: np.ndarray, steps: np.ndarray | int) -> np.ndarray:
 
 @dataclass(kw_only=True, eq=False)
 class _Row:
-    """A response while it is made."""
+    """A response in progress."""
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
@@ -129,7 +131,7 @@ class _Row:
 
 
 class _SlotLayer(DynamicLayer):
-    """Writes the newest keys and values of the first rows in place, where its base copies all of them a token."""
+    """Cache layer that writes new keys and values in place; its base class copies the whole cache for every token."""
 
     def __init__(self, slots: _Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
@@ -150,13 +152,13 @@ class _SlotLayer(DynamicLayer):
 
 
 class _Slots:
-    """Keys and values of the rows that run: row i in slot i of each buffer, its newest token left of column ``end``.
+    """Keys and values of the running rows: row i is in slot i of each buffer, its newest token left of column ``end``.
 
-    So rows come and go without a copy of the others. Columns left of a row's first token hold what others left there.
+    Rows can therefore come and go without copying the others. Columns left of a row's first token hold stale values.
     """
 
     SPARE = 128
-    """Columns of a new buffer that are free; then all are copied to another one."""
+    """Free columns in a new buffer; when they are used up, everything is copied to a new one."""
 
     def __init__(self, size: int, widest: int) -> None:
         self.size, self.end, self.capacity = size, widest, widest + self.SPARE
@@ -177,7 +179,7 @@ class _Slots:
                 buffer[start : len(self.lengths), :, self.end - width : self.end] = states
 
     def drop(self, row: int) -> None:
-        """The last row takes its place."""
+        """Removes a row; the last row takes its slot."""
         last, columns = len(self.lengths) - 1, slice(self.end - self.lengths[-1], self.end)
         for layer in self.cache.layers:
             for buffer in layer.buffers:
@@ -186,7 +188,7 @@ class _Slots:
         self.lengths.pop()
 
     def make_room(self, widest_waiting: int) -> None:
-        """For one more column."""
+        """Makes room for one more column."""
         if self.end < self.capacity:
             return
         first, end, num_rows = self.first, self.end, len(self.lengths)
@@ -201,12 +203,12 @@ class _Slots:
 
 
 def has_plain_cache(model: Any) -> bool:
-    """Whether all that the model remembers of a token are keys and values, which ``_Slots`` can hold.
+    """Whether the model's cache consists only of keys and values, which ``_Slots`` can hold.
 
-    Those of a sliding window are: it is the mask that hides what is beyond it.
+    Models with a sliding window qualify, since only the mask hides older tokens.
     """
     config = model.config.get_text_config()
-    # Attention in chunks counts columns from the first; layers that share keys and values find them elsewhere.
+    # Chunked attention counts columns from the first; layers that share keys and values read them elsewhere.
     is_special = any(getattr(config, name, None) for name in ("attention_chunk_size", "num_kv_shared_layers"))
     if is_special or not model._supports_default_dynamic_cache():
         return False
@@ -218,7 +220,7 @@ def has_plain_cache(model: Any) -> bool:
 
 
 class BatchGenerator:
-    """Responses of one model to requests of one sampling distribution."""
+    """Generates responses of one model to requests with the same sampling options."""
 
     def __init__(
         self,
@@ -243,8 +245,8 @@ class BatchGenerator:
         self._takes_positions = "position_ids" in accepted
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
-        """Completions as they are finished; prompts fit the model and its context."""
-        # Longest first: what does not fit in memory fails at once, and the last rows are the cheap ones.
+        """Yields completions as they finish; all prompts must fit the model and its context."""
+        # Longest first: a batch that does not fit in memory fails at once, and the last rows are the cheap ones.
         rows = [_Row(request=r) for r in sorted(requests, key=lambda r: -len(r.token_ids))]
         return self._run_joining(deque(rows)) if self.is_plain else self._run_batches(rows)
 
@@ -254,7 +256,7 @@ class BatchGenerator:
         running: list[_Row] = []
         while waiting or running:
             free = self.batch_size - len(running)
-            if waiting and free >= max(1, self.batch_size // 4):  # a forward pass of few rows is a waste
+            if waiting and free >= max(1, self.batch_size // 4):  # a forward pass over few rows is wasteful
                 joining = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                 cache = DynamicCache()
                 self._advance(joining, self._prefill(joining, cache))
@@ -295,7 +297,7 @@ class BatchGenerator:
 
     @torch.inference_mode()
     def _run_batches(self, rows: list[_Row]) -> Iterator[list[Completion]]:
-        """By ``generate``, for models with other memories: finished rows stay until the batch is."""
+        """Uses ``generate``, for models with other caches: finished rows stay until the whole batch has finished."""
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
             self._generate(batch)
@@ -304,7 +306,7 @@ class BatchGenerator:
     def _generate(self, rows: list[_Row]) -> None:
         ids, mask = self._left_padded(rows)
         most = max(row.request.sampling.max_tokens for row in rows)
-        # The model's own generation config may hold penalties and filters; what is sampled is what was asked for.
+        # The model's own generation config may contain penalties and filters, which nobody requested.
         own_config = self.model.generation_config
         self.model.generation_config = GenerationConfig(pad_token_id=self.pad, do_sample=False)
         try:
@@ -328,7 +330,7 @@ class BatchGenerator:
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def _advance(self, rows: list[_Row], logits_SV: torch.Tensor) -> torch.Tensor:
-        """Every unfinished row gets its next token; returns the tokens."""
+        """Adds the next token to every unfinished row and returns the tokens."""
         self._note_top(rows, logits_SV)
         seeds = np.array([row.request.seed for row in rows], dtype=np.uint64)
         steps = np.array([len(row.token_ids) for row in rows], dtype=np.uint64)
@@ -346,7 +348,7 @@ class BatchGenerator:
         return tokens
 
     def _note_top(self, rows: list[_Row], logits_SV: torch.Tensor) -> None:
-        """Of the rows at their first token that want it."""
+        """Records the likeliest tokens of rows that are at their first token and requested them."""
         if not (first := [i for i, row in enumerate(rows) if row.request.sampling.top_logprobs and not row.token_ids]):
             return
         most = max(rows[i].request.sampling.top_logprobs for i in first)
@@ -364,14 +366,14 @@ class BatchGenerator:
         elif len(row.token_ids) == sampling.max_tokens:
             row.finish_reason = "length"
         if row.finish_reason is not None or sampling.stop:
-            # All of it each time: what a token adds to the text depends on those before.
+            # Decodes all tokens each time, since a token's text depends on the tokens before it.
             row.text = self.tokenizer.decode(row.token_ids, skip_special_tokens=True)
             if cuts := [at for text in sampling.stop if (at := row.text.find(text)) >= 0]:
                 row.text, row.finish_reason = row.text[: min(cuts)], "stop"
 
 
 class _Choose(LogitsProcessor):
-    """``generate`` draws a batch from one stream; here it gets scores with a single finite entry a row."""
+    """Chooses each row's token by its own random stream: gives ``generate`` scores with one finite entry per row."""
 
     def __init__(self, generator: BatchGenerator, rows: list[_Row]) -> None:
         self.generator, self.rows = generator, rows
@@ -405,7 +407,7 @@ class HFEngine:
         self._generator: BatchGenerator | None = None
 
     def on_progress(self, is_loading: bool = False) -> None:
-        """Called after every step and before a model is loaded; the process that owns the engine replaces it."""
+        """Hook after every step and before a model is loaded; the process that owns the engine replaces it."""
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -414,7 +416,7 @@ class HFEngine:
         self._shards.append(list(requests))
 
     def collect(self) -> list[Completion | Refusal]:
-        """See ``Engine``; nothing when nothing is left.
+        """See ``Engine``.
 
         Raises:
             InputError: a cell cannot be loaded, or gives logits that are not finite; the rest of its shard is dropped.
@@ -482,7 +484,7 @@ class HFEngine:
         )
 
     def _obstacle(self, request: Request) -> str:
-        """Why it cannot be answered, or nothing."""
+        """Why a request cannot be answered; empty if it can."""
         assert self._generator is not None
         cell, prompt = self.cells[request.cell], request.token_ids
         if not prompt:

@@ -1,11 +1,11 @@
-"""``openai``: a client of servers that speak the OpenAI API, vLLM's above all; tokens in, tokens out.
+"""``openai``: a client of servers that speak the OpenAI API, mainly vLLM's; tokens in, tokens out.
 
-Built on httpx2, which transformers' hub client installs too, not on the ``openai`` package: that one retries neither a
-body that is no JSON nor one without choices, so its retries would be off and one POST remain; it also reads more
-environment variables (base URL, organisation) than the key and describes the machine in headers.
+It uses httpx2, which transformers' hub client also installs, instead of the ``openai`` package. That package retries
+neither a body that is not JSON nor one without choices, so only its POST would be used. It also reads more environment
+variables than the key (base URL, organisation) and describes the machine in headers.
 
-Nothing but OPENAI_API_KEY is read from the environment: the servers run the user's own weights and are in reach, so a
-proxy, above all for a server on this machine, would be a surprise.
+Only OPENAI_API_KEY is read from the environment. Proxies are ignored: the servers run the user's own weights, often on
+this machine.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_WAIT_S = 60.0
-"""Longest pause between two attempts, whatever Retry-After asks for."""
+"""Longest pause between two attempts, even if Retry-After asks for more."""
 CONNECT_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 3.0
-"""uvicorn closes an idle connection after 5 s; one that is reused at that moment costs a retry."""
+"""Seconds to keep idle connections. uvicorn closes them after 5 s, and reusing one at that moment costs a retry."""
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
 REFUSED = frozenset({400, 413, 422})
-"""Statuses that concern the one request. 404 is not among them: a model that is gone is gone for every request."""
+"""Statuses that concern a single request. Not 404: a missing model is missing for every request."""
 MAX_LOGPROBS = 5
-"""OpenAI's API takes no more; vLLM's server takes 20."""
+"""Maximum in OpenAI's API; vLLM's server accepts 20."""
 NEUTRAL: dict[str, Any] = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-"""vLLM takes what a request leaves out from the model's generation_config.json."""
+"""Neutral values, sent because vLLM fills in missing fields from the model's generation_config.json."""
 EXTENSIONS = frozenset({*NEUTRAL, "top_k", "stop_token_ids", "skip_special_tokens", "return_token_ids"})
-"""Not of OpenAI's API, or without effect there."""
+"""Fields that are not in OpenAI's API, or have no effect there."""
 
 
 class _RejectedError(Exception):
-    """An answer that another attempt would get again."""
+    """An error answer that a retry would only repeat."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -63,7 +63,7 @@ class _RejectedError(Exception):
 
 
 class _BadAnswerError(Exception):
-    """An answer that another attempt may better."""
+    """A bad answer that a retry may fix."""
 
 
 @dataclass(kw_only=True)
@@ -72,29 +72,29 @@ class _Endpoint:
 
     cell: Cell
     base: httpx2.URL
-    """Without user and password."""
+    """Base URL without user and password."""
     auth: tuple[str, str] | None
     model: str
     end_tokens: tuple[int, ...]
     left_out: frozenset[str] = frozenset()
-    """Fields that the server does not take."""
+    """Fields that the server does not accept."""
 
 
 class OpenAIEngine:
     """``Engine`` over HTTP: ``max_concurrency`` requests in flight, over all cells and servers.
 
     A request is tried ``1 + max_retries`` times, for ``timeout_s`` each, with at most MAX_WAIT_S between. An attempt
-    without an answer is repeated only when its server answered something else meanwhile: a server that hangs raises
-    after ``timeout_s``, after twice that when it hangs soon after an answer.
+    that times out is repeated only if its server answered another request meanwhile; so a server that hangs raises
+    after ``timeout_s``, or after twice that if it hangs soon after an answer.
 
-    Seeds go out unchanged; vLLM takes 64 bits, of which torch's generator on a CPU uses the lower 32.
+    Seeds are sent unchanged; vLLM accepts 64 bits, of which torch's CPU generator uses the lower 32.
 
     Args:
         backoff_s: the pause before retry k is random, up to ``backoff_s * 2**k``.
 
     Raises:
-        InputError: no such model there, a key that is not accepted, an address that is none.
-        EngineError: nothing answers.
+        InputError: the server has no such model, the key is not accepted, or the address is invalid.
+        EngineError: the server does not answer.
     """
 
     def __init__(self, spec: EngineSpec, *, backoff_s: float = 0.5) -> None:
@@ -105,14 +105,14 @@ class OpenAIEngine:
         self._tokenizer: Any = load_tokenizer(spec.tokenizer)
         self._endpoints = {cell.name: _endpoint(cell, spec, self._tokenizer) for cell in spec.cells}
         _check_distinct(self._endpoints)
-        # Jitter from a stream of its own: the global one belongs to whoever seeded it.
+        # Jitter has its own random stream, since the user may have seeded the global one.
         self._random = random.Random()
         self._heard: dict[httpx2.URL, float] = {}
-        """When each server last answered anything."""
+        """Time of each server's last answer."""
         self._num_answered = self._num_retokenised = 0
         self._num_waited_for = 0
         self._answers: queue.SimpleQueue[Completion | Refusal | None] = queue.SimpleQueue()
-        """None: the thread has ended, ``_error`` says why."""
+        """None: the thread has ended, and ``_error`` says why."""
         self._error: BaseException | None = None
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="tso-fast openai", daemon=True)
@@ -126,12 +126,12 @@ class OpenAIEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         if self._error is not None:
             raise self._error
-        with contextlib.suppress(RuntimeError):  # the loop has just been closed: collect says why
+        with contextlib.suppress(RuntimeError):  # the loop has just closed: collect reports why
             self._loop.call_soon_threadsafe(self._take, list(requests))
         self._num_waited_for += len(requests)
 
     def collect(self) -> list[Completion | Refusal]:
-        """See ``Engine``. Answers that came before the engine failed are handed over first."""
+        """See ``Engine``. Answers that arrived before the engine failed are returned first."""
         if not self._num_waited_for:
             return []
         answers: list[Completion | Refusal] = []
@@ -149,7 +149,7 @@ class OpenAIEngine:
     def close(self) -> None:
         if self._error is None:
             self._error = EngineError("the engine is closed")
-        with contextlib.suppress(AttributeError, RuntimeError):  # the thread did not get to its loop, or is through
+        with contextlib.suppress(AttributeError, RuntimeError):  # the thread's loop has not started, or has ended
             self._loop.call_soon_threadsafe(self._task.cancel)
         self._thread.join(timeout=5.0)  # a name lookup in progress cannot be cancelled
         if self._num_retokenised:
@@ -188,7 +188,7 @@ class OpenAIEngine:
         limit = self._spec.max_concurrency
         async with httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
-            # An attempt's time is _call's to measure: httpx2 would start anew with every byte.
+            # _call measures the time of an attempt: httpx2 would restart its timeout with every byte.
             timeout=httpx2.Timeout(None, connect=min(CONNECT_TIMEOUT_S, self._spec.timeout_s)),
             limits=httpx2.Limits(max_keepalive_connections=limit, keepalive_expiry=KEEP_ALIVE_S),
             trust_env=False,
@@ -257,7 +257,7 @@ class OpenAIEngine:
         logger.info("%s: loaded adapter %s as %s", endpoint.base, cell.path, model)
 
     async def _probe(self, endpoint: _Endpoint) -> None:
-        """One token, to learn which fields the server takes, and that it takes the prompt as it is."""
+        """Requests one token, to learn which fields the server accepts and that it uses the prompt unchanged."""
         ask = Request(
             key=b"",
             cell=endpoint.cell.name,
@@ -357,7 +357,7 @@ class OpenAIEngine:
         if not (isinstance(token_ids, list) and token_ids and all(isinstance(i, int) for i in token_ids)):
             raise _BadAnswerError(f"no token ids: {response.text}")
         if finish_reason == "length" and not is_retokenised and len(token_ids) < request.sampling.max_tokens:
-            # vLLM's server lowers max_tokens to what its context leaves, and does not say so.
+            # vLLM's server silently lowers max_tokens to fit its context.
             return Refusal(
                 key=request.key,
                 reason=f"{endpoint.base}: {endpoint.model} ended the response after "
@@ -368,8 +368,8 @@ class OpenAIEngine:
         self._num_retokenised += is_retokenised
         logprob, top_logprobs = None, None
         if request.sampling.is_plain:
-            # vLLM's server tells log-probs of the model's own (``--logprobs-mode raw_logprobs``, the default) or of the
-            # sampling distribution (``processed_logprobs``), and not which; here both are the same.
+            # vLLM's server reports log-probs under the model's own distribution (``--logprobs-mode raw_logprobs``, the
+            # default) or the sampling distribution (``processed_logprobs``), and not which; here both are the same.
             logprob = _logprob(choice.get("logprobs"), len(token_ids))
             top_logprobs = _top_logprobs(choice.get("logprobs"), request.sampling.top_logprobs)
         return Completion(
@@ -382,7 +382,8 @@ class OpenAIEngine:
         )
 
     def _retokenise(self, endpoint: _Endpoint, text: str, finish_reason: str, stop_reason: object) -> list[int]:
-        """``stop_reason`` is vLLM's: the text or token that ended the response, None where the model's own did."""
+        """Token ids of a text. ``stop_reason`` is vLLM's: the text or token that ended the response; None: the model's
+        own end token did."""
         if isinstance(stop_reason, str):
             text, end = text + stop_reason, []
         else:
@@ -398,11 +399,11 @@ class OpenAIEngine:
         parse: Callable[[httpx2.Response], T],
         body: dict[str, Any] | None = None,
     ) -> T:
-        """``parse`` of the answer, after as many attempts as it takes and the spec allows.
+        """Sends a request, with retries, and returns ``parse`` of the answer.
 
         Raises:
-            _RejectedError: the server will not.
-            EngineError: the attempts are used up, or the server hangs.
+            _RejectedError: the server rejects the request.
+            EngineError: all attempts failed, or the server hangs.
         """
         base, timeout_s = endpoint.base, self._spec.timeout_s
         url = base.copy_with(path=f"{base.path.rstrip('/')}/{path}")
@@ -439,7 +440,7 @@ class OpenAIEngine:
         raise EngineError(f"{url}: {self._clean(last)} (after {attempts})")
 
     def _words(self, response: httpx2.Response) -> str:
-        """What the server says, where it says it, else its body."""
+        """The server's error message, or the whole body if there is none."""
         try:
             return self._clean(response.json()["error"]["message"])
         except (ValueError, LookupError, TypeError):
@@ -505,7 +506,7 @@ def _logprob(logprobs: object, num_tokens: int) -> float | None:
 
 
 def _top_logprobs(logprobs: object, most: int) -> TopLogprobs | None:
-    """Of the first position, by the tokens' texts."""
+    """Likeliest tokens at the first position, by their texts."""
     positions = logprobs.get("top_logprobs") if most and isinstance(logprobs, dict) else None
     first = positions[0] if isinstance(positions, list) and positions else None
     if not isinstance(first, dict) or not all(isinstance(value, int | float) for value in first.values()):
@@ -514,7 +515,7 @@ def _top_logprobs(logprobs: object, most: int) -> TopLogprobs | None:
 
 
 def _retry_after_s(response: httpx2.Response) -> float:
-    """Seconds or a date; 0 where there is neither."""
+    """Seconds to wait by the Retry-After header, which has seconds or a date; 0 if there is none."""
     value = response.headers.get("retry-after", "")
     try:
         return float(value)

@@ -1,4 +1,4 @@
-"""Which engine answers for a specification."""
+"""Opens the engine of a specification."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def open_engine(
     """An engine that is ready to answer.
 
     Args:
-        own_process: also ``hf`` in a process of its own.
+        own_process: run ``hf`` in its own process too.
         environment: more variables for that process, such as CUDA_VISIBLE_DEVICES.
-        log: file that the process's output is appended to; default: a temporary one.
+        log: file to which the process's output is appended; default: a temporary one.
 
     Raises:
-        InputError: what was asked for cannot work here: a library is missing, a folder is no model.
-        EngineError: the engine did not start; with its last words.
+        InputError: the engine cannot run here, e.g. a library is missing or a folder has no model.
+        EngineError: the engine did not start; contains its last output.
     """
     if spec.kind == "openai":
         from tso_fast.generators.openai_server import OpenAIEngine

