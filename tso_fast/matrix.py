@@ -1,4 +1,4 @@
-"""The model matrix: cells by version and size, who answers a prompt, and growth by one version an iteration."""
+"""The model matrix: cells by version and size, one of them the policy; it grows by one version per iteration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tso_fast.models.load import (
 from tso_fast.models.tokens import encode_prompt, response_ids
 from tso_fast.types import HUMAN, Candidates, Cell
 
-# What a model or an adapter is does not depend on these keys of its configuration.
+# Configuration keys that do not change what a model or an adapter computes; hashes ignore them.
 VOLATILE = frozenset(
     {
         "_name_or_path",
@@ -45,13 +45,13 @@ VOLATILE = frozenset(
 
 
 def open_cell(config: CellConfig, place: str = "cells") -> Cell:
-    """Looks at a folder of a model or of a LoRA adapter without loading it.
+    """Inspects the folder of a model or a LoRA adapter without loading it.
 
-    A cell with a ``url`` of its own needs no weights there, only configuration and tokenizer.
+    The folder of a cell with its own ``url`` needs no weights, only configuration and tokenizer.
 
     Raises:
-        InputError: no folder, no config or no safetensors weights there; an adapter whose base is not there or whose
-            rank is not what its configuration says; no weights and no ``size_b``.
+        InputError: the folder, its config or its safetensors weights are missing; an adapter's base is missing or its
+            rank differs from its configuration; there are neither weights nor ``size_b``.
     """
     path = Path(config.path)
     if not path.is_dir():
@@ -69,7 +69,7 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
         )
     else:
         base = path
-    name = config.name or os.path.basename(os.path.abspath(path))  # also of "."
+    name = config.name or os.path.basename(os.path.abspath(path))  # abspath, so that "." works too
     has_weights = config.url is None or rank is not None or any(path.glob("*.safetensors"))
     if has_weights:
         num_parameters, hashes = _open_weights(base, place)
@@ -96,10 +96,7 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
 
 
 def require_weights(cell: Cell, what: str) -> None:
-    """
-    Raises:
-        InputError: only a server has them.
-    """
+    """Raises InputError if only a server has the cell's weights."""
     if not cell.has_weights:
         raise InputError(
             f"{what}: cell {cell.name!r} has no weights in {cell.path}, only its server has; expected "
@@ -113,7 +110,7 @@ def _hash_of(config: dict[str, Any]) -> str:
 
 
 def _open_weights(path: Path, place: str) -> tuple[int, list[str]]:
-    """Number of parameters, and a line for the hash of every weight file."""
+    """Number of parameters, and one line per weight file for the hash."""
     with _named(place):
         weights = weight_files(path)
         num_parameters = sum(math.prod(shape) for file in weights for shape in tensor_shapes(file).values())
@@ -122,7 +119,7 @@ def _open_weights(path: Path, place: str) -> tuple[int, list[str]]:
 
 @contextlib.contextmanager
 def _named(place: str) -> Iterator[None]:
-    """Puts the setting that names a folder before an error about the folder."""
+    """Prefixes errors about a folder with the setting that names it."""
     try:
         yield
     except InputError as error:
@@ -136,7 +133,7 @@ def _hash_line(file: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _sha256(file: Path, size: int, mtime_ns: int) -> str:
-    """The adapters of a base share its files."""
+    """Cached, since all adapters of a base share its files."""
     return sha256_file(file)
 
 
@@ -181,7 +178,7 @@ class ModelMatrix:
         self.cells = [open_cell(config, f"cells[{i}]") for i, config in enumerate(configs)]
         names = [cell.name for cell in self.cells]
         self.configs = dict(zip(names, configs, strict=True))
-        """What was configured, by cell name; trained versions have none."""
+        """Configuration by cell name; trained versions have none."""
         if repeated := {name for name in names if names.count(name) > 1}:
             raise InputError(f"cells: the name {min(repeated)!r} is given twice; set distinct names")
         if HUMAN in names or any("/" in name for name in names):
@@ -227,7 +224,7 @@ class ModelMatrix:
                 )
 
     def add_version(self, path: Path, name: str, max_versions: int = 0) -> None:
-        """The trained policy joins as the newest version of its size and is the policy from now on."""
+        """Adds the trained policy as the newest version of its size; it becomes the policy."""
         rank = max(cell.version_rank for cell in self.cells) + 1
         config = CellConfig(path=str(path), name=name, size_b=self.initial.size_b, version_rank=rank)
         cell = open_cell(config)
@@ -241,7 +238,7 @@ class ModelMatrix:
 def check_fits(
     candidates: Sequence[Candidates], tokenizer: Any, context: int | None, max_tokens: int, bad: BadRows
 ) -> list[Candidates]:
-    """Those whose prompt and answer fit the context; the others, written answers included, are bad rows."""
+    """Candidates whose prompt, answers to be sampled and written answers fit the context; others are bad rows."""
     fitting = []
     for item in candidates:
         prompt = item.prompt

@@ -1,4 +1,4 @@
-"""What the evidence makes believe: one score a response, and one probability a pair.
+"""Beliefs that follow from the evidence: one score per response, and one probability per pair.
 
 ScoreMatrix, PairEvidence -> consensus of scores, or reliabilities of voters -> Beliefs
 """
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 FOLDS = 5
 MIN_LABELS = 50
-"""Human labels that a temperature needs."""
+"""Fewest human labels needed to choose how reliabilities are learned, or to fit a temperature."""
 VERIFIER_RELIABILITY = {"verifier": 0.99}
-"""A program that knows the answer is not put to the vote of judges that do not."""
+"""Fixed, since judges that do not know the answer should not outvote a program that does."""
 
 
 def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> np.ndarray:
-    """One score a response, [R] float32, NaN = no evidence."""
+    """Consensus score of each response, [R] float32, NaN = no evidence."""
     weights = None
     if config.score_weights is not None:
         if unknown := sorted(set(config.score_weights) - set(matrix.scorers)):
@@ -57,18 +57,18 @@ def combined(
     labelled: Iterable[tuple[str, tuple[int, int]]] = (),
     learn_from: LearnFrom = "all",
 ) -> Combination:
-    """Reliabilities from all pairs of different texts, and their probabilities, in the order of ``evidence``.
+    """Reliabilities and pair probabilities, in the order of ``evidence``, learned from all pairs of different texts.
 
     Args:
-        given: accuracies that are not estimated, by judge or ``prior: RULE``.
-        labelled: the pairs whose labels may be used.
-        learn_from: of ``reliability.combine``.
+        given: fixed accuracies that are not estimated, by judge or ``prior: RULE``.
+        labelled: pairs whose labels may be used.
+        learn_from: see ``reliability.combine``.
     """
     flat = [(item, pair) for item, pairs in zip(candidates, evidence, strict=True) for pair in pairs]
     judges = sorted({name for _, pair in flat for name in pair.votes})
     column = {name: j for j, name in enumerate(judges)}
     votes = np.full((len(flat), len(judges)), np.nan)
-    prior, of = np.zeros(len(flat), dtype=np.int64), np.zeros(len(flat), dtype=np.int64)
+    prior, class_index = np.zeros(len(flat), dtype=np.int64), np.zeros(len(flat), dtype=np.int64)
     labels = np.full(len(flat), np.nan)
     classes: dict[tuple[str, str], int] = {}
     visible = set(labelled)
@@ -81,14 +81,14 @@ def combined(
             prior[n] = pair.prior
             better, worse = pair.responses if pair.prior > 0 else pair.responses[::-1]
             name = f"{item.responses[better].model} > {item.responses[worse].model}"
-            of[n] = classes.setdefault((pair.rule, name), len(classes))
+            class_index[n] = classes.setdefault((pair.rule, name), len(classes))
         if pair.labels and (pair.prompt_id, pair.responses) in visible:
             labels[n] = np.nan if pair.label is None else np.sign(pair.label)
     return combine(
         votes,
         judges,
         prior_N=prior,
-        classes_N=of,
+        classes_N=class_index,
         classes=list(classes),
         labels_N=labels,
         given=given,
@@ -97,7 +97,7 @@ def combined(
 
 
 class Beliefs:
-    """Scores and probabilities of a set of candidates, all lists by prompt."""
+    """Scores and probabilities of a set of candidates; all lists are by prompt."""
 
     def __init__(
         self, candidates: Sequence[Candidates], evidence: Evidence, config: EvidenceConfig, matrix: ScoreMatrix
@@ -108,7 +108,7 @@ class Beliefs:
         self.matrix = matrix
         self.combination: Combination | None = None
         self.probabilities: list[Any] = [None] * len(candidates)
-        """[pairs of the prompt, 3] of ``reliability.combine``; None: scores decide."""
+        """[pairs of the prompt, 3], see ``Combination.probabilities``; None: scores decide."""
         bounds = matrix.offsets[1:-1]
         if config.evidence == "calibrated":
             self.learn_from = self._choose()
@@ -129,12 +129,12 @@ class Beliefs:
 
     @property
     def given(self) -> dict[str, float]:
-        """Reliabilities that are not estimated."""
+        """Fixed reliabilities, which are not estimated."""
         return {**VERIFIER_RELIABILITY, **(self.config.judge_reliability or {})}
 
     def judges(self, verdicts: Sequence[Verdict | Comparison]) -> dict[str, dict[str, Any]]:
-        """Of each judge: verdicts, abstentions, correlation with the other judges' ranks; with calibrated evidence its
-        reliability, and that of the prior."""
+        """Facts about each judge: verdicts, abstentions, correlation with the other judges' ranks and, if evidence is
+        calibrated, its reliability; also the reliability of the prior."""
         out: dict[str, dict[str, Any]] = {}
         for verdict in verdicts:
             row = out.setdefault(verdict.judge, {"verdicts": 0, "abstained": 0})
@@ -152,7 +152,7 @@ class Beliefs:
                 out.setdefault(name, {}).update(
                     accuracy=found.accuracy, ties_share=found.tie_rate, pairs=found.num_votes, is_given=found.is_given
                 )
-            out |= {f"prior: {rule}": of for rule, of in _by_rule(self.combination).items() if of["pairs"]}
+            out |= {f"prior: {rule}": row for rule, row in _by_rule(self.combination).items() if row["pairs"]}
         return out
 
     @functools.cached_property
@@ -161,14 +161,14 @@ class Beliefs:
 
     @property
     def concordance(self) -> float | None:
-        """Mean Kendall's W over the prompts where it is defined: 1, all judges rank alike; None: nowhere defined."""
+        """Mean Kendall's W over the prompts where it is defined; 1: all judges rank alike; None: never defined."""
         known = self._agreement.concordance[~np.isnan(self._agreement.concordance)]
         return float(known.mean()) if len(known) else None
 
     def _choose(self) -> LearnFrom:
-        """What reliabilities are learned from: whichever predicts held-back labels best.
+        """Chooses what reliabilities are learned from: the option that predicts held-back labels best.
 
-        Agreement among dependent judges looks like reliability; labels see through it, once there are enough.
+        Dependent judges agree with each other and so look reliable; enough human labels reveal this.
         """
         decided = [pair for pairs in self.evidence for pair in pairs if pair.label]
         if len(decided) < MIN_LABELS:
@@ -193,7 +193,7 @@ class Beliefs:
         return best
 
     def without(self, hidden: Callable[[PairEvidence], bool], learn_from: LearnFrom | None = None) -> list[Any]:
-        """Probabilities where the labels of some pairs are not used."""
+        """Probabilities when the labels of ``hidden`` pairs are not used."""
         if self.config.evidence != "calibrated":
             return [None] * len(self.candidates)
         seen = [
@@ -249,7 +249,7 @@ def by_prompt(combination: Combination, evidence: Evidence) -> list[Any]:
 
 
 def expected_win_rates(item: Candidates, pairs: Sequence[PairEvidence], p: np.ndarray | None) -> np.ndarray:
-    """[R] float32: mean probability of being the better of two, neither half; NaN for a response without evidence."""
+    """Mean probability of being the better of two, "neither" counting half, [R] float32; NaN: no evidence."""
     assert p is not None
     n = len(item.responses)
     sums, has_evidence = np.zeros(n), np.zeros(n, dtype=bool)

@@ -1,4 +1,4 @@
-"""How well stated probabilities match what turned out right, and the temperature that mends them."""
+"""Calibration: how well stated probabilities match outcomes, and the temperature that corrects them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 def expected_calibration_error(probabilities: np.ndarray, is_right: np.ndarray, num_bins: int = 10) -> float:
     """Mean distance of stated probability and observed accuracy over equal-count bins (Naeini et al. 2015, with the
-    adaptive bins of Nixon et al. 2019, arXiv 1904.01685); 0 is calibrated, NaN for no pair.
+    adaptive bins of Nixon et al. 2019, arXiv 1904.01685); 0: calibrated, NaN: there are no pairs.
 
     Args:
-        probabilities: [N] that a choice is right.
-        is_right: [N] whether it was, 0 to 1.
+        probabilities: [N] probability that a choice is right.
+        is_right: [N] whether it was right, 0 to 1.
     """
     if not len(probabilities):
         return float("nan")
@@ -25,14 +25,14 @@ def expected_calibration_error(probabilities: np.ndarray, is_right: np.ndarray, 
 
 
 def fit_temperature(probabilities: np.ndarray, is_right: np.ndarray) -> float:
-    """T so that sigmoid(logit(p) / T) has the least negative log-likelihood (Guo et al. 2017, arXiv 1706.04599).
+    """T that minimises the negative log-likelihood of sigmoid(logit(p) / T) (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
-        probabilities: [N] in [0, 1]; those of 0 and 1 count as 1e-6 and 1 - 1e-6.
-        is_right: [N] 0 to 1.
+        probabilities: [N] in [0, 1]; 0 and 1 count as 1e-6 and 1 - 1e-6.
+        is_right: [N] whether the choice was right, 0 to 1.
     """
     logit = _logit(probabilities)
-    # The likelihood has one maximum in 1 / T: golden section.
+    # Golden-section search, since the likelihood has a single maximum in 1 / T.
     low, high = -4.0, 4.0
     ratio = (np.sqrt(5) - 1) / 2
     for _ in range(60):

@@ -1,6 +1,6 @@
-"""Decisions: keep, swap or drop, with a reason on every pair.
+"""Decisions: keep, swap or drop, with a reason for every pair.
 
-A person's label decides; else the judges do, by the gap of their consensus scores or by the combined probability of
+A human label decides; otherwise the judges do, by the gap of their consensus scores or by the probability from
 ``reliability.combine``.
 """
 
@@ -18,7 +18,7 @@ from tso_fast.types import Candidates, Decision, PairEvidence, Response
 
 @dataclass(frozen=True, kw_only=True)
 class Corrected:
-    """A decided pair of responses of one prompt, by index."""
+    """A decided pair of responses to one prompt, as indices."""
 
     chosen: int
     rejected: int
@@ -26,22 +26,22 @@ class Corrected:
     decision: Decision
     reason: str
     gap: float
-    """Consensus score of chosen less that of rejected, or its probability of being better less the other's; 0 without
-    evidence, and where a person overruled it."""
+    """Consensus score of chosen minus that of rejected, or the same for their probabilities of being better; 0 if there
+    is no evidence or a person overruled it."""
     probability: float | None = None
-    """That chosen is the better, if one is; None: the evidence says only which one."""
+    """Probability that chosen is better, given that one of them is; None: the evidence gives only the order."""
     is_human: bool = False
-    """A person decided."""
+    """Whether a human label decided."""
 
 
 @dataclass
 class Counts:
-    """How the pairs of a set of prompts were decided."""
+    """Numbers of pairs by how they were decided."""
 
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (rule of the prior, decision)."""
+    """Pairs by (rule of the prior, decision)."""
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By (decision, reason)."""
+    """Pairs by (decision, reason)."""
 
     def add(self, prior: str, decision: str, reason: str) -> None:
         self.decisions[prior, decision] += 1
@@ -65,16 +65,16 @@ def correct(
     counts: Counts,
     probabilities: np.ndarray | None = None,
 ) -> list[Corrected]:
-    """Decides every pair of responses to one prompt; keeps those that have an order.
+    """Decides every pair of responses to one prompt and returns the pairs that are not dropped.
 
-    keep: the evidence confirms the prior, or is alone, or there is none and the prior is believed.
-    swap: the evidence contradicts the prior. drop: no order, or nothing to learn from it.
+    keep: the evidence confirms the prior, or there is only one of the two and it is accepted.
+    swap: the evidence contradicts the prior. drop: there is no order, or it is too uncertain to train on.
 
     Args:
-        evidence: of every two responses.
-        scores: [R of this prompt] consensus, NaN = no evidence.
-        counts: counts every pair, dropped ones included.
-        probabilities: [pairs of this prompt, 3] of ``beliefs.combined``, which then decide instead of the scores.
+        evidence: evidence on every pair of responses.
+        scores: [R of this prompt] consensus scores, NaN = no evidence.
+        counts: receives every pair, including dropped ones.
+        probabilities: [pairs of this prompt, 3] from ``beliefs.combined``; if given, they decide instead of scores.
     """
     decided = []
     for n, pair in enumerate(evidence):
@@ -117,11 +117,11 @@ def correct(
 def _belief(
     pair: PairEvidence, probabilities: np.ndarray | None, score_i: float, score_j: float
 ) -> tuple[float, float | None]:
-    """Gap in favour of the first (NaN: no evidence), and the probability that it is the better, if one is."""
+    """Gap in favour of the first response (NaN: no evidence), and the probability that it is better, if one is."""
     if probabilities is not None:
         first, second, _ = map(float, probabilities)
         stated = first / (first + second) if first + second > 0 else 0.5
-        # Rounded, as two equal voters that contradict each other are a tie.
+        # Rounded, since two equally reliable voters that contradict each other should tie.
         return (round(first - second, 12) if pair.votes else np.nan), stated
     return float(score_i) - float(score_j), pair.stated
 

@@ -1,4 +1,4 @@
-"""What is known of every two responses before a decision: the prior order, votes, labels, scores."""
+"""Evidence on every pair of responses before a decision: prior order, votes, labels and scores."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Evidence = Sequence[Sequence[PairEvidence]]
 def score_matrix(
     candidates: Sequence[Candidates], verdicts: Sequence[Verdict], hidden: str | None = None
 ) -> ScoreMatrix:
-    """Verdicts and the scores that came with the data: one row a response, one column a scorer.
+    """Scores from verdicts and from the data: one row per response, one column per scorer.
 
     Args:
-        hidden: a scorer of the data that is no evidence, as the oracle is.
+        hidden: name of a scorer in the data to leave out, i.e. the oracle.
     """
     judges, given = {v.judge for v in verdicts}, {name for c in candidates for r in c.responses for name in r.scores}
     given.discard(hidden or "")
@@ -52,10 +52,10 @@ def with_comparisons(
     comparisons: Sequence[Comparison],
     score: str = "win_rate",
 ) -> ScoreMatrix:
-    """The matrix with a column for every judge that compares.
+    """The matrix with one more column for every judge that compares responses.
 
     Args:
-        score: what a comparing judge says of one response: ``win_rate``, its mean probability of winning, or
+        score: how comparisons become a score of one response: ``win_rate``, its mean probability of winning, or
             ``bradley_terry``, its log-strength.
     """
     judges = sorted({c.judge for c in comparisons} - {HUMAN})
@@ -83,9 +83,9 @@ def with_comparisons(
 
 
 def prior_order(a: Response, b: Response) -> tuple[int, str]:
-    """Which of two responses the matrix prefers: 1 the first, -1 the second, 0 neither; and by which rule.
+    """Which of two responses the matrix prefers (1: the first, -1: the second, 0: neither), and by which rule.
 
-    Human over model; newer over older and larger over smaller, where the two do not contradict each other.
+    Human is preferred to model, newer to older and larger to smaller, unless the last two contradict each other.
     """
     if a.is_human != b.is_human:
         return (1 if a.is_human else -1), "human"
@@ -105,17 +105,17 @@ def _compare(a: float | None, b: float | None) -> int:
 def evidence_of(
     candidates: Sequence[Candidates], matrix: ScoreMatrix, comparisons: Iterable[Comparison]
 ) -> list[list[PairEvidence]]:
-    """Prior order, votes and labels of every two responses of every prompt.
+    """Prior order, votes and labels for every pair of responses to every prompt.
 
     Args:
-        matrix: scores of the judges that look at single responses.
-        comparisons: of the judges that look at two; those of judge ``human`` are labels.
+        matrix: scores by the judges of single responses.
+        comparisons: verdicts of the judges that compare two responses; those of judge ``human`` are labels.
     """
     votes: dict[tuple[str, int, int], dict[str, float]] = {}
     labels: dict[tuple[str, int, int], dict[str, float | None]] = {}
     for comparison in comparisons:
         (i, j), p = sorted(comparison.responses), comparison.probability
-        # Negative where the responses are named the other way round.
+        # The sign flips if the comparison names the responses in the other order.
         vote = None if p is None else (2 * p - 1) * (1 if comparison.responses == (i, j) else -1)
         if comparison.judge == HUMAN:
             labels.setdefault((comparison.prompt_id, i, j), {})[comparison.annotator or ""] = vote

@@ -1,4 +1,4 @@
-"""How well soft labels match human ones that were hidden from them."""
+"""Calibration of soft labels against human labels that were hidden from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tso_fast.correction.pairing import soft_label
 
 
 def calibrate(beliefs: Beliefs, config: PairingConfig) -> dict[str, Any] | None:
-    """How well soft labels match human ones that were hidden from them, and the temperature that mends it."""
+    """Calibration of soft labels against hidden human labels, and the temperature that corrects them."""
     if config.soft_label_by is None and config.soft_label_kappa is None:
         return None
     stated, right = _against_labels(beliefs, config)
@@ -40,7 +40,7 @@ def calibrate(beliefs: Beliefs, config: PairingConfig) -> dict[str, Any] | None:
 
 
 def _against_labels(beliefs: Beliefs, config: PairingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Soft labels of pairs that people have labelled, stated without that label; and whether they agree."""
+    """Soft labels of human-labelled pairs, computed without those labels, and whether the two agree."""
     stated, right = [], []
     anything = dataclasses.replace(config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior")
     for fold in range(FOLDS if beliefs.config.evidence == "calibrated" else 1):
@@ -54,7 +54,7 @@ def _against_labels(beliefs: Beliefs, config: PairingConfig) -> tuple[np.ndarray
                 continue
             unlabelled = [dataclasses.replace(pair, labels={}) for pair in beliefs.evidence[p]]
             scores, win_rates = beliefs.scores[p], beliefs.win_rates[p]
-            if beliefs.config.evidence == "calibrated":  # without what the labels told
+            if beliefs.config.evidence == "calibrated":  # recomputed without the hidden labels
                 scores = win_rates = expected_win_rates(item, unlabelled, probabilities[p])
             for pair in correct(item, unlabelled, scores, anything, Counts(), probabilities[p]):
                 i, j = sorted((pair.chosen, pair.rejected))

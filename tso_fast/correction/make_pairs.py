@@ -1,4 +1,4 @@
-"""From verdicts to preference pairs: the prior order of the matrix, corrected by the evidence."""
+"""Turns verdicts into preference pairs: the prior order of the matrix, corrected by the evidence."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def make_pairs(
     seed: int,
     oracle: Oracle | None = None,
 ) -> tuple[list[PreferencePair], dict[str, Any]]:
-    """Corrects the prior order by the evidence and selects pairs; the second value counts what happened.
+    """Corrects the prior order by the evidence and selects pairs; the second value has statistics of what was done.
 
     Args:
-        oracle: scores that are no evidence; what was decided is measured against them.
+        oracle: scores that are not evidence; decisions are measured against them.
     """
     comparisons = [v for v in verdicts if isinstance(v, Comparison)]
     pointwise = score_matrix(

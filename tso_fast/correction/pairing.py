@@ -1,4 +1,4 @@
-"""Which decided pairs are trained on, and how strongly: scale, soft label, margin."""
+"""Selects the decided pairs to train on, and sets their strength: scale, soft label, margin."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def select(
     config: PairingConfig,
     seed: int,
 ) -> list[list[Corrected]]:
-    """At most ``max_pairs`` of the decided pairs of each prompt, no two of the same two texts.
+    """At most ``max_pairs`` of the decided pairs of each prompt, no two with the same texts.
 
-    The draw depends on prompt and seed, not on which other prompts there are. ``best_worst`` and ``random`` take any
-    decided pair; the other strategies rank responses by their scores, so pairs of unscored responses, and those that
-    were decided against the scores (by a person, or as preferences ran in circles), are not theirs to take.
+    The random choice depends on prompt and seed only, not on the other prompts. ``best_worst`` and ``random`` may take
+    any decided pair. The other strategies rank responses by their scores, so they skip pairs of unscored responses and
+    pairs decided against the scores (by a person, or because preferences are cyclic).
 
     Args:
-        scores: by prompt, [responses] consensus, NaN = none.
+        scores: [responses] consensus scores for each prompt, NaN = none.
     """
     offsets = np.cumsum([0] + [len(item.responses) for item in candidates], dtype=np.int64)
     allowed = [
@@ -118,7 +118,7 @@ def _select_ranked(
             "band": config.diversity_band,
             "distances": pairwise_distances(tokens, bounds, offsets, n=config.diversity_ngram),
         }
-    # The margin was asked for when the pairs were decided.
+    # The margin was already applied when the pairs were decided.
     rows, _ = select_pairs(
         scores,
         offsets,
@@ -134,7 +134,7 @@ def _select_ranked(
 
 
 def _tokens(candidates: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of all responses; numbered words for a prompt with a response whose tokens are not known."""
+    """Token ids of all responses; numbered words instead for a prompt with a response whose tokens are unknown."""
     words: dict[str, int] = {}
     out: list[Sequence[int]] = []
     for item in candidates:
@@ -155,12 +155,12 @@ def to_pair(
     win_rates: Sequence[float] | np.ndarray | None = None,
     temperature: float = 1.0,
 ) -> PreferencePair:
-    """The selected pair with its strength, from what is known of the prompt's responses.
+    """The training pair for a selected pair, with its scale, soft label and margin.
 
     Args:
-        scores: [R of this prompt] consensus.
+        scores: [R of this prompt] consensus scores.
         win_rates: [R of this prompt], for ``soft_label_by: win_rate``.
-        temperature: that fits soft labels to human ones.
+        temperature: temperature that fits soft labels to human labels.
     """
     label = soft_label(pair, scores, config, win_rates)
     if config.soft_label_by is not None or config.soft_label_kappa is not None:
@@ -188,7 +188,7 @@ def soft_label(
     config: PairingConfig,
     win_rates: Sequence[float] | np.ndarray | None = None,
 ) -> float:
-    """Probability in [1/2, 1] that the chosen response is the better one, as the evidence has it; 1/2 without any."""
+    """Probability in [1/2, 1] that the chosen response is better, according to the evidence; 1/2 if there is none."""
     by = config.soft_label_by or (None if config.soft_label_kappa is None else "score_gap")
     if by is None:
         return 1.0
@@ -215,7 +215,7 @@ def _gap(values: Sequence[float] | np.ndarray, pair: Corrected) -> float:
 
 
 def _ranks(scores: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Average rank among the known scores, scaled to [0, 1]; NaN stays."""
+    """Average rank among the known scores, scaled to [0, 1]; NaN stays NaN."""
     scores = np.asarray(scores, dtype=np.float64)
     known = scores[~np.isnan(scores)]
     below = (known[None] < scores[:, None]).sum(axis=1) + 0.5 * ((known[None] == scores[:, None]).sum(axis=1) - 1)

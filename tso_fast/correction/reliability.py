@@ -1,12 +1,13 @@
-"""How far to believe whom: reliabilities of judges and of the prior order, estimated from their agreement.
+"""Reliabilities of judges and of the prior order, estimated from their agreement.
 
-A symmetric Dawid-Skene model (Dawid and Skene 1979, doi:10.2307/2346806). Two responses are in one of three states: the
-first is better, the second is, or neither. A judge's vote depends on the state alone, and swapping the two responses
-mirrors states and votes; so a judge is described by how often it agrees, ties and opposes where there is a better one,
-and by how often it ties where there is none. Votes of different strength (score gaps, probabilities) are sorted into up
-to ``LEVELS`` levels a judge, each with its own worth. The matrix's prior order votes too, with an accuracy for each
-pair of models, drawn towards that of its rule. Human labels, where given, are the state itself. EM finds reliabilities
-and probabilities together; Dirichlet priors keep rare votes finite and tell the two mirror-image solutions apart.
+This is a symmetric Dawid-Skene model (Dawid and Skene 1979, doi:10.2307/2346806). Two responses are in one of three
+states: the first is better, the second is better, or neither. A judge's vote depends only on the state, and swapping
+the two responses mirrors states and votes. So a judge is described by how often it agrees, ties and opposes if one
+response is better, and how often it ties if neither is. Votes of different strength (score gaps, probabilities) are
+sorted into up to ``LEVELS`` levels per judge, each with its own weight of evidence. The matrix's prior order votes too,
+with an accuracy per pair of models that is shrunk towards the accuracy of its rule. A human label fixes the state. EM
+finds reliabilities and probabilities together; Dirichlet priors keep the evidence of rare votes finite and select one
+of the two mirror-image solutions.
 
 Letters in shapes: N pairs, J judges, C classes of the prior order, U distinct patterns of votes.
 """
@@ -28,14 +29,14 @@ LearnFrom = Literal["all", "labels", "weights"]
 LEVELS = 3
 MIN_VOTES_PER_LEVEL = 50
 ASSUMED = 0.7
-"""Accuracy of any voter before the data speak."""
+"""Accuracy of every voter before any data."""
 STRENGTH = 4.0
-"""Votes that an assumed reliability counts for."""
+"""Number of votes that an assumed reliability counts as."""
 CLASS_STRENGTH = 20.0
-"""Pairs that the accuracy of a rule counts for in that of one pair of models."""
+"""Number of pairs that a rule's accuracy counts as when a pair of models is estimated."""
 NO_VOTE, NO_LABEL = 99, 2
 MISFIT = 0.05
-"""Difference of agreement that is told."""
+"""Smallest difference between observed and expected agreement that is reported."""
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-7
 
@@ -45,28 +46,28 @@ class Reliability:
     """``Reliability(accuracy=0.82, tie_rate=0.1, num_votes=990, is_given=False)``"""
 
     accuracy: float
-    """Share of its votes for one of two responses that are right, where one is better; below 0.5: it is inverted."""
+    """Share of correct votes, ties aside, on pairs where one response is better; below 0.5: the voter is inverted."""
     tie_rate: float
-    """Share of ties among its votes."""
+    """Share of ties among all votes."""
     num_votes: int
     is_given: bool
-    """Taken from the configuration, not estimated."""
+    """Whether the accuracy comes from the configuration instead of being estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """What all votes together say."""
+    """Result of combining all votes."""
 
     probabilities: np.ndarray
-    """[N, 3] float64: the first is better, the second is, neither; rows sum to 1."""
+    """[N, 3] float64: first better, second better, neither; rows sum to 1."""
     judges: Mapping[str, Reliability]
     prior: Mapping[tuple[str, str], Reliability]
-    """By (rule, class)."""
+    """Reliability of the prior order, by (rule, class)."""
     misfits: Mapping[tuple[str, str], tuple[float, float]]
-    """Voters whose agreement the model does not explain, so that judges may depend on each other: how often the two
-    agree, and how often they should."""
+    """Observed and expected agreement of two voters, where the model does not explain it; they may depend on each
+    other."""
     is_estimated: bool
-    """False: too few voters to estimate anything, reliabilities are the assumed ones."""
+    """False: there are too few voters to estimate, and reliabilities are the assumed ones."""
 
 
 def combine(
@@ -83,19 +84,19 @@ def combine(
     """Estimates reliabilities and combines votes, prior order and labels.
 
     Args:
-        votes_NJ: float; positive for the first response, the size its strength, 0 a tie, NaN no vote.
+        votes_NJ: float; the sign is positive for the first response, the size is the strength; 0: a tie, NaN: no vote.
         judges: [J] names.
-        prior_N: int; 1 the prior order prefers the first, -1 the second, 0 neither.
-        classes_N: int; index into ``classes`` of the prior order's class, any where ``prior_N`` is 0.
-        classes: [C] (rule, name of the class): classes of one rule inform each other.
-        labels_N: float; 1, -1, 0 of a person, NaN unknown.
-        given: accuracies that are not estimated, in (0, 1): by judge, or by ``prior: RULE``.
-        learn_from: ``all`` pairs; ``labels``: reliabilities are counted on labelled pairs alone, where judges that
-            depend on each other cannot mislead; ``weights``: and each voter's say is then weighed by a logistic
-            regression on the labels, so that copies share theirs.
+        prior_N: int; the prior order prefers 1: the first, -1: the second, 0: neither.
+        classes_N: int; index into ``classes`` of the prior order's class, arbitrary where ``prior_N`` is 0.
+        classes: [C] (rule, name of the class); classes of one rule inform each other.
+        labels_N: float; human labels 1, -1 or 0, NaN: unknown.
+        given: fixed accuracies in (0, 1) that are not estimated, by judge or ``prior: RULE``.
+        learn_from: ``all``: reliabilities are learned from all pairs; ``labels``: only from labelled pairs, where
+            judges that depend on each other cannot mislead; ``weights``: as ``labels``, and a logistic regression on
+            the labels then weights each voter, so that copies share one weight.
 
-    With fewer than three voters that say something, no label and nothing given, agreement tells nothing; then an
-    accuracy of 0.7 is assumed of each, and a warning says so.
+    If fewer than three voters vote, and there is no label and no given accuracy, agreement carries no information; then
+    each is assumed to have an accuracy of 0.7, with a warning.
     """
     given = given or {}
     levels_NJ, num_levels = _levels(votes_NJ, [name in given for name in judges])
@@ -130,12 +131,12 @@ def combine(
 
 
 def _levels(votes_NJ: np.ndarray, is_given: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
-    """Votes as -L .. L, NaN where there is none; the levels of a judge hold about as many votes each."""
+    """Votes as -L .. L (NaN: no vote) and each judge's L; its levels hold about equally many votes."""
     out = np.sign(votes_NJ)
     num_levels = []
     for j in range(votes_NJ.shape[1]):
         size = np.abs(votes_NJ[:, j])
-        strong = size[size > 0]  # NaN is not
+        strong = size[size > 0]  # excludes NaN
         wanted = min(LEVELS, len(strong) // MIN_VOTES_PER_LEVEL) if not is_given[j] else 1
         edges = np.unique(np.quantile(strong, np.arange(1, wanted) / wanted)) if wanted > 1 else np.array([])
         edges = edges[edges < strong.max()] if len(edges) else edges
@@ -157,10 +158,10 @@ class _Model:
     ) -> None:
         J = len(judges)
         self.judges = judges
-        # The prior order alone, or nothing at all, tells nothing of reliabilities.
+        # Pairs with only a prior order, or nothing at all, carry no information on reliabilities.
         is_labelled = patterns[:, J + 2] != NO_LABEL
-        is_told = (patterns[:, :J] != NO_VOTE).any(axis=1) | is_labelled
-        self.counts_U = counts_U * is_told
+        has_evidence = (patterns[:, :J] != NO_VOTE).any(axis=1) | is_labelled
+        self.counts_U = counts_U * has_evidence
         self.weight_U = self.counts_U if learn_from == "all" else self.counts_U * is_labelled
         self.is_weighed = learn_from == "weights"
         self.say = np.ones(J + 1)
@@ -174,7 +175,7 @@ class _Model:
         self.given_J = [given.get(name) for name in judges]
         self.has_ties = bool(((self.levels_UJ == 0).any() or (self.label_U == 0).any()) and len(counts_U))
         self.num_voters = int(sum((self.has_vote_UJ & (self.levels_UJ != 0)).any(axis=0)) + bool(self.prior_U.any()))
-        # Probability of each vote in the states "first" and "neither"; that in "second" is the mirror image.
+        # Probability of each vote in the states "first" and "neither"; "second" mirrors "first".
         self.pseudo = [self._pseudo_counts(j) for j in range(J)]
         self.vote_probabilities = [pseudo / pseudo.sum(axis=1, keepdims=True) for pseudo in self.pseudo]
         self.given_C = [given.get(f"prior: {rule}") for rule, _ in classes]
@@ -182,7 +183,7 @@ class _Model:
         self.share_neither = 1 / 3 if self.has_ties else 0.0
 
     def _pseudo_counts(self, j: int) -> np.ndarray:
-        """[2, 2 L + 1]: counts of votes assumed before any is seen, or the given reliability itself."""
+        """Vote counts assumed before any data, [2, 2 L + 1], or, if given, the fixed reliability as counts."""
         L, accuracy = self.num_levels[j], self.given_J[j]
         levels = np.arange(-L, L + 1)
         can_tie = bool((self.levels_UJ[:, j] == 0).any())
@@ -198,7 +199,7 @@ class _Model:
         return STRENGTH * np.stack([first, neither])
 
     def posterior(self) -> np.ndarray:
-        """[U, 3]"""
+        """Probability of each state, [U, 3]."""
         with np.errstate(divide="ignore"):
             log_U3 = np.log([(1 - self.share_neither) / 2] * 2 + [self.share_neither]) + np.einsum(
                 "juz,j->uz", self._log_likelihoods(), self.say
@@ -211,7 +212,7 @@ class _Model:
         return p_U3
 
     def _log_likelihoods(self) -> np.ndarray:
-        """[J + 1, U, 3]: of every judge's vote and of the prior order, in each state."""
+        """Log-likelihood of every judge's vote and of the prior order in each state, [J + 1, U, 3]."""
         log_JU3 = np.zeros((len(self.judges) + 1, len(self.counts_U), 3))
         for j, (first, neither) in enumerate(self.vote_probabilities):
             rows, index = self.has_vote_UJ[:, j], self.levels_UJ[self.has_vote_UJ[:, j], j] + self.num_levels[j]
@@ -224,7 +225,7 @@ class _Model:
         return log_JU3
 
     def _weigh(self) -> None:
-        """Logistic regression of the labels on the voters' log-odds, its weights drawn towards 1 (Newton)."""
+        """Logistic regression of the labels on the voters' log-odds, with weights shrunk towards 1 (Newton)."""
         rows = np.abs(self.label_U) == 1
         log_JU3 = self._log_likelihoods()
         x = (log_JU3[:, rows, 0] - log_JU3[:, rows, 1]).T
@@ -269,9 +270,9 @@ class _Model:
         if not C:
             return 0.0
         ordered = self.prior_U != 0
-        p_U3, prior, of = p_U3[ordered], self.prior_U[ordered], self.class_U[ordered]
-        right_C = np.bincount(of, np.where(prior > 0, p_U3[:, 0], p_U3[:, 1]), minlength=C)
-        all_C = np.bincount(of, p_U3[:, :2].sum(axis=1), minlength=C)
+        p_U3, prior, index = p_U3[ordered], self.prior_U[ordered], self.class_U[ordered]
+        right_C = np.bincount(index, np.where(prior > 0, p_U3[:, 0], p_U3[:, 1]), minlength=C)
+        all_C = np.bincount(index, p_U3[:, :2].sum(axis=1), minlength=C)
         right_R = np.bincount(self.rule_C, right_C, minlength=self.num_rules)
         all_R = np.bincount(self.rule_C, all_C, minlength=self.num_rules)
         rule_R = (right_R + STRENGTH * ASSUMED) / (all_R + STRENGTH)
@@ -282,10 +283,10 @@ class _Model:
         return change
 
     def misfits(self) -> dict[tuple[str, str], tuple[float, float]]:
-        """By two voters: observed and expected agreement where they differ by over ``MISFIT`` and four standard errors.
+        """Observed and expected agreement of two voters, if they differ by over ``MISFIT`` and four standard errors.
 
-        The likelihood is a mixture over the three states in which voters are independent; expected is what it says of
-        the pairs on which both vote for one response.
+        The likelihood is a mixture over the three states, within which voters are independent. Expected agreement is
+        its prediction for the pairs on which neither of the two ties.
         """
         out = {}
         J = len(self.judges)
@@ -307,7 +308,7 @@ class _Model:
         return out
 
     def _chance_of_first(self, voter: int, rows: np.ndarray) -> np.ndarray:
-        """[rows, 2, 3]: chance of a vote for the first and for the second response in each state."""
+        """Probability of a vote for the first and for the second response in each state, [rows, 2, 3]."""
         if voter < len(self.judges):
             L, (first, neither) = self.num_levels[voter], self.vote_probabilities[voter]
             right, wrong, either = first[L + 1 :].sum(), first[:L].sum(), neither[L + 1 :].sum()
