@@ -1,8 +1,8 @@
-"""What is installed and usable here, and what to install for the rest: ``tso-fast env``.
+"""``tso-fast env``: what is installed and usable on this machine, and what to install for the rest.
 
     PROBES, each in a child process -> Part[] -> automatic choices -> table, lines or JSON
 
-A package may crash, hang or print while it is imported. The child does the imports, so that any of this is a row.
+A package may crash, hang or print while it is imported. A child process does the imports, so that this becomes a row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tso_fast.models.memory import available_memory
 State = Literal["usable", "missing", "not usable here", "broken"]
 
 TIMEOUT_S = 60.0
-"""For all imports together; what is being imported then is broken, and the rest gets as long again."""
+"""Limit for all imports together; the import running at that moment is broken, and the rest get as long again."""
 
 SHOWN_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
@@ -40,7 +40,7 @@ SHOWN_VARIABLES = (
     "TSO_FAST_CPU_ISA",
     "TSO_FAST_MEMORY_BUDGET_MIB",
 )
-"""Set variables whose values are shown; of other TSO_FAST_* and VLLM_* only the names, as a value may be a secret."""
+"""Variables whose values are shown; of other TSO_FAST_* and VLLM_* only names, since values may be secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +51,24 @@ class Part:
     state: State
     version: str = ""
     note: str = ""
-    """Facts, or what is wrong."""
+    """Facts, or the problem."""
     todo: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """For programs: what the automatic choices need and a bug report should have."""
+    """Machine-readable facts for the automatic choices and for bug reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package from the index that one extra brings."""
+    """A package from PyPI that one extra installs."""
 
     name: str
     extra: str = ""
-    """Empty: a plain install has it."""
+    """The extra; empty: a plain install includes the package."""
     use: str = ""
     module: str = ""
-    """Where it is not the name."""
+    """Module to import; empty: same as the name."""
     is_imported: bool = True
-    """False: it takes seconds to import and only metadata are read."""
+    """False: importing takes seconds, so only metadata are read."""
 
 
 PACKAGES = (
@@ -134,7 +134,7 @@ def _cache() -> Part:
 
 
 def cache_folder() -> Path:
-    """``tso_fast.quickstart.build.cache_folder``, whose import takes seconds."""
+    """Copy of ``tso_fast.quickstart.build.cache_folder``, whose import takes seconds."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TSO_FAST_CACHE") or Path(base) / "tso-fast")
 
@@ -290,7 +290,7 @@ def _package(package: Package) -> Part:
 
 
 def _without_import(name: str, extra: str = "", module: str = "", use: str = "", todo: str = "") -> Part:
-    """Missing, of a wrong version, or as far as metadata tell usable."""
+    """State of a package by its metadata alone: missing, broken, wrong version, or usable."""
     todo, version = todo or install(extra), _version(name)
     if importlib.util.find_spec(module or name) is None:
         if version:
@@ -330,14 +330,14 @@ PROBES: dict[str, Callable[[], Part | list[Part]]] = {
     **{p.name: functools.partial(_package, p) for p in PACKAGES},
     "log-probs": _logprob,
 }
-"""In the order of the rows."""
+"""Probes in the order of the rows."""
 
 
 # ---- the child, and what the parent makes of its answers
 
 
 def child() -> None:
-    """Looks at the parts named in argv; one JSON line each, though imports may print what they like."""
+    """Probes the parts named in argv and writes one JSON line each, undisturbed by what imports print."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for name in sys.argv[1:]:
@@ -353,7 +353,7 @@ def child() -> None:
 
 
 def look() -> list[Part]:
-    """Every row, whatever state the environment is in."""
+    """All rows, whatever the state of the environment."""
     parts, left = [], list(PROBES)
     while left:
         lines, words = _ask(left)
@@ -365,9 +365,9 @@ def look() -> list[Part]:
 
 
 def _ask(names: Sequence[str]) -> tuple[list[str], str]:
-    """Lines that a child answered, fewer than names when it died, and its last words."""
+    """Lines that a child process answered, fewer than names if it died, and its last output."""
     command = [sys.executable, "-P", "-c", "from tso_fast.environment import child; child()", *names]
-    # The parent's path, so that the child sees the same packages.
+    # The parent's sys.path, so that the child sees the same packages.
     path = os.pathsep.join(os.path.abspath(entry or ".") for entry in sys.path)
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     try:
@@ -384,9 +384,9 @@ def _ask(names: Sequence[str]) -> tuple[list[str], str]:
 
 
 def automatic(parts: Sequence[Part]) -> list[Part]:
-    """What ``auto`` chooses here: generator, attention, and the implementation of log-probs.
+    """The choices of ``auto`` on this machine: generator, attention, and the implementation of log-probs.
 
-    As ``answering.resolve_generator`` and ``policy.resolve_attention`` do, whose imports take seconds.
+    Repeats ``answering.resolve_generator`` and ``models.load.resolve_attention``, whose imports take seconds.
     """
     usable = {part.name: part for part in parts if part.state == "usable"}
     has_gpu = "GPU" in usable
@@ -408,7 +408,7 @@ def automatic(parts: Sequence[Part]) -> list[Part]:
 
 
 def variables() -> dict[str, str | None]:
-    """Set environment variables that matter here; None: the value is not shown."""
+    """Relevant environment variables that are set; None: the value is not shown."""
     names = sorted(n for n in os.environ if n in SHOWN_VARIABLES or n.startswith(("TSO_FAST_", "VLLM_")))
     return {name: os.environ[name] if name in SHOWN_VARIABLES else None for name in names}
 
@@ -459,7 +459,7 @@ def _print_tables(title: str, rows: Sequence[Sequence[str]], chosen: Sequence[Se
 
 
 def _version(name: str) -> str:
-    """Of an installed distribution, or nothing."""
+    """Version of an installed distribution; empty: not installed."""
     try:
         return importlib.metadata.version(name) or ""
     except importlib.metadata.PackageNotFoundError:
@@ -476,7 +476,7 @@ def _requirements(name: str) -> list[Any]:
 
 
 def _unmet(name: str) -> str:
-    """The range that tso-fast states for a package when the installed version is outside."""
+    """The version range that tso-fast requires, if the installed version is outside it; else empty."""
     version = _version(name)
     for requirement in _requirements("tso-fast"):
         if version and requirement.name == name and not requirement.specifier.contains(version, prereleases=True):
@@ -485,7 +485,7 @@ def _unmet(name: str) -> str:
 
 
 def _other_torch(name: str) -> str:
-    """``==2.13.0`` when a package was compiled for that torch and another one is installed; builds may differ."""
+    """The torch a package was compiled for, e.g. ``==2.13.0``, if another version is installed; builds may differ."""
     installed = _version("torch").partition("+")[0]
     for requirement in _requirements(name):
         wanted = str(requirement.specifier).partition("+")[0]
@@ -504,12 +504,12 @@ def _gib(num_bytes: float) -> str:
 
 
 def _words(error: object) -> str:
-    """An error in one short line."""
+    """An error message as one short line."""
     line = " ".join(str(error).split())
     return _shortened(line if len(line) <= 300 else line[:297] + "...")
 
 
 def _shortened(text: str) -> str:
-    """Without the user's name, as far as it is in the path of the home folder."""
+    """The text with the path of the home folder replaced by ``~``, which hides the user's name."""
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text

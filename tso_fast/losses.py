@@ -1,4 +1,4 @@
-"""Preference losses: pure functions from ``PairLogprobs`` to one loss a pair.
+"""Preference losses: pure functions from ``PairLogprobs`` to one loss per pair.
 
 Reduction, scaling and logging belong to the caller. A new loss is a function and a row in ``LOSSES``, here or from
 outside::
@@ -24,31 +24,31 @@ import torch.nn.functional as F
 from tso_fast.types import PairLogprobs
 
 LossFunction = Callable[..., torch.Tensor]
-"""From ``PairLogprobs`` and keyword-only options to [N] losses."""
+"""Function from ``PairLogprobs`` and keyword-only options to [N] losses."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what others must know of it; callable as its function."""
+    """A loss and its properties; callable like its function."""
 
     function: LossFunction
     title: str
-    """What tables and reports call it."""
+    """Name in tables and reports."""
     needs_reference: bool = True
-    """Whether it looks at the reference's log-probs; without, they may be NaN."""
+    """Whether the loss uses the reference's log-probs; if not, they may be NaN."""
     takes_labels: bool = True
-    """Whether soft labels and margins enter it."""
+    """Whether the loss uses soft labels and margins."""
     is_per_pair: bool = True
-    """Whether a pair's loss depends on that pair alone, so that pairs may go in several chunks."""
+    """Whether a pair's loss depends on that pair alone, so that pairs can be computed in chunks."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options that are bound; the others have the function's defaults."""
+    """Bound options; the others have the function's defaults."""
 
     def __call__(self, pairs: PairLogprobs, **options: Any) -> torch.Tensor:
         return self.function(pairs, **{**self.options, **options})
 
 
 def _soft_logistic(z: torch.Tensor, pairs: PairLogprobs) -> torch.Tensor:
-    """-p log sigma(z) - (1 - p) log sigma(-z), with z already less the margin."""
+    """-p log sigma(z) - (1 - p) log sigma(-z); the margin is already subtracted from z."""
     if pairs.soft_label is None:
         return -F.logsigmoid(z)
     return -pairs.soft_label * F.logsigmoid(z) - (1 - pairs.soft_label) * F.logsigmoid(-z)
@@ -68,9 +68,9 @@ def dual_clip(
         u = min(beta A, clip_chosen)      v = max(beta B, -clip_rejected)      z = u - v - m
         loss = -p log sigma(z) - (1 - p) log sigma(-z)
 
-    One-sided: a chosen response whose reward fell is still pulled up. A side at its bound has exactly zero
-    gradient. Infinite bounds give DPO. The paper (arXiv 2409.02118) names a "dual clip reward loss"; no public
-    page prints it, so this formula is ours.
+    Each clip is one-sided: a chosen response whose reward fell is still pulled up. A side at its bound has exactly zero
+    gradient. Infinite bounds give DPO. The paper (arXiv 2409.02118) names a "dual clip reward loss", but no public page
+    gives its formula, so this one is ours.
 
     Args:
         pairs: sums of log-probs, [N] each.
@@ -79,7 +79,7 @@ def dual_clip(
         clip_rejected: >= 0, negated reward at which a rejected response is no longer pushed down.
 
     Raises:
-        ValueError: an option outside its range.
+        ValueError: an option is outside its range.
     """
     _check_positive("beta", beta)
     for name, bound in (("clip_chosen", clip_chosen), ("clip_rejected", clip_rejected)):
@@ -88,7 +88,7 @@ def dual_clip(
     chosen = beta * (pairs.chosen - pairs.ref_chosen)
     rejected = beta * (pairs.rejected - pairs.ref_rejected)
     is_clipped = clipped_sides(chosen, rejected, clip_chosen=clip_chosen, clip_rejected=clip_rejected)
-    # where(), not clamp(): clamp passes the gradient at equality, and a side that reached its bound must not move.
+    # where(), not clamp(): clamp passes the gradient at equality, but a side at its bound must have none.
     u = torch.where(is_clipped[:, 0], clip_chosen, chosen)
     v = torch.where(is_clipped[:, 1], -clip_rejected, rejected)
     return _soft_logistic(_less_margin(u - v, pairs), pairs)
@@ -125,24 +125,24 @@ LOSSES: dict[str, Loss] = {
     "dpo": Loss(dpo, title="plain DPO"),
     "sft": Loss(sft, title="chosen-only NLL", needs_reference=False, takes_labels=False),
 }
-"""The losses by name."""
+"""Losses by name."""
 
 
 def scaled_mean(losses: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """sum(scale * losses) / sum(scale) of [N] losses, their mean without a scale; 0 when every scale is 0."""
+    """sum(scale * losses) / sum(scale) of [N] losses; their mean if ``scale`` is None; 0 if every scale is 0."""
     weights = torch.ones_like(losses) if scale is None else scale.to(losses)
     return (weights * losses).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def find_loss(loss: str | Loss | LossFunction) -> Loss:
-    """The row of a loss.
+    """The ``Loss`` of a name or function.
 
     Args:
-        loss: a name in ``LOSSES``, ``package.module:name`` of a function or row, or one of these itself. Of a function
-            without a row it is assumed that it needs a reference and looks at all pairs together.
+        loss: a name in ``LOSSES``, ``package.module:name`` of a function or ``Loss``, or one of these itself. A bare
+            function is assumed to need a reference and to use all pairs together.
 
     Raises:
-        ValueError: a name that is not known, or cannot be imported.
+        ValueError: the name is unknown, or cannot be imported.
     """
     if isinstance(loss, Loss):
         return loss
@@ -155,7 +155,7 @@ def find_loss(loss: str | Loss | LossFunction) -> Loss:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(sorted(LOSSES))}, or package.module:function")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing a module can raise anything
         raise ValueError(
             f"loss {loss!r} cannot be imported: {type(error).__name__}: {error}; expected "
             "package.module:function, with the package's folder on PYTHONPATH"
@@ -166,10 +166,10 @@ def find_loss(loss: str | Loss | LossFunction) -> Loss:
 
 
 def loss_options(loss: str | Loss | LossFunction) -> dict[str, Any]:
-    """Keyword-only options of a loss and their values: bound ones, else the function's defaults.
+    """Keyword-only options of a loss with their values: the bound value, else the function's default.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: the name is unknown.
     """
     row = find_loss(loss)
     parameters = inspect.signature(row.function).parameters.values()
@@ -188,7 +188,7 @@ def resolve_loss(loss: str | Loss | LossFunction, options: Mapping[str, Any]) ->
     """The loss with its options bound and checked.
 
     Raises:
-        ValueError: an unknown name, or an option that the loss does not take, or one outside its range.
+        ValueError: the name is unknown, the loss does not take an option, or an option is outside its range.
     """
     row = find_loss(loss)
     if not options:
@@ -201,7 +201,7 @@ def resolve_loss(loss: str | Loss | LossFunction, options: Mapping[str, Any]) ->
         )
     bound = dataclasses.replace(row, options={**row.options, **options})
     if isinstance(loss, str):
-        bound(_ONE_PAIR)  # an option outside its range is refused here, before any work
+        bound(_ONE_PAIR)  # raises now, before any work, if an option is outside its range
     return bound
 
 
@@ -212,15 +212,15 @@ def _takes(loss: Loss, option: str) -> bool:
 
 
 def weighted_sum(names: Sequence[str], weights: Sequence[float] | None, options: Mapping[str, Any]) -> Loss:
-    """The loss that is trained on: one, or a weighted sum of several, with its options bound.
+    """The training loss with its options bound: one loss, or a weighted sum of several.
 
     Args:
-        names: of ``find_loss``.
-        weights: one for each name; None: 1.
-        options: by name; each loss gets those that it takes, and those under its own name: ``{"sft": {...}}``.
+        names: names of losses, see ``find_loss``.
+        weights: one weight per name; None: 1 each.
+        options: options by name; each loss gets those that it takes, and those under its own name: ``{"sft": {...}}``.
 
     Raises:
-        ValueError: see ``resolve_loss``; an option that no loss takes; another number of weights than of losses.
+        ValueError: see ``resolve_loss``; also if no loss takes an option, or the number of weights is wrong.
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"got the losses {', '.join(names) or 'none'}; expected one or more, each once")

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import torch
 
 HUMAN = "human"
-"""The ``model`` of a response that a person wrote."""
+"""The ``model`` of a response written by a person, and the ``judge`` of a human label."""
 
 Decision = Literal["keep", "swap", "drop"]
 FinishReason = Literal["stop", "length"]
 TopLogprobs = tuple[tuple[int | str, float], ...]
-"""Tokens and their log-probs under the model's own distribution (temperature 1, no filter), nats, the likeliest first.
-A token is its id, or its text where a server tells no ids."""
+"""Tokens and their log-probs under the model's own distribution (temperature 1, no filter), nats, likeliest first.
+A token is given by its id, or by its text if a server reports no ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """What a program can check of a response: ``Constraint(id="detectable_format:title")``.
+    """A property of a response that a program can check: ``Constraint(id="detectable_format:title")``.
 
     ``Constraint(id="length_constraints:number_words", kwargs={"relation": "at least", "num_words": 300})``
     """
 
     id: str
-    """A key of ``judges.constraints.TYPES``."""
+    """Kind of constraint, a key of ``judges.constraints.TYPES``."""
     kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -56,7 +56,7 @@ class Prompt:
     answer: str | None = None
     constraints: tuple[Constraint, ...] = ()
     where: str = ""
-    """``file:line`` it was read from; empty when it was made in memory."""
+    """Source as ``file:line``; empty: made in memory."""
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -88,18 +88,18 @@ class Response:
     sample: int = 0
     """Index among this model's responses to this prompt."""
     token_ids: tuple[int, ...] | None = None
-    """What was sampled, end-of-sequence token included; None when only the text is known."""
+    """Sampled tokens, end-of-sequence token included; None: only the text is known."""
     finish_reason: FinishReason | None = None
     seed: int | None = None
     weight_hash: str | None = None
     logprob: float | None = None
-    """Log-prob of ``token_ids`` under the sampling distribution, nats. Not a policy log-prob."""
+    """Log-prob of ``token_ids`` under the sampling distribution, nats; not a policy log-prob."""
     top_logprobs: TopLogprobs | None = None
-    """The likeliest first tokens, where they were asked for, as judges do; in no file."""
+    """Likeliest first tokens, if a judge requested them; never written to files."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Scores that came with the data, by scorer."""
     is_correct: bool | None = None
-    """What the data know of it; never evidence, only measured against (``oracle``)."""
+    """Correctness according to the data; never used as evidence, only to measure errors (``oracle``)."""
 
     @property
     def is_human(self) -> bool:
@@ -107,7 +107,7 @@ class Response:
 
 
 class Weights(NamedTuple):
-    """Where a model is: a folder of full weights, twice, or that of a LoRA adapter and that of its base model."""
+    """Folders of a model: a LoRA adapter and its base model, or the same folder of full weights twice."""
 
     path: Path
     base: Path
@@ -119,21 +119,21 @@ class Cell:
 
     name: str
     path: Path
-    """Folder of the weights, or of a LoRA adapter."""
+    """Folder of the full weights or of a LoRA adapter."""
     base: Path
     """Folder of the full weights: ``path`` itself, or the adapter's base model."""
     size_b: float
     version_rank: int
     weight_hash: str
-    """First 16 hex digits of the sha256 over the weight files, an adapter's and its base's."""
+    """First 16 hex digits of the sha256 over the weight files; for an adapter, those of its base too."""
     architecture: str
-    """Hash of what the base's config.json says of shapes: full weights of one architecture fit one engine."""
+    """Hash of the base's config.json; full weights of the same architecture can share an engine."""
     context: int | None
-    """Most tokens of prompt and response together; None: no limit known."""
+    """Maximum number of tokens in prompt and response together; None: no known limit."""
     lora_rank: int | None = None
-    """Of an adapter."""
+    """Rank of an adapter; None: full weights."""
     has_weights: bool = True
-    """False: only a server has them; ``weight_hash`` is then that of the server's name for them."""
+    """False: only a server has the weights; ``weight_hash`` is then a hash of the server's name for them."""
 
     @property
     def is_adapter(self) -> bool:
@@ -146,7 +146,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """A prompt and every response to it, in the order that ``Verdict.response`` counts."""
+    """A prompt and all responses to it, in the order of the indices in ``Verdict.response``."""
 
     prompt: Prompt
     responses: tuple[Response, ...]
@@ -154,7 +154,7 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one judge says of one response: ``Verdict(prompt_id="q1", response=0, judge="exact", score=1.0)``."""
+    """One judge's score of one response: ``Verdict(prompt_id="q1", response=0, judge="exact", score=1.0)``."""
 
     prompt_id: str
     response: int
@@ -166,7 +166,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What one judge says of two responses to one prompt.
+    """One judge's comparison of two responses to one prompt.
 
     ``Comparison(prompt_id="q1", responses=(0, 2), judge="llm", probability=0.9, orders=(0.95, 0.85))``
     """
@@ -175,39 +175,39 @@ class Comparison:
     responses: tuple[int, int]
     judge: str
     probability: float | None
-    """That the first of ``responses`` is the better, in [0, 1]; 0.5: a tie; None: the judge abstains."""
+    """Probability that the first of ``responses`` is better, in [0, 1]; 0.5: a tie; None: the judge abstains."""
     orders: tuple[float | None, float | None] | None = None
-    """The same probability as said with the first response shown first, and with it shown second."""
+    """The same probability when the first response is shown first, and when it is shown second."""
     annotator: str | None = None
-    """Who said so, where the judge is ``human``."""
+    """Name of the annotator, if the judge is ``human``."""
     hashes: tuple[str, str] | None = None
-    """``text_hash`` of the two responses, so that a label cannot reach other texts than were seen."""
+    """``text_hash`` of the two responses, so that a label cannot be applied to texts the annotator did not see."""
     reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairEvidence:
-    """All that is known of two responses to one prompt before a decision, ``responses`` in increasing order."""
+    """All evidence on two responses to one prompt before a decision; ``responses`` are in increasing order."""
 
     prompt_id: str
     responses: tuple[int, int]
     prior: int
-    """Which one the matrix prefers: 1 the first, -1 the second, 0 neither."""
+    """Response that the matrix prefers: 1: the first, -1: the second, 0: neither."""
     rule: str
-    """Rule of the matrix that says so: human, newer, larger, newer+larger, none."""
+    """Rule of the matrix behind ``prior``: human, newer, larger, newer+larger, none."""
     votes: Mapping[str, float]
-    """By judge: the gap of its scores, or 2 x probability - 1 of its comparison; positive for the first response, 0 for
-    a tie. A judge that abstained is absent."""
+    """Vote of each judge: the gap of its scores, or 2 x probability - 1 of its comparison; positive for the first
+    response, 0 for a tie. Judges that abstained are absent."""
     stated: float | None = None
-    """Mean probability that the first is better, of the judges that compare two responses; None: none did."""
+    """Mean probability that the first is better, over the judges that compare responses; None: no judge did."""
     labels: Mapping[str, float | None]
-    """By annotator: 1 the first is better, -1 the second, 0 a tie; None: the pair is bad."""
+    """Label of each annotator: 1: the first is better, -1: the second is, 0: a tie; None: the pair is bad."""
     is_same_text: bool = False
-    """Both responses say the same, white space around them aside."""
+    """Whether both responses have the same text, apart from surrounding white space."""
 
     @property
     def label(self) -> float | None:
-        """What people say together: the mean of their labels; None: nobody labelled it, or most call the pair bad."""
+        """Mean of the labels; None: nobody labelled the pair, or most annotators call it bad."""
         given = [label for label in self.labels.values() if label is not None]
         return sum(given) / len(given) if 2 * len(given) > len(self.labels) else None
 
@@ -219,7 +219,7 @@ class ScoreMatrix:
     scores: np.ndarray
     """[R, M] float32, NaN = no score."""
     offsets: np.ndarray
-    """[P+1] int64: prompt p owns the rows offsets[p] : offsets[p + 1]."""
+    """[P+1] int64; prompt p owns the rows offsets[p] : offsets[p + 1]."""
     scorers: tuple[str, ...]
 
 
@@ -231,17 +231,17 @@ class PreferencePair:
     chosen: Response
     rejected: Response
     score_chosen: float | None
-    """Consensus scores; None without evidence."""
+    """Consensus score of the chosen response; None: no evidence."""
     score_rejected: float | None
     scale: float = 1.0
     soft_label: float = 1.0
     margin: float = 0.0
     prior: str = "none"
-    """Rule of the matrix that ordered the pair: human, newer, larger, newer+larger; none: the matrix gives no order."""
+    """Rule of the matrix that ordered the pair: human, newer, larger, newer+larger; none: no prior order."""
     decision: Decision = "keep"
     reason: str = ""
     probability: float | None = None
-    """That chosen is the better, as judges or people state it; None: they say only which one."""
+    """Probability that chosen is better, as stated by judges or people; None: they give only the order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,16 +266,16 @@ class PairBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class PairLogprobs:
-    """All that a preference loss may depend on. Log-probs are sums over completion tokens, in nats."""
+    """All inputs that a preference loss may use. Log-probs are sums over completion tokens, in nats."""
 
     chosen: torch.Tensor
-    """[N] under the policy."""
+    """[N] log-probs under the policy."""
     rejected: torch.Tensor
     ref_chosen: torch.Tensor
-    """[N] under the reference."""
+    """[N] log-probs under the reference."""
     ref_rejected: torch.Tensor
     num_chosen_tokens: torch.Tensor
-    """[N] completion tokens."""
+    """[N] numbers of completion tokens."""
     num_rejected_tokens: torch.Tensor
     soft_label: torch.Tensor | None = None
     """[N] in [0, 1]; None: 1."""
@@ -292,13 +292,13 @@ class PreferenceOutput:
     losses: torch.Tensor
     """[N]"""
     logprobs: torch.Tensor
-    """[S] policy sums, nats."""
+    """[S] log-probs of sequences under the policy, nats."""
     ref_logprobs: torch.Tensor
-    """[S]; NaN without a reference, as are the rewards."""
+    """[S] the same under the reference; without a reference NaN, as are the rewards."""
     num_tokens: torch.Tensor
-    """[S] int64 completion tokens."""
+    """[S] int64 numbers of completion tokens."""
     chosen_rewards: torch.Tensor
     """[N] beta * (policy - reference) of the chosen side."""
     rejected_rewards: torch.Tensor
     clipped: torch.Tensor
-    """[N, 2] bool: chosen side, rejected side."""
+    """[N, 2] bool: whether the chosen and the rejected side are clipped."""

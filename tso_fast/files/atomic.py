@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are whole and on disk."""
+"""Atomic writes: a file appears under its name only when it is complete and on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TMP = ".tmp-"
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """An error of the operating system inside becomes one that names ``path``."""
+    """Turns operating system errors into OutputErrors that name ``path``."""
     try:
         yield
     except OutputError:
@@ -45,7 +45,7 @@ def fsync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name only when it is whole and on disk."""
+    """A text file that appears under its name only when it is complete and on disk."""
     tmp = path.with_name(f"{TMP}{path.name}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when all of its files are on disk; an old one is replaced."""
+    """A folder that appears under its name only when all of its files are on disk; replaces an old one."""
     tmp = path.with_name(f"{TMP}{path.name}")
     with writing(path):
         shutil.rmtree(tmp, ignore_errors=True)
@@ -81,7 +81,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OutputError when a file could not be written there, before the work that it is for."""
+    """Raises OutputError if a file cannot be written at ``path``; to be called before long work."""
     probe = path.with_name(f"{TMP}{path.name}.probe")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def place_file(source: Path, target: Path) -> None:
-    """Makes ``target`` a link to (else a copy of) ``source``, in one rename."""
+    """Makes ``target`` a hard link to ``source``, or a copy if that fails, in one rename."""
     tmp = target.with_name(f"{TMP}{target.name}")
     with writing(target):
         tmp.unlink(missing_ok=True)

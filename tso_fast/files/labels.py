@@ -1,8 +1,8 @@
-"""Labels that people gave to pairs of responses: an append-only file, and its reader.
+"""Human labels on pairs of responses: an append-only file and its reader.
 
-A row is a ``Comparison`` of the judge ``human`` as ``records.verdict_row`` writes it, and beside it ``time`` (ISO,
-UTC), ``seconds`` spent, ``shown`` (the responses at the left and right) and ``withdrawn``. Nothing is ever changed in
-place: a later row of the same annotator on the same pair replaces an earlier one, or withdraws it.
+A row is a ``Comparison`` by the judge ``human`` as ``files.rows.verdict_row`` writes it, plus ``time`` (ISO, UTC),
+``seconds`` spent, ``shown`` (the responses at the left and right) and ``withdrawn``. Rows never change in place: a
+later row of the same annotator on the same pair replaces an earlier one, or withdraws it.
 
     {"prompt_id": "q1", "responses": [0, 2], "judge": "human", "probability": 1.0, "annotator": "ada",
      "hashes": ["1b4f0e98", "60303ae2"], "reason": "", "time": "2026-11-21T16:28:01.345678+00:00", "seconds": 8.2,
@@ -30,13 +30,11 @@ from tso_fast.types import HUMAN, Candidates, Comparison
 
 logger = logging.getLogger(__name__)
 
-"""Of an iteration, beside its responses."""
-
 BAD = "bad"
 """The ``reason`` of a pair that cannot be judged; its probability is None."""
 
 Pair = tuple[str, int, int]
-"""Prompt id and two responses in increasing order."""
+"""Prompt id and the indices of two responses, in increasing order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +45,13 @@ class Label:
     """``responses`` in increasing order; ``probability`` 1, 0 or 0.5, None for a bad pair."""
     time: datetime | None = None
     seconds: float | None = None
-    """Between the pair's appearance and the label."""
+    """Time from the pair's appearance to the label."""
     shown: tuple[int, int] | None = None
-    """Response at the left, response at the right."""
+    """Indices of the responses shown at the left and at the right."""
     withdrawn: bool = False
-    """Whether it takes back the annotator's earlier label on the pair."""
+    """Whether this row takes back the annotator's earlier label on the pair."""
     where: str = ""
-    """``file:line`` it was read from."""
+    """Source of the row, as ``file:line``."""
 
     @property
     def pair(self) -> Pair:
@@ -65,7 +63,7 @@ class Label:
 
     @property
     def value(self) -> float | None:
-        """1 the first is better, -1 the second, 0 a tie; None: the pair is bad."""
+        """1: the first is better, -1: the second is better, 0: a tie; None: the pair is bad."""
         return None if self.comparison.probability is None else 2 * self.comparison.probability - 1
 
 
@@ -77,7 +75,7 @@ def make_label(
     time: datetime | None = None,
     **more: Any,
 ) -> Label:
-    """A label on two responses of ``item``; ``probability`` is that of the first, None marks the pair as bad."""
+    """A label on two responses of ``item``; ``probability`` is that the first is better, None marks a bad pair."""
     i, j = responses
     if i > j:
         i, j, probability = j, i, None if probability is None else 1 - probability
@@ -106,7 +104,7 @@ def label_row(label: Label) -> Row:
 
 
 def parse_label(row: Row, where: str, texts: Mapping[str, Sequence[str]]) -> Label:
-    """A row of a labels file; ``texts`` are those of the responses, by id of the prompt."""
+    """Parses a row of a labels file; ``texts`` are the texts of the responses, by prompt id."""
     if "responses" not in row:
         raise InputError(f"{where}: field 'responses' is missing; expected the indices of the two responses")
     comparison = parse_verdict(row, where, texts)
@@ -146,7 +144,7 @@ def parse_label(row: Row, where: str, texts: Mapping[str, Sequence[str]]) -> Lab
 
 
 def parse_time(value: Any, where: str) -> datetime | None:
-    """ISO 8601; without a zone it is UTC."""
+    """Parses an ISO 8601 time; one without a zone is UTC."""
     if value is None:
         return None
     try:
@@ -159,7 +157,7 @@ def parse_time(value: Any, where: str) -> datetime | None:
 
 
 def read_history(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Label]:
-    """All rows of a labels file in their order; a torn last line is passed over with a warning."""
+    """All rows of a labels file in order; a torn last line is skipped with a warning."""
     texts, labels = texts_of(candidates), []
     for where, row in read_rows(path, bad, may_be_torn=True):
         try:
@@ -170,12 +168,12 @@ def read_history(path: str | Path, candidates: Iterable[Candidates], bad: BadRow
 
 
 def standing(labels: Iterable[Label]) -> dict[tuple[Pair, str], Label]:
-    """The newest label of each annotator on each pair, where it was not withdrawn.
+    """The newest label of each annotator on each pair, unless it is a withdrawal.
 
-    The newest has the latest time, or stands last where a row has none.
+    The newest label has the latest time, or comes last in the file if a row has no time.
 
     Raises:
-        InputError: an annotator says different things of a pair, and neither times nor a withdrawal give an order.
+        InputError: an annotator has different labels on a pair, and neither times nor a withdrawal order them.
     """
     groups: dict[tuple[Pair, str], list[Label]] = {}
     for label in labels:
@@ -200,10 +198,10 @@ def standing(labels: Iterable[Label]) -> dict[tuple[Pair, str], Label]:
 
 
 def read_labels(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Comparison]:
-    """What each annotator finally said of each pair, in the order of the file.
+    """Each annotator's current label on each pair, in the order of the file.
 
     Raises:
-        InputError: a row names an unknown prompt or response, or other texts than the responses have; or see
+        InputError: a row names an unknown prompt or response, or its hashes do not match the texts; see also
             ``standing``.
     """
     labels = read_history(path, candidates, bad)
@@ -212,14 +210,14 @@ def read_labels(path: str | Path, candidates: Iterable[Candidates], bad: BadRows
 
 
 class LabelFile:
-    """Appends labels so that each is on disk before the next is asked for, from several threads and processes.
+    """Appends labels so that each is on disk before the next is asked for; safe for several threads and processes.
 
-    Writers hold a lock beside the file. A line is one write; the end of a file that a killed writer left without its
-    newline is mended first: kept when it is a whole row, else cut off with a warning, as its label was never confirmed.
+    Writers hold a lock next to the file, and a line is one write. If a killed writer left a last line without newline,
+    it is repaired first: a complete row is kept, a partial one is cut off with a warning, since it was never confirmed.
     """
 
     def __init__(self, path: str | Path, candidates: Sequence[Candidates]) -> None:
-        """Raises InputError when what is there already cannot be read, OutputError when nothing can be written."""
+        """Raises InputError if an existing file cannot be read, OutputError if the file cannot be written."""
         self.path = Path(path)
         self.candidates = candidates
         self._mutex = threading.Lock()
@@ -232,7 +230,7 @@ class LabelFile:
         standing(self.history())
 
     def history(self) -> list[Label]:
-        """All rows, those of other processes included."""
+        """All rows, including those written by other processes."""
         with self._mutex:
             stat = self.path.stat()
             if self._known != (stat.st_ino, stat.st_size):
@@ -241,10 +239,10 @@ class LabelFile:
             return list(self._history)
 
     def append(self, label: Label) -> None:
-        """Returns when the label is on disk.
+        """Appends a label and returns when it is on disk.
 
         Raises:
-            OutputError: it could not be written; the file is as before.
+            OutputError: the label could not be written; the file is unchanged.
         """
         data = _line(label)
         with self._mutex, writing(self.path), self._locked() as handle:
@@ -263,7 +261,7 @@ class LabelFile:
                 self._known = (before.st_ino, before.st_size + len(data))
 
     def append_all(self, labels: Sequence[Label]) -> None:
-        """All of them or, whatever happens, none: the file is written anew beside the old one and renamed."""
+        """Appends all labels or, whatever happens, none: a complete new file replaces the old one by a rename."""
         with self._mutex, writing(self.path), self._locked() as handle:
             _mend(handle, self.path)
             tmp = self.path.with_name(f".tmp-{self.path.name}")
@@ -280,7 +278,7 @@ class LabelFile:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
-        """The file, open for appending. The lock is another file, as ``append_all`` replaces this one."""
+        """The file, locked and open for appending. The lock is a separate file, since ``append_all`` replaces this."""
         with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             is_new = not self.path.exists()

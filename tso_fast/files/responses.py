@@ -1,7 +1,7 @@
-"""Responses on disk under the hash of all they depend on, so that none is generated twice.
+"""Responses on disk, keyed by a hash of everything they depend on, so that none is generated twice.
 
-One SQLite file a store. Rows are added in transactions: what ``add`` returned from survives a killed process; after a
-power cut the last ones may be missing, and are generated again.
+A store is one SQLite file. Rows are added in transactions: once ``add`` returns, they survive a killed process. After a
+power cut the last rows may be missing, and are generated again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from tso_fast.types import TopLogprobs
 
 STORE_FILE = "responses.sqlite3"
 FORMAT = 2
-# SQLite's limit on variables in one statement was 999 for long.
+# SQLite's limit on variables in a statement was 999 before version 3.32.
 CHUNK = 900
 
 Row = tuple[bytes, tuple[int, ...], str, str, float | None, TopLogprobs | None]
-"""Key, token ids, text, finish reason, log-prob under the sampling distribution, likeliest first tokens."""
+"""Key, token ids, text, finish reason, log-prob under the sampling distribution (nats), likeliest first tokens."""
 
 
 def _hash(*parts: bytes) -> bytes:
@@ -40,29 +40,29 @@ def prompt_hash(token_ids: Sequence[int]) -> bytes:
 
 
 def settings_hash(**settings: object) -> bytes:
-    """Of what a cell samples with: its weights, its engine, every sampling option."""
+    """Hash of everything a cell samples with: its weights, its engine and every sampling option."""
     return _hash(json.dumps(settings, sort_keys=True).encode())
 
 
 def response_key(prompt: bytes, settings: bytes, seed: int) -> bytes:
-    """16 bytes: the address of a response."""
+    """Key of a response in the store, 16 bytes."""
     return _hash(prompt, settings, struct.pack("<Q", seed))
 
 
 def _checksum(token_ids: bytes, text: str, top_logprobs: str | None) -> int:
-    """SQLite notices a broken page, not a changed value."""
+    """Checksum of a row; SQLite notices a broken page, but not a changed value."""
     return zlib.crc32((text + (top_logprobs or "")).encode(), zlib.crc32(token_ids))
 
 
 class ResponseStore:
-    """The responses of a folder. Used by one thread of one process, which holds the file locked.
+    """The responses of a folder; used by one thread of one process, which locks the file.
 
-    Keys are random, so an index of SQLite's would be written all over at every commit (54 against 17 us a response
-    with a million of them). Both tables here only grow at their end; the index is a dictionary, read at the start.
+    The index is a dictionary, read at the start, and both tables only grow at their end. Keys are random, so an SQLite
+    index would be rewritten all over at every commit (54 instead of 17 us per response with a million of them).
 
     Raises:
-        InputError: another process has it open, or it is no store.
-        OutputError: it cannot be written.
+        InputError: another process has the store open, or the file is not a store.
+        OutputError: the store cannot be written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -72,10 +72,9 @@ class ResponseStore:
             self._db = sqlite3.connect(self.path, timeout=1, isolation_level=None)
         try:
             with self._errors():
-                # With the lock held for good the write-ahead log needs no shared memory, which network file systems
-                # lack.
+                # With a permanent lock the write-ahead log needs no shared memory, which network file systems lack.
                 self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-                self._db.execute("PRAGMA page_size = 16384")  # a row is some kilobytes
+                self._db.execute("PRAGMA page_size = 16384")  # rows are a few kilobytes
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA synchronous = NORMAL")
                 self._db.execute("BEGIN IMMEDIATE")
@@ -117,10 +116,10 @@ class ResponseStore:
         return key in self._rows
 
     def get(self, keys: Sequence[bytes]) -> list[Row]:
-        """The responses under these keys, in their order.
+        """The responses under these keys, in the same order.
 
         Raises:
-            KeyError: one is not there.
+            KeyError: a key is not in the store.
         """
         wanted = [self._rows[key] for key in keys]
         found = {}
@@ -145,7 +144,7 @@ class ResponseStore:
         return out
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Stores all of the rows or none; a key that is there keeps its response."""
+        """Stores all of the rows or none; existing keys keep their responses."""
         new = {row[0]: row[1:] for row in rows if row[0] not in self._rows}
         numbers = range(len(self._rows) + 1, len(self._rows) + 1 + len(new))
         values = []

@@ -1,6 +1,6 @@
-"""The run folder: a manifest that comes last, what is complete, and where each iteration keeps its files.
+"""The run folder: where each iteration keeps its files, and a manifest of the complete stages.
 
-A stage writes its files to temporary names, syncs and renames them; then ``Run.commit`` adds them to ``run.json``
+A stage writes its files under temporary names, syncs and renames them; then ``Run.commit`` adds them to ``run.json``
 with size and sha256. A stage that is not in ``run.json`` did not happen, whatever files it left.
 """
 
@@ -30,11 +30,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Iteration:
-    """Where a run keeps what belongs to one of its iterations: ``Iteration(Path("runs/first"), 2)``."""
+    """Paths of one iteration of a run: ``Iteration(Path("runs/first"), 2)``."""
 
     run: Path
     number: int
-    """From 1; 0 is the evaluation before training."""
+    """Iteration number, from 1; 0 is the evaluation before training."""
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class Iteration:
 
     @property
     def refused(self) -> Path:
-        """Prompts that an engine did not take."""
+        """Prompts that an engine refused."""
         return self.folder / "refused.jsonl"
 
     @property
@@ -84,18 +84,18 @@ class Iteration:
         return self.folder / "checkpoint"
 
     def stage(self, name: str) -> str:
-        """What ``run.json`` calls a stage of this iteration."""
+        """Name in ``run.json`` of a stage of this iteration."""
         return f"{self.name}/{name}"
 
 
 def iterations(run: Path) -> list[Iteration]:
-    """Iterations that have a folder, the oldest first."""
+    """Iterations that have a folder, oldest first."""
     numbers = [int(found[1]) for path in run.glob("iter-*") if (found := re.fullmatch(r"iter-(\d+)", path.name))]
     return [Iteration(run, number) for number in sorted(numbers)]
 
 
 def parse_stage(name: str) -> tuple[int, str]:
-    """Iteration and stage of a name in ``run.json``."""
+    """Iteration number and stage for a name in ``run.json``."""
     iteration, stage = name.removeprefix("iter-").split("/")
     return int(iteration), stage
 
@@ -133,11 +133,11 @@ class Run:
         Args:
             config: the resolved configuration; a resumed run must have the same one, ``free_keys`` aside.
             inputs: sha256 of every input, by config key; a resumed run must read the same data.
-            versions: of this program and of the libraries that results depend on.
-            free_keys: settings that may differ when the run is resumed.
+            versions: versions of this program and of the libraries that results depend on.
+            free_keys: settings that may change when the run is resumed.
 
         Raises:
-            InputError: the folder is something else, is in use, or belongs to another configuration.
+            InputError: the folder is not a run, is in use, or belongs to another configuration.
             OutputError: the folder cannot be written.
         """
         folder = Path(folder)
@@ -181,7 +181,7 @@ class Run:
 
     @classmethod
     def follow(cls, folder: str | Path) -> Run:
-        """The run that another process has open, for reading."""
+        """Opens for reading a run that another process has locked."""
         return cls(Path(folder), read_run(folder), None)
 
     def __enter__(self) -> Run:
@@ -198,13 +198,13 @@ class Run:
         return Iteration(self.folder, number)
 
     def info(self, stage: str) -> dict[str, Any] | None:
-        """What a complete stage recorded; None when it is not complete."""
+        """The record of a complete stage; None: the stage is not complete."""
         if self._lock is None:
             self.state = _read_state(self.folder)
         return next((s["info"] for s in self.state["stages"] if s["name"] == stage), None)
 
     def commit(self, stage: str, paths: Iterable[Path], info: dict[str, Any]) -> None:
-        """Declares a stage complete: its files are on disk under their names."""
+        """Declares a stage complete; its files must be on disk under their final names."""
         files = [file for path in paths for file in _files_of(path)]
         names = [file.relative_to(self.folder).as_posix() for file in files]
         for name, file in zip(names, files, strict=True):
@@ -223,7 +223,7 @@ class Run:
     def _check_same(self, config: dict[str, Any], inputs: dict[str, str], free_keys: Collection[str]) -> None:
         old = self.state["config"]
         keys = sorted({*old, *config} - set(free_keys))
-        # A setting that an older release did not know is None here.
+        # Settings that an older release did not have count as None.
         changed = [key for key in keys if _without_none(old.get(key)) != _without_none(config.get(key))]
         if changed:
             lines = "".join(f"\n  {key}: the run has {old.get(key)!r}, given {config.get(key)!r}" for key in changed)
@@ -239,7 +239,7 @@ class Run:
                 )
 
     def _drop_incomplete(self) -> None:
-        """Keeps the stages up to the first one whose files are not as the manifest says."""
+        """Drops the first stage whose files do not match the manifest, and all stages after it."""
         stages, manifest = self.state["stages"], self.state["manifest"]
         for i, stage in enumerate(stages):
             problem = next((p for name in stage["files"] if (p := self._problem(name, manifest[name]))), None)
@@ -284,7 +284,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """The state of a run, for reports; takes no lock.
 
     Raises:
-        InputError: no run there.
+        InputError: the folder is not a run.
     """
     folder = Path(folder)
     if not (folder / RUN_FILE).is_file():
