@@ -240,9 +240,9 @@ def test_a_prompt_scores_the_same_alone_or_among_others(method, normalize):
 def test_every_output_is_written(method, normalize, missing):
     # Outputs are allocated where others were freed just before, full of what no result is.
     options = {"method": method, "normalize": normalize}
-    # Prompts: fewer than are computed together, as many, one more, many; the same shape of them or not.
+    # Prompts: too few for a batch of eight, just enough for one a sixteenth, many; of the same size or not.
     for num_prompts, max_rows, num_scorers in (
-        *itertools.product((1, 7, 8, 9, 300), (8,), (9,)),
+        *itertools.product((1, 7, 130, 300), (8,), (9,)),
         *((300, max_rows, num_scorers) for max_rows, num_scorers in ((1, 9), (8, 1))),
         *((40, max_rows, num_scorers) for max_rows, num_scorers in ((30, 5), (70, 9))),
     ):
@@ -267,7 +267,8 @@ def test_every_output_is_written(method, normalize, missing):
 @pytest.mark.parametrize("normalize", ["none", "z", "minmax"])
 @pytest.mark.parametrize("missing", [0.0, 0.02])
 def test_prompts_computed_together_are_as_if_alone(normalize, missing):
-    # Of like sizes and others, with gaps and without, up to and beyond the size that is computed several at once.
+    # Like sizes and others, with gaps and without, up to and beyond the size that is computed several at once; so many
+    # that a thread's sixteenth of them has more than one batch of eight.
     rng = np.random.default_rng(0)
     for sizes in (
         [8] * 21,
@@ -275,7 +276,7 @@ def test_prompts_computed_together_are_as_if_alone(normalize, missing):
         [56] * 5 + [57] * 9,
         [0, 4, 0, 4, 4, 0, 4, 4, 4, 4, 4, 9],
     ):
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        offsets = np.concatenate([[0], np.cumsum(sizes * (180 // len(sizes)))])
         scores = rng.standard_normal((offsets[-1], 9)).astype(np.float32) * 3 + 100
         scores[rng.random(scores.shape) < missing] = NAN
         options = {"method": "mean", "normalize": normalize, "weights": [1, 2, 0, 0.3, 5, 1, 1, 0, 2]}
@@ -288,15 +289,16 @@ def test_prompts_computed_together_are_as_if_alone(normalize, missing):
             assert alone.scores.tobytes() == together.scores[first:last].tobytes()
 
 
-@pytest.mark.parametrize("position", [0, 3, 8 * 9 * 3, 8 * 9 * 17 - 1])
+@pytest.mark.parametrize("num_prompts", [17, 170])  # fewer and more than a batch in a sixteenth of them
 @pytest.mark.parametrize("missing", [False, True])
-def test_an_infinite_score_is_found_anywhere(position, missing):
-    scores = np.ones((8 * 17, 9), np.float32)
-    scores.flat[position] = -np.inf
-    if missing:
-        scores[1::5, 2] = NAN
-    with pytest.raises(ValueError, match=r"is -inf \(1 infinite"):
-        consensus(scores, np.arange(18) * 8, method="mean", normalize="z", weights=np.arange(9))
+def test_an_infinite_score_is_found_anywhere(num_prompts, missing):
+    for position, method in itertools.product((0, 3, 8 * 9 * 3, 8 * 9 * num_prompts - 1), ("mean", "median")):
+        scores = np.ones((8 * num_prompts, 9), np.float32)
+        if missing:
+            scores[1::5, 2] = NAN
+        scores.flat[position] = -np.inf
+        with pytest.raises(ValueError, match=r"is -inf \(1 infinite"):
+            consensus(scores, np.arange(num_prompts + 1) * 8, method=method, normalize="z")
 
 
 @EACH

@@ -92,9 +92,10 @@ def test_agrees_with_reference(strategy, shape):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16, 21])
 def test_best_worst_of_many_alike_prompts(n):
     extension = pytest.importorskip("tso_fast._C")
-    # Those are computed several at once; ties, gaps and prompts without any score among them.
+    # Those are computed eight at once where a thread's eighth of the prompts has as many. Ties, gaps and prompts
+    # without any score are among them.
     rng = np.random.default_rng(n)
-    for num_prompts in (7, 8, 9, 40):
+    for num_prompts in (7, 64, 75, 150):
         scores = rng.integers(-2, 3, n * num_prompts).astype(np.float32) / 4
         scores[rng.random(len(scores)) < 0.3] = np.nan
         scores[n : 2 * n] = np.nan
