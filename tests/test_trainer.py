@@ -25,6 +25,7 @@ from tso_fast.errors import InputError, Paused, TrainingError
 from tso_fast.files.labels import LabelFile, make_label
 from tso_fast.files.rows import BadRows, read_candidates
 from tso_fast.files.run import LABELS_FILE, read_run
+from tso_fast.judges import implicit
 from tso_fast.quickstart.build import make_tokenizer
 from tso_fast.report import write_report
 from tso_fast.trainer import train
@@ -434,7 +435,13 @@ def test_config_fields_are_really_used_by_training(base: TrainConfig, run: Path,
 # ---- judges and people in the loop
 
 
-def test_every_kind_of_judge_in_the_loop(base: TrainConfig, tmp_path: Path) -> None:
+def test_every_kind_of_judge_in_the_loop(base: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    impls, original = set(), implicit.cell_logprobs
+    monkeypatch.setattr(
+        implicit,
+        "cell_logprobs",
+        lambda *args, impl, **options: impls.add(impl) or original(*args, impl=impl, **options),
+    )
     compare, rate = tmp_path / "compare.txt", tmp_path / "rate.txt"  # short: the context is 128 tokens
     compare.write_text("{prompt} {first} {second} A B")
     rate.write_text("{prompt} {response} 1")
@@ -452,9 +459,11 @@ def test_every_kind_of_judge_in_the_loop(base: TrainConfig, tmp_path: Path) -> N
         judges=judges,
         evidence="calibrated",
         soft_label_by="probability",
+        impl="reference",
         eval_prompts=None,
     )
     train(config)
+    assert impls == {"reference"}
     rows = rows_of(tmp_path / "run/iter-1/verdicts.jsonl")
     assert {row["judge"] for row in rows} == {"verifier", "llm", "rater", "implicit", "agreement", "lenient"}
     compared = [row for row in rows if row["judge"] == "llm"]

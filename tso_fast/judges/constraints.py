@@ -410,7 +410,8 @@ TYPES: dict[str, Type] = {
 
 
 def check_constraint(constraint: Constraint) -> None:
-    """
+    """Checks its type, and its arguments against what the type takes.
+
     Raises:
         InputError: no such type; an argument that is missing, unknown or does not fit.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +37,8 @@ class ImplicitJudge(Judge):
     The difference is the DPO reward over beta.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("cell", "reference", "length_normalized")
-    needs_models: ClassVar[bool] = True
+    takes = ("cell", "reference", "length_normalized")
+    needs_models = True
 
     def check(self, matrix: ModelMatrix | None) -> None:
         for name in self._cells:

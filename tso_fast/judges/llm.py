@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, overload
+from typing import overload
 
 from tso_fast.answering import answer, ask
 from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig
@@ -42,16 +42,8 @@ LABEL_TOKENS = 32
 class LlmJudge(Judge):
     """Judge of kind ``llm``: a comparison of every pair that ``pairs`` wants, or a verdict on every response."""
 
-    takes: ClassVar[tuple[str, ...]] = (
-        "cell",
-        "model",
-        "template",
-        "num_votes",
-        "temperature",
-        "max_completion_length",
-        "pairs",
-    )
-    needs_models: ClassVar[bool] = True
+    takes = ("cell", "model", "template", "num_votes", "temperature", "max_completion_length", "pairs")
+    needs_models = True
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)
@@ -68,7 +60,8 @@ class LlmJudge(Judge):
         return num_own + sum(num_judged) * (2 if self.template.is_comparison else 1) * self.config.num_votes
 
     def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
-        """
+        """Comparisons or verdicts in the order of the candidates, and what they cost.
+
         Raises:
             InputError: a cell or model that cannot be used; a prompt that the judge cannot answer itself, where its
                 template wants that.
@@ -223,7 +216,7 @@ class _Questions(Sequence[Candidates]):
         self._candidates, self._template, self._own = candidates, template, own
         self._shown: list[tuple[int, tuple[int, ...]]] = []
         self.numbers: dict[str, int] = {}
-        """By id."""
+        """Numbers of the questions by their ids."""
 
     def add(self, number: int, shown: tuple[int, ...]) -> int:
         """The number of the question about these responses, in this order."""
@@ -367,13 +360,13 @@ def _read(response: Response, template: Template, client: _Client) -> Reading:
 
 
 def _result(
-    planned: _Planned, candidates: Sequence[Candidates], readings: Sequence[Reading], judge: str
+    planned: _Planned, candidates: Sequence[Candidates], readings: Sequence[Reading], name: str
 ) -> Verdict | Comparison:
     prompt_id = candidates[planned.number].prompt.id
     said = [readings[question] for question in planned.questions]
     if len(planned.responses) == 1:
         score, reason = planned.known or said[0]
-        return Verdict(prompt_id=prompt_id, response=planned.responses[0], judge=judge, score=score, reason=reason)
+        return Verdict(prompt_id=prompt_id, response=planned.responses[0], judge=name, score=score, reason=reason)
     orders: tuple[float | None, float | None] | None = None
     if planned.known is not None:
         probability, reason = planned.known
@@ -386,7 +379,7 @@ def _result(
     return Comparison(
         prompt_id=prompt_id,
         responses=(first, other),
-        judge=judge,
+        judge=name,
         probability=probability,
         orders=orders,
         reason=reason,

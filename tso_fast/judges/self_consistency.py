@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar
 
 from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts
 from tso_fast.judges.verifier import final_number
@@ -17,7 +16,7 @@ from tso_fast.types import Candidates, Verdict
 class SelfConsistencyJudge(Judge):
     """Judge of kind ``agreement``."""
 
-    takes: ClassVar[tuple[str, ...]] = ()
+    takes = ()
 
     def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
         return Judged(agree(candidates, self.name))

@@ -53,7 +53,7 @@ class Template:
 
 
 def names() -> list[str]:
-    """Of the templates that come with the package."""
+    """Names of the templates that come with the package."""
     return sorted(file.stem for file in FOLDER.glob("*.txt"))
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from tso_fast.config.settings import JudgeConfig
 from tso_fast.errors import InputError, did_you_mean
@@ -23,7 +23,7 @@ Check = Callable[[Prompt, Response], Opinion]
 class VerifierJudge(Judge):
     """Judge of kind ``verifier``."""
 
-    takes: ClassVar[tuple[str, ...]] = ("verifier", "verifier_pattern")
+    takes = ("verifier", "verifier_pattern")
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)
