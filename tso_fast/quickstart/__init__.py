@@ -1,1 +1,1 @@
-"""The quickstart: a task that a program can check, a small model matrix made from nothing, and the loop's settings."""
+"""The quickstart: a task that a program can check, and a small model matrix trained from scratch."""

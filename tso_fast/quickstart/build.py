@@ -1,6 +1,6 @@
-"""Makes the quickstart's model matrix by supervised training, 2 sizes x 3 versions, and keeps it between runs.
+"""Trains the quickstart's model matrix, 2 sizes x 3 versions, by supervised training, and caches it between runs.
 
-A version is a checkpoint on the way: 35 %, 60 % and all of the training.
+Versions are checkpoints after 35 %, 60 % and all of the training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tso_fast.quickstart.task import Task, demonstrate, make_tasks
 from tso_fast.seeds import seed_of
 from tso_fast.types import Prompt
 
-# Spaces and newlines belong to the turn's frame: the question ends with a newline, the answer starts with a space.
+# Spaces and newlines belong to the template: the question ends with a newline, the answer starts with a space.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] | trim }}{{ eos_token }}"
     "{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """Shape of a tiny Llama and how long it learns."""
+    """Shape of a tiny Llama and length of its training."""
 
     hidden: int
     layers: int
@@ -47,7 +47,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that the matrix and its data depend on; the cache is keyed by it."""
+    """Everything that the matrix and its data depend on; the key of the cache."""
 
     seed: int
     sizes: dict[str, Size] = dataclasses.field(
@@ -67,7 +67,7 @@ class Recipe:
     held_out: int = 600
     development: int = 600
     revision: int = 1
-    """Raise it when the code below makes something else of the same numbers."""
+    """Increase it when the code below gives other results for the same numbers."""
 
     @property
     def key(self) -> str:
@@ -77,16 +77,16 @@ class Recipe:
 
 
 def cache_folder() -> Path:
-    """``TSO_FAST_CACHE``, else tso-fast in the user's cache."""
+    """``TSO_FAST_CACHE``, else ``tso-fast`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TSO_FAST_CACHE") or Path(base) / "tso-fast")
 
 
 def prepare(config: TrainConfig, recipe: Recipe, eval_set: str = "held_out") -> None:
-    """Fills in cells, prompts and evaluation prompts of a quickstart configuration, making the matrix if needed.
+    """Fills in cells, prompts and evaluation prompts of a quickstart configuration; builds the matrix if needed.
 
     Raises:
-        OutputError: the cache cannot be written; ``TSO_FAST_CACHE`` names another place.
+        OutputError: the cache cannot be written; ``TSO_FAST_CACHE`` can name another folder.
     """
     folder = build(recipe)
     config.cells = [
@@ -99,7 +99,7 @@ def prepare(config: TrainConfig, recipe: Recipe, eval_set: str = "held_out") -> 
 
 
 def build(recipe: Recipe) -> Path:
-    """Folder of the cells, their tokenizer and the data; made once a recipe."""
+    """Folder of the cells, their tokenizer and the data; built once per recipe."""
     folder = cache_folder() / "quickstart" / recipe.key
     if (folder / "recipe.json").exists():
         console.print(f"model matrix: from {folder}", highlight=False)
@@ -122,7 +122,7 @@ def build(recipe: Recipe) -> Path:
 
 
 def _tasks(recipe: Recipe) -> dict[str, list[Task]]:
-    """No question is asked twice, within a set or across sets."""
+    """Tasks by set; no question occurs twice, within a set or across sets."""
     counts = {
         "held_out": recipe.held_out,
         "development": recipe.development,
@@ -152,7 +152,7 @@ def _write_data(tasks: dict[str, list[Task]], recipe: Recipe, folder: Path) -> N
 
 
 def make_tokenizer(texts: list[tuple[str, str]], recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding of the task's words; digits and letters stay single tokens."""
+    """Byte-pair tokenizer for the task's words; digits and single letters stay single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -183,7 +183,7 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _train_size(name: str, size: Size, examples: list[Example], tokenizer: Any, recipe: Recipe, folder: Path) -> None:
-    """Next-token training on the demonstrations' answers, saving a version at each mark."""
+    """Trains one size on the demonstrations' answers, and saves a version at each mark."""
     torch.manual_seed(seed_of(recipe.seed, name))
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -1,7 +1,7 @@
-"""Six small skills in plain words, each with four phrasings, an answer that a program can check, and a lazy answer.
+"""Tasks for six small skills, each with four phrasings, an answer that a program can check, and a lazy answer.
 
-The lazy answer (copy the input, the first number, the length of the list) is what a careless demonstrator writes.
-Models trained on such demonstrations know both behaviours; preferences then have something to select.
+A careless demonstrator writes the lazy answer (copy the input, the first number, the length of the list). Models
+trained on such demonstrations know both behaviours, so preferences have something to select.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAMES = ("Sam", "Ana", "Leo", "Mia", "Tom", "Zoe", "Max", "Eva")
 THINGS = ("pears", "coins", "books", "cards", "shells", "stamps")
 LETTERS = "abcdefghij"
 LAZY_RATES = (0.3, 0.65)
-"""Share of lazy demonstrations; which of the two depends on skill and phrasing."""
+"""Shares of lazy demonstrations; skill and phrasing decide which of the two applies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ SKILLS: dict[str, Callable[[random.Random, str, str], Made]] = {
 
 
 def make_tasks(count: int, seed: str, exclude: Collection[str] = ()) -> list[Task]:
-    """Distinct tasks, skills in turn; none whose question is in ``exclude``."""
+    """Distinct tasks, taking skills in turn; skips questions in ``exclude``."""
     r = random.Random(seed)
     seen = set(exclude)
     tasks: list[Task] = []
@@ -147,6 +147,6 @@ def make_tasks(count: int, seed: str, exclude: Collection[str] = ()) -> list[Tas
 
 
 def demonstrate(task: Task, r: random.Random) -> str:
-    """What the careless demonstrator answers."""
+    """Answer of the careless demonstrator."""
     rate = LAZY_RATES[(task.phrasing + list(SKILLS).index(task.skill)) % len(LAZY_RATES)]
     return task.lazy if r.random() < rate else task.answer

@@ -1,4 +1,4 @@
-"""What a run did, as tables on the terminal and as one HTML file: ``summary -> figures -> page``."""
+"""Reports on a run, as tables on the terminal and as one HTML file: ``summary -> figures -> page``."""
 
 from tso_fast.report.page import write_report
 from tso_fast.report.summary import print_summary

@@ -1,4 +1,4 @@
-"""The figures of a report, each as one SVG element whose text is text: sharp, small, and searchable."""
+"""The figures of a report, each as one SVG element with real text: sharp, small and searchable."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from tso_fast.report.summary import Summary
 
-# Okabe and Ito's colours, told apart by colour-blind readers. Blue: chosen, and what became a pair; vermilion:
-# rejected, and what did not.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Blue: chosen responses and pairs that were kept;
+# vermilion: rejected responses and pairs that were dropped.
 CHOSEN, SWAPPED, REJECTED, DROPPED = "#0072B2", "#7CC0EA", "#D55E00", "#F3D3BC"
 THIRD, FOURTH, INK, SOFT, FAINT = "#009E73", "#CC79A7", "#333333", "#666666", "#9A9A9A"
 STYLE = {
@@ -40,7 +40,7 @@ STYLE = {
 
 
 def draw(name: str, plot: Callable[[Any], None], height: float) -> str:
-    """``plot(figure)`` as SVG markup, 7.6 inches wide at most; ``name`` keeps ids of several figures apart."""
+    """SVG markup of ``plot(figure)``, at most 7.6 inches wide; ``name`` makes its ids unique in the page."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -50,14 +50,14 @@ def draw(name: str, plot: Callable[[Any], None], height: float) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = out.getvalue()[out.getvalue().index("<svg") :]
-    # In HTML the parser knows SVG's namespaces, and ids that nothing refers to would only collide between figures.
+    # HTML parsers know SVG's namespaces, and unused ids would only collide between figures.
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     return re.sub(r' width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
 
 
 def accuracy(run: Summary, others: Sequence[Summary]) -> str | None:
-    """Accuracy of each version with its 95 % interval; the other runs as lines."""
+    """Accuracy of each version with its 95 % interval; other runs are drawn as lines."""
     if all(v.accuracy is None for v in run.versions):
         return None
 
@@ -86,24 +86,24 @@ def accuracy(run: Summary, others: Sequence[Summary]) -> str | None:
 
 
 def decisions(run: Summary) -> str | None:
-    """Share of candidate pairs kept, swapped and dropped, one panel a rule of the prior order."""
+    """Share of candidate pairs kept, swapped and dropped, one panel per rule of the prior order."""
     by_iteration = {v.iteration: v.decisions for v in run.versions if v.decisions}
-    rules = sorted({rule for of in by_iteration.values() for rule in of}, key=lambda rule: (rule == "none", rule))
+    rules = sorted({rule for row in by_iteration.values() for rule in row}, key=lambda rule: (rule == "none", rule))
     if not rules:
         return None
 
     def plot(figure: Any) -> None:
         panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
         for axes, rule in zip(panels, rules, strict=True):
-            counts = [of.get(rule, {}) for of in by_iteration.values()]
-            totals = [sum(of.values()) for of in counts]
+            counts = [row.get(rule, {}) for row in by_iteration.values()]
+            totals = [sum(row.values()) for row in counts]
             bottom = [0.0] * len(counts)
             for key, label, color in (
                 ("keep", "kept", CHOSEN),
                 ("swap", "swapped", SWAPPED),
                 ("drop", "dropped", DROPPED),
             ):
-                share = [100 * of.get(key, 0) / (total or 1) for of, total in zip(counts, totals, strict=True)]
+                share = [100 * row.get(key, 0) / (total or 1) for row, total in zip(counts, totals, strict=True)]
                 axes.bar(range(len(share)), share, 0.72, bottom=bottom, color=color, edgecolor="white", label=label)
                 bottom = [a + b for a, b in zip(bottom, share, strict=True)]
             for i, total in enumerate(totals):
@@ -152,7 +152,7 @@ def _curves(run: Summary, name: str, panels: Sequence[Panel]) -> str | None:
         for axes, (title, curves, levels) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             factor = 100 if "%" in title else 1
             for metric, label, color in curves:
-                # One line an iteration: each begins at a new reference.
+                # One line per iteration, since each begins with a new reference.
                 for start, rows in zip(starts, by_iteration.values(), strict=True):
                     x = [start + row["step"] for row in rows]
                     y = [math.nan if row.get(metric) is None else factor * row[metric] for row in rows]

@@ -1,4 +1,4 @@
-"""``report.html``: one file that needs nothing else, to read on a laptop, print or send."""
+"""``report.html``: one self-contained file to read, print or send."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tso_fast.types import PreferencePair
 
 NUM_PAIRS = 8
 FOLD = 280
-"""Characters after which a text of a pair is folded."""
+"""Number of characters after which a text is folded."""
 
 CSS = """
 :root { --ink: #222; --soft: #666; --rule: #ddd; --chosen: #0072B2; --rejected: #D55E00; }
@@ -71,10 +71,10 @@ details[open] summary span { display: none; }
 
 
 def write_report(folder: str | Path, others: Sequence[str | Path] = ()) -> Path:
-    """Writes ``report.html`` of a run, complete or not; ``others`` are runs to compare with.
+    """Writes ``report.html`` for a run, complete or not; ``others`` are runs to compare with.
 
     Raises:
-        InputError: a folder holds no run.
+        InputError: a folder is not a run.
         OutputError: the file cannot be written.
     """
     run = summarise(folder)
@@ -168,7 +168,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
 
 
 def _judges(run: Summary) -> Iterable[str]:
-    """Of the newest iteration; a single verifier has nothing to tell."""
+    """Table of the judges in the newest iteration; empty for a single verifier, which has nothing to compare."""
     last = max((v for v in run.versions if v.judges), key=lambda v: v.iteration, default=None)
     if last is None or (len(last.judges) < 2 and not last.costs):
         return
@@ -208,17 +208,17 @@ def _pairs(run: Summary) -> Iterable[str]:
 
 
 def _sample(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """A few pairs, each kind (prior, decision) in turn, a prompt once while others are left."""
+    """A few pairs, taking kinds (prior, decision) in turn and preferring prompts that are not yet shown."""
     kinds: dict[tuple[str, str], list[PreferencePair]] = {}
     for pair in pairs:
         kinds.setdefault((pair.prior, pair.decision), []).append(pair)
     sample: list[PreferencePair] = []
     while len(sample) < min(NUM_PAIRS, len(pairs)):
-        for _, of in sorted(kinds.items()):
-            if of and len(sample) < NUM_PAIRS:
+        for _, group in sorted(kinds.items()):
+            if group and len(sample) < NUM_PAIRS:
                 seen = {pair.prompt.id for pair in sample}
-                fresh = next((i for i, pair in enumerate(of) if pair.prompt.id not in seen), 0)
-                sample.append(of.pop(fresh))
+                fresh = next((i for i, pair in enumerate(group) if pair.prompt.id not in seen), 0)
+                sample.append(group.pop(fresh))
     return sample
 
 
@@ -233,7 +233,7 @@ def _settings(values: Mapping[str, Any]) -> str:
     short: list[str] = []
     wide: list[str] = []
     for key, value in values.items():
-        for item in value if isinstance(value, list) else [value]:  # one row a cell of the matrix
+        for item in value if isinstance(value, list) else [value]:  # one row per cell of the matrix
             if isinstance(item, dict):
                 text = ", ".join(f"{k}: {v}" for k, v in item.items() if v is not None)
             else:

@@ -33,34 +33,34 @@ class Version:
 
     name: str
     iteration: int
-    """0: before training."""
+    """Iteration number; 0: before training."""
     accuracy: float | None = None
     low: float | None = None
     high: float | None = None
-    """Ends of the 95 % interval of the accuracy (Wilson)."""
+    """``low`` and ``high`` are the ends of the accuracy's 95 % interval (Wilson)."""
     decisions: Mapping[str, Mapping[str, int]] | None = None
     """Candidate pairs by rule of the prior order, then by decision: keep, swap, drop."""
     judges: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By judge or rule of the prior order: verdicts, abstentions, reliability, as ``stages.make_pairs`` counts them."""
+    """Verdicts, abstentions and reliability by judge or rule of the prior order, see ``correction.make_pairs``."""
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By judge that is a model: requests, tokens, contradictions, as ``judges.llm.Cost``."""
+    """Requests, tokens and contradictions by judge that is a model, see ``judges.llm.Cost``."""
     used: Mapping[str, int] | None = None
-    """Pairs that were selected for training, by decision."""
+    """Pairs selected for training, by decision."""
     is_trained: bool = False
     loss: float | None = None
-    """Mean over the iteration's pairs, as are the clip fractions and token counts."""
+    """Mean over the iteration's pairs, like the clip fractions and token counts."""
     clip_chosen: float | None = None
     clip_rejected: float | None = None
     chosen_tokens: float | None = None
     rejected_tokens: float | None = None
     generated_tokens: float | None = None
-    """Mean length of the policy's samples that this iteration paired: those of the version before."""
+    """Mean length of the policy's samples used in this iteration, which come from the previous version."""
     skipped_steps: int | None = None
     warnings: tuple[str, ...] = ()
 
     def pairs(self, decision: str) -> int | None:
         """Candidate pairs with this decision, over all rules."""
-        return None if self.decisions is None else sum(of.get(decision, 0) for of in self.decisions.values())
+        return None if self.decisions is None else sum(counts.get(decision, 0) for counts in self.decisions.values())
 
     @property
     def num_used(self) -> int | None:
@@ -73,22 +73,22 @@ class Version:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A run as far as it went."""
+    """A run, complete or not."""
 
     folder: Path
     config: Mapping[str, Any]
     libraries: Mapping[str, str]
     """Version by package."""
     versions: tuple[Version, ...]
-    """By iteration, from 0."""
+    """Versions by iteration, from 0."""
     trained: Mapping[str, Any] = field(default_factory=dict)
-    """What the newest iteration's training recorded, ``training.optimise.optimise``."""
+    """Record of the newest iteration's training, see ``training.optimise.optimise``."""
     metrics: tuple[Mapping[str, Any], ...] = field(repr=False)
     """Rows of metrics.jsonl."""
 
     @property
     def loss_name(self) -> str:
-        """Title of the loss, as training recorded it."""
+        """Title of the loss as recorded by training."""
         if "loss" in self.trained:
             return str(self.trained["loss"])
         losses = self.config.get("loss_type")
@@ -96,12 +96,12 @@ class Summary:
 
     @property
     def loss_options(self) -> Mapping[str, Any]:
-        """Options of the loss, as training recorded them; None stands for infinity."""
+        """Options of the loss as recorded by training; None stands for infinity."""
         return self.trained.get("loss_options") or {}
 
     @property
     def first_loss(self) -> float | None:
-        """Loss that the first step of an iteration must have."""
+        """Loss that the first step of every iteration must have."""
         return self.trained.get("first_loss")
 
     @property
@@ -111,7 +111,7 @@ class Summary:
 
     @property
     def before(self) -> Version | None:
-        """Version 0, when it was evaluated."""
+        """Version 0, if it was evaluated."""
         return self.versions[0] if self.versions[0].accuracy is not None else None
 
     @property
@@ -121,7 +121,7 @@ class Summary:
 
     @property
     def gain(self) -> float | None:
-        """Percentage points."""
+        """Gain in accuracy, percentage points."""
         before, after = self.before, self.after
         return 100 * (_known(after.accuracy) - _known(before.accuracy)) if before and after else None
 
@@ -143,7 +143,7 @@ def summarise(folder: str | Path) -> Summary:
     """Reads a run, complete or not.
 
     Raises:
-        InputError: no run there.
+        InputError: the folder is not a run.
     """
     folder = Path(folder)
     state = read_run(folder)
@@ -192,12 +192,12 @@ def _read_metrics(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
             yield json.loads(line)
-        except ValueError:  # a line that a kill cut off
+        except ValueError:  # a line cut off by a kill
             continue
 
 
 def comparisons(folder: str | Path) -> list[str]:
-    """Run folders that ``compare`` made inside this one."""
+    """Folders of runs that ``compare`` made inside this one."""
     return [str(path.parent) for path in sorted(Path(folder).glob(f"compare-*/{RUN_FILE}"))]
 
 
@@ -206,7 +206,7 @@ def percent(value: float | None) -> str:
 
 
 def gain_text(run: Summary) -> str:
-    """Before and after in words, as they are: a loss is called a loss, and noise noise."""
+    """Accuracy before and after in words; says plainly if it fell or the change is noise."""
     before, after = run.before, run.after
     if before is None or after is None:
         return "not known: there is no evaluation both before and after training"
@@ -232,7 +232,7 @@ VERSION_COLUMNS = (
 
 
 def version_rows(run: Summary) -> list[list[str]]:
-    """One row a version under ``VERSION_COLUMNS``."""
+    """One row per version under ``VERSION_COLUMNS``."""
     return [
         [v.name, percent(v.accuracy), v.interval]
         + [_count(n) for n in (v.pairs("keep"), v.pairs("swap"), v.pairs("drop"), v.num_used)]
@@ -246,7 +246,7 @@ COMPARISON_COLUMNS = ("loss", "before", "after", "95 %\ninterval", "gain,\npoint
 
 
 def comparison_rows(runs: Sequence[Summary]) -> list[list[str]]:
-    """One row a run under ``COMPARISON_COLUMNS``, in the order given."""
+    """One row per run under ``COMPARISON_COLUMNS``, in the order given."""
     rows = []
     for run in runs:
         before, after = (v or Version(name="", iteration=0) for v in (run.before, run.after))
@@ -267,10 +267,10 @@ def _count(value: int | None) -> str:
 
 
 def print_summary(folders: Sequence[str | Path]) -> None:
-    """Prints what the first run did, and how the others compare, on standard output.
+    """Prints a summary of the first run, and how the others compare, on standard output.
 
     Raises:
-        InputError: a folder holds no run.
+        InputError: a folder is not a run.
     """
     runs = [summarise(folder) for folder in folders]
     run, console = runs[0], Console(highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Tables that the command line prints, and the rows that the report shows as well."""
+"""Tables that the command line prints, and rows that the HTML report shares with them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def make_table(
     total: Sequence[str] | None = None,
     num_labels: int = 1,
 ) -> Table:
-    """A table as all of our tables look.
+    """A table in the common style.
 
     Args:
-        total: last row, under a line.
-        num_labels: columns that hold text; the others hold numbers, at the right.
+        total: last row, below a line.
+        num_labels: number of text columns, at the left; the other columns hold right-aligned numbers.
     """
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
-    for i, name in enumerate(columns):  # only labels give way when the terminal is narrow
+    for i, name in enumerate(columns):  # only labels shrink on a narrow terminal
         is_label = i < num_labels
         table.add_column(name, justify="left" if is_label else "right", no_wrap=not is_label, overflow="fold")
     for row in rows:
@@ -51,29 +51,29 @@ COST_COLUMNS = (
 
 
 def judge_rows(judges: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """What was asked of whom, how it correlates with the others and, if calibrated, how far it was believed."""
-    for name, of in judges.items():
+    """Rows of verdicts per judge, correlation with the others and, if calibrated, its reliability."""
+    for name, row in judges.items():
         verdicts, abstained, pairs = (
-            f"{of[key]:,}" if key in of else "-" for key in ("verdicts", "abstained", "pairs")
+            f"{row[key]:,}" if key in row else "-" for key in ("verdicts", "abstained", "pairs")
         )
-        rest = "-" if of.get("correlation") is None else f"{of['correlation']:.2f}"
-        ties = f"{of['ties_share']:.1%}" if "ties_share" in of else "-"
-        believed = "-" if "accuracy" not in of else f"{of['accuracy']:.1%}" + (" (given)" if of["is_given"] else "")
+        rest = "-" if row.get("correlation") is None else f"{row['correlation']:.2f}"
+        ties = f"{row['ties_share']:.1%}" if "ties_share" in row else "-"
+        believed = "-" if "accuracy" not in row else f"{row['accuracy']:.1%}" + (" (given)" if row["is_given"] else "")
         yield name, verdicts, abstained, rest, pairs, ties, believed
 
 
 def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """What judges that are models took, and how often the two orders of a pair contradict each other."""
-    for name, of in costs.items():
+    """Rows of the cost of judges that are models, and how often the two orders of a pair contradict each other."""
+    for name, row in costs.items():
         numbers = (
-            f"{of[key]:,}" for key in ("requests", "new_requests", "prompt_tokens", "completion_tokens", "abstentions")
+            f"{row[key]:,}" for key in ("requests", "new_requests", "prompt_tokens", "completion_tokens", "abstentions")
         )
-        shares = (f"{of[key]:.0%}" if of[key] is not None else "-" for key in ("disagreement", "first_shown_share"))
+        shares = (f"{row[key]:.0%}" if row[key] is not None else "-" for key in ("disagreement", "first_shown_share"))
         yield (name, *numbers, *shares)
 
 
 def scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> Table:
-    """Mean score of each model by each judge that looks at single responses."""
+    """Mean score of each model by each judge of single responses."""
     model_of = {(c.prompt.id, i): r.model for c in candidates for i, r in enumerate(c.responses)}
     scores: dict[tuple[str, str], list[float | None]] = {}
     for verdict in verdicts:
@@ -90,14 +90,14 @@ def scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) 
 
 
 def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
-    """What each judge that compares two responses decided."""
+    """Decisions of each judge that compares two responses."""
 
     def row(judge: str) -> tuple[str, ...]:
-        told = [c.probability for c in comparisons if c.judge == judge]
-        given = [p for p in told if p is not None]
+        probabilities = [c.probability for c in comparisons if c.judge == judge]
+        given = [p for p in probabilities if p is not None]
         certainty = f"{sum(max(p, 1 - p) for p in given) / len(given):.3f}" if given else "-"
         ties = sum(p == 0.5 for p in given)
-        counts = (len(told), len(given) - ties, ties, len(told) - len(given))
+        counts = (len(probabilities), len(given) - ties, ties, len(probabilities) - len(given))
         return (judge, *(f"{count:,}" for count in counts), certainty)
 
     columns = ("judge", "pairs", "decided", "ties", "abstained", "mean certainty")
@@ -105,25 +105,25 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
 
 
 def errors_table(errors: Mapping[str, Mapping[str, int]], oracle: str) -> Table:
-    """Errors of the prior and of what correction kept, and the least that the same evidence allows."""
+    """Errors of the prior and of the pairs kept by correction, and the smallest error the same evidence allows."""
 
-    def row(rule: str, of: Mapping[str, int], has_prior: bool) -> tuple[str, ...]:
-        pairs, kept = of["pairs"], of["kept"]
+    def row(rule: str, counts: Mapping[str, int], has_prior: bool) -> tuple[str, ...]:
+        pairs, kept = counts["pairs"], counts["kept"]
         return (
             rule,
             f"{pairs:,}",
-            f"{of['prior'] / pairs:.1%}" if has_prior else "-",
-            f"{of['corrected'] / kept:.1%}" if kept else "-",
+            f"{counts['prior'] / pairs:.1%}" if has_prior else "-",
+            f"{counts['corrected'] / kept:.1%}" if kept else "-",
             f"{kept / pairs:.1%}",
-            f"{of['best'] / kept:.1%}" if kept else "-",
+            f"{counts['best'] / kept:.1%}" if kept else "-",
         )
 
-    ordered = [of for rule, of in errors.items() if rule != "none"]
-    summed = {key: sum(of[key] for of in ordered) for key in ordered[0]} if len(ordered) > 1 else None
+    ordered = [counts for rule, counts in errors.items() if rule != "none"]
+    summed = {key: sum(counts[key] for counts in ordered) for key in ordered[0]} if len(ordered) > 1 else None
     return make_table(
         f"Errors against {oracle}, on the pairs that it orders",
         ("prior order", "pairs", "prior", "corrected", "of pairs kept", "oracle's weights"),
-        (row(rule, of, rule != "none") for rule, of in sorted(errors.items())),
+        (row(rule, counts, rule != "none") for rule, counts in sorted(errors.items())),
         None if summed is None else row("all ordered", summed, True),
     )
 
