@@ -449,7 +449,9 @@ def _print_tables(title: str, rows: Sequence[Sequence[str]], chosen: Sequence[Se
     from tso_fast.report.tables import make_table
 
     colours = {"usable": "green", "broken": "red", "missing": "yellow"}
-    colored = ([name, Text(state, style=colours.get(state, "")), *rest] for name, state, *rest in rows)
+    colored: list[list[str | Text]] = [
+        [name, Text(state, style=colours.get(state, "")), *rest] for name, state, *rest in rows
+    ]
     table = make_table(title, ("part", "state", "version", "what it is, what to do"), colored, num_labels=4)
     auto = make_table("automatic choices", ("auto", "means here", "why"), chosen, num_labels=3)
     Console().print(table, "", auto)
