@@ -254,7 +254,7 @@ def measure(problem: Problem, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def memory(arguments: argparse.Namespace, missing: float) -> dict[str, Any]:
-    """Of the goal row, in a process of its own."""
+    """Memory that the goal row takes, measured in a process of its own."""
     command = [
         sys.executable,
         __file__,
@@ -363,7 +363,9 @@ def main() -> int:
     print(f"\nload {load[0]:.1f}, written to {arguments.out}\n")
     if arguments.skip_distances:
         return 1 if wrong else 0
-    return bench_diversity.main(["--threads", str(arguments.threads)]) or (1 if wrong else 0)
+    out = arguments.out.with_name(bench_diversity.OUT.name)  # a trial's distances stay beside it
+    options = ["--threads", str(arguments.threads), "--rounds", str(arguments.rounds), "--out", str(out)]
+    return bench_diversity.main(options) or (1 if wrong else 0)
 
 
 if __name__ == "__main__":
