@@ -1,4 +1,4 @@
-"""Times the tile candidates of a head on this device and writes the fastest into the cache file of ``tiles.py``."""
+"""Times the candidate tiles of a head on this device and writes the fastest into the cache file of ``tiles.py``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tso_fast.kernels.tiles import CANDIDATES, CUBLAS, Tile
 logger = logging.getLogger(__name__)
 
 CUBLAS_GAIN_MS = 0.5
-"""What torch's product must win over tiles, whose bits depend on the row alone."""
+"""Time torch's product must save to be chosen over tiles, since a row's bits then no longer depend on the row alone."""
 
 Step = Callable[[Tile | None], object]
 
 
 def steps(D: int, V: int, dtype: torch.dtype, device: torch.device, rows: int) -> Iterator[tuple[str, Step]]:
-    """Each product of a chunk of ``rows`` rows on random data, as a function of its tile: name, step."""
+    """(name, step) of each product of a chunk of ``rows`` rows on random data; a step is a function of the tile."""
     hidden_TD = torch.randn(rows, D, dtype=dtype, device=device)
     weight_VD = torch.randn(V, D, dtype=dtype, device=device) * D**-0.5
     row_T = torch.zeros(rows, device=device)
@@ -64,7 +64,7 @@ def _given(tile: Tile | None) -> Tile:
 
 
 def candidates(product: str, D: int, dtype: torch.dtype, device: torch.device) -> list[Tile | None]:
-    """The tiles to time for a product; the one of the table where there is no choice."""
+    """Tiles to time for a product; only the table's default if there is no choice."""
     version = capability(device)
     known = CANDIDATES.get(table.architecture(version))
     if known is None or dtype == torch.float32 or D % 8:
@@ -75,7 +75,7 @@ def candidates(product: str, D: int, dtype: torch.dtype, device: torch.device) -
 
 
 def time_ms(call: Callable[[], object]) -> float:
-    """Median milliseconds of a call on a GPU; those of a single one in the interpreter."""
+    """Median milliseconds of a call on a GPU; time of a single call in the interpreter."""
     if INTERPRETED:
         start = time.perf_counter()
         call()
@@ -85,14 +85,14 @@ def time_ms(call: Callable[[], object]) -> float:
 
 
 def fastest(times: dict[Tile | None, float]) -> Tile | None:
-    """The tile with the least milliseconds; torch's product, None, only where it wins clearly."""
+    """The fastest tile; None, which is torch's product, only if it wins by ``CUBLAS_GAIN_MS``."""
     return min(times, key=lambda tile: times[tile] + (CUBLAS_GAIN_MS if tile is None else 0.0))
 
 
 def autotune(D: int, V: int, dtype: torch.dtype, device: torch.device, *, rows: int = 4096) -> dict[str, Any]:
-    """The entry of a head for the cache file: the fastest tile of each product, and the time of each candidate in ms.
+    """A head's entry for the cache file: the fastest tile of each product, and the time of each candidate in ms.
 
-    Takes under a minute, most of it compiling, and as much memory as a chunk of ``rows`` rows and a second head.
+    It takes under a minute, mostly for compiling, and the memory of a chunk of ``rows`` rows and a second head.
     """
     entry: dict[str, Any] = {"rows": rows, "triton": triton.__version__, "torch": torch.__version__, "ms": {}}
     for product, step in steps(D, V, dtype, device, rows):
@@ -110,7 +110,7 @@ def autotune(D: int, V: int, dtype: torch.dtype, device: torch.device, *, rows: 
 
 @functools.cache
 def ensure(D: int, V: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Times a head that no file has yet, and writes the cache file."""
+    """Times a head unless a file already has it, and writes the cache file."""
     key = table.key_of(D, V, dtype, device)
     if any(key in table.read(file) for file in (table.cache_file(), table.SHIPPED)):
         return

@@ -1,4 +1,4 @@
-"""What the kernels share inside: tiles of a product, their loads, and roundings that the interpreter does wrong."""
+"""Code that the kernels share: tiles of a product, their loads, and roundings that the interpreter gets wrong."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; (0, 0) stands for the interpreter."""
+    """Compute capability of a CUDA device; (0, 0): the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def has_tma_layout(matrix: torch.Tensor) -> bool:
-    """Whether the copy engine of Hopper and later can address a matrix: rows that do not overlap, 16 bytes apart."""
+    """Whether TMA, the copy engine of Hopper and later, can address a matrix: disjoint rows with 16-byte strides."""
     return (
         matrix.stride(1) == 1
         and matrix.stride(0) >= matrix.shape[1]
@@ -27,19 +27,19 @@ def has_tma_layout(matrix: torch.Tensor) -> bool:
 
 
 def tma_fits(*matrices: torch.Tensor) -> bool:
-    """Whether the device has a copy engine that can fetch tiles of these; other tiles go by pointers."""
+    """Whether TMA can fetch tiles of these matrices on their device; otherwise tiles are loaded through pointers."""
     has_engine = capability(matrices[0].device)[0] in (0, 9, 10, 11, 12)
     return has_engine and all(x.numel() > 0 and has_tma_layout(x) for x in matrices)
 
 
 def operand(matrix: torch.Tensor, block: tuple[int, int], use_tma: bool) -> torch.Tensor | TensorDescriptor:
-    """The argument of a kernel that stands for a matrix: a descriptor of its tiles, or its pointer."""
+    """A matrix as a kernel argument: a descriptor of its tiles, or the matrix itself as a pointer."""
     return TensorDescriptor.from_tensor(matrix, list(block)) if use_tma else matrix
 
 
 @triton.jit
 def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
-    """(row tile, column tile) of a program: GROUP row tiles for each column tile, then the next."""
+    """(row tile, column tile) of a program: GROUP row tiles run through all column tiles before the next group."""
     per_group = GROUP * num_cols
     first = pid // per_group * GROUP
     size = tl.minimum(num_rows - first, GROUP)
@@ -50,7 +50,7 @@ def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
 def load_tile(
     matrix, row, col, num_rows, num_cols, stride, ROWS: tl.constexpr, COLS: tl.constexpr, USE_TMA: tl.constexpr
 ):
-    """[ROWS, COLS] from (row, col) on, zero outside the matrix, which is a descriptor or a pointer."""
+    """The tile [ROWS, COLS] at (row, col), zero outside ``matrix``, which is a descriptor or a pointer."""
     if USE_TMA:
         tile = matrix.load([row, col])
     else:
@@ -71,7 +71,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """float32 to ``dtype``, to nearest even."""
+    """Rounds float32 to ``dtype``, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -82,7 +82,7 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """libdevice's is not in the interpreter. Below 1/4 a series, exact to float32, as the difference cancels near 0."""
+    """tanh, as the interpreter lacks libdevice's; below 1/4 a series exact to float32, as ``tail`` cancels near 0."""
     u = tl.exp(-2.0 * tl.abs(x))
     tail = 1.0 - 2.0 * u / (1.0 + u)
     q = x * x

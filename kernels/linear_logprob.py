@@ -7,19 +7,19 @@ Letters: T tokens (rows), V vocabulary, D hidden. Of one row, with target y and 
     v = -g exp(k - L) / temperature          E[y] = (p[y] - 1) exp(L - k) (1 - tanh^2)
     dh = v (E W)     dW = E^T (v h)     db = E^T v
 
-The offset k is the target's logit, which costs 64 dot products a row, so the product needs no running maximum and its
-exponentials are never rescaled. bf16 and float32 reach e^+-87: every k within ``REACH`` of L keeps the full precision
-of E. A row whose target is less likely than that is flagged on the device and done again with its true maximum; blocks
-without such a row leave at once.
-float16 has no such range: there k is the exact L, from a pass of its own, less ``FLOAT16_SHIFT``.
+The offset k is the target's logit, which costs 64 dot products per row, so the product needs no running maximum and its
+exponentials are never rescaled. bf16 and float32 reach e^+-87, so E keeps full precision for every k within ``REACH``
+of L. A row with a less likely target is flagged on the device and recomputed with its true maximum; blocks without such
+a row return at once.
+float16 lacks this range: there k is the exact L, from a separate pass, minus ``FLOAT16_SHIFT``.
 
 Sums have a fixed order and one owner: no atomics. Tiles are chosen by D, V, dtype and device, never by T, so a
 row's log-prob has the same bits alone and in a batch. Nothing here waits for the device.
 
-The head's rows may lie on several ranks: maxima, sums and the target's logit then pass through ``gather``, and every
-rank goes on with the same numbers.
+The head's rows may be split over several ranks: maxima, sums and the target's logit are then exchanged by ``gather``,
+and every rank continues with the same numbers.
 
-This file is the forward pass; ``linear_logprob_backward.py`` makes the gradients.
+This file is the forward pass; ``linear_logprob_backward.py`` computes the gradients.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from tso_fast.kernels.blocks import (
 )
 from tso_fast.kernels.tiles import Tile, tiles, under_softcap
 
-REACH = tl.constexpr(40.0)  # nats that an offset may be wrong by
-CLAMP = tl.constexpr(80.0)  # e^80 is finite in bf16, and a row that has one is flagged
+REACH = tl.constexpr(40.0)  # largest allowed distance of an offset from L, nats
+CLAMP = tl.constexpr(80.0)  # e^80 is finite in bf16, and a row that reaches it is flagged
 FLOAT16_SHIFT = 12 * math.log(2)  # E <= 2^12; normal down to p = 2^-26
-REDO_TILES = 8  # vocabulary tiles that one program of the second pass walks
+REDO_TILES = 8  # vocabulary tiles per program of the second pass
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
-"""A tensor of this rank to [ranks, *shape], in the order of the ranks and the same on all of them."""
+"""Function from this rank's tensor to those of all ranks, [ranks, *shape], in rank order and equal on all ranks."""
 
 # ---------------------------------------------------------------------------------------------------- inside kernels
 
@@ -61,7 +61,7 @@ def _logits(
     hidden, weight, bias_ptr, row, col, T, V, D, stride_hidden_t, stride_weight_v,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of h W^T + b; what lies past V is not masked yet."""
+    """One tile of h W^T + b; columns past V are not masked yet."""
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     for d in range(0, D, BLOCK_D):
         h = load_tile(hidden, row, d, T, D, stride_hidden_t, BLOCK_T, BLOCK_D, USE_TMA)
@@ -75,7 +75,7 @@ def _logits(
 
 @triton.jit
 def _mask_tail(x, col, V, BLOCK_V: tl.constexpr):
-    """-inf past V, under a branch that is uniform, so that all tiles but the last skip the selects."""
+    """Sets columns past V to -inf, in a uniform branch, so that only the last tile executes the selects."""
     if col + BLOCK_V > V:
         x = tl.where((col + tl.arange(0, BLOCK_V) < V)[None, :], x, float("-inf"))
     return x
@@ -83,7 +83,7 @@ def _mask_tail(x, col, V, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _activated(z, softcap, inv_temperature):
-    """(u, c) with x = c u: u is z, or its hyperbolic tangent under a softcap. x alone would not do for E's factor."""
+    """(u, c) with x = c u: u is z, or tanh(z / softcap) with a softcap. E's factor needs u, not only x."""
     if softcap is not None:
         return tanh(z / softcap), softcap * inv_temperature
     else:
@@ -92,14 +92,14 @@ def _activated(z, softcap, inv_temperature):
 
 @triton.jit
 def _exponentials(z, offset_t, col, V, softcap, inv_temperature, BLOCK_V: tl.constexpr):
-    """Row maxima of x, row sums of exp(x - k), and what is stored, for one tile.
+    """Row maxima of x, row sums of exp(x - k), and the entries of E, for one tile.
 
-    x is made from u where it is needed: both kept would take the registers of a second program.
+    x is recomputed from u where it is needed: keeping both would take the registers of a second program.
     """
     u, c = _activated(z, softcap, inv_temperature)
     u = _mask_tail(u, col, V, BLOCK_V)
     e = tl.exp(tl.minimum(c * u - offset_t[:, None], CLAMP, propagate_nan=tl.PropagateNan.ALL))
-    sum_t = tl.sum(e, 1)  # of the unrounded ones
+    sum_t = tl.sum(e, 1)  # before rounding
     if softcap is not None:
         capped = tl.maximum(u, -1.0)  # u is -inf past V, where e is 0
         e *= (1.0 - capped) * (1.0 + capped)
@@ -119,9 +119,9 @@ def target_logit_kernel(
 ):  # fmt: skip
     """x[y] of BLOCK_T rows, 0 for a target of -1, and its 1 - tanh^2: the diagonal of their product with the rows W[y].
 
-    By the same instruction as the logits, as tensor cores round toward zero when they add: a logit that is exact where
-    the sum over the vocabulary is not would make the log-prob of a confident token wrong by 1e-4. Picked out of the
-    product's own tiles it would cost a compare and an add an element, and spills.
+    It uses the same instruction as the logits, because tensor cores round toward zero when they add: an exact x[y]
+    against an inexact sum over the vocabulary would make a confident token's log-prob wrong by 1e-4. Picking x[y] out
+    of the product's tiles would cost a compare and an add per element, and spills.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
@@ -155,7 +155,7 @@ def sumexp_kernel(
     softcap, inv_temperature,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Per row of one tile: the maximum of x and the sum of exp(x - maximum), [V tiles, T]. Nothing else is kept."""
+    """Maximum of x and sum of exp(x - maximum) for each row of one tile, [V tiles, T]; stores nothing else."""
     pid_t, pid_v = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
     row, col = pid_t * BLOCK_T, pid_v * BLOCK_V
     z = _logits(hidden, weight, bias_ptr, row, col, T, V, D, stride_hidden_t, stride_weight_v,
@@ -163,7 +163,7 @@ def sumexp_kernel(
     u, c = _activated(z, softcap, inv_temperature)
     x = _mask_tail(c * u, col, V, BLOCK_V)
     max_t = tl.max(x, 1)
-    finite_t = tl.where(max_t == float("-inf"), 0.0, max_t)  # a bias of -inf may rule out a whole tile
+    finite_t = tl.where(max_t == float("-inf"), 0.0, max_t)  # a bias of -inf may mask out a whole tile
     sum_t = tl.sum(tl.exp(x - finite_t[:, None]), 1)
     offs_t = row + tl.arange(0, BLOCK_T)
     out = pid_v.to(tl.int64) * T + offs_t
@@ -181,8 +181,8 @@ def exp_kernel(
 ):  # fmt: skip
     """One tile of E with k = offset, and per row the maximum of x and the sum of exp(x - k), [V tiles, T].
 
-    One tile a program: a loop over several keeps the staging buffer of the store beside those of the loads, which
-    costs a stage. E's rows are padded to whole tiles, as a column mask would make the stores scalar.
+    Each program does one tile: a loop over several would hold the store's staging buffer in addition to those of the
+    loads, which costs a stage. E's rows are padded to whole tiles, since a column mask would make the stores scalar.
     """
     pid_t, pid_v = tile_of(tl.program_id(0), tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
     row, col = pid_t * BLOCK_T, pid_v * BLOCK_V
@@ -209,7 +209,7 @@ def redo_kernel(
     softcap, inv_temperature,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """``exp_kernel`` for flagged rows alone, whose offset has become their maximum; TILES tiles a program."""
+    """``exp_kernel`` for flagged rows only, whose offset is now their maximum; TILES tiles per program."""
     row = tl.program_id(0) * BLOCK_T
     offs_t = row + tl.arange(0, BLOCK_T)
     is_flagged = tl.load(flag_ptr + offs_t, mask=offs_t < T, other=0) != 0
@@ -236,7 +236,7 @@ def reduce_tiles_kernel(
 ):  # fmt: skip
     """Maximum and sum of every row over its tiles, in order, [2, T]; IS_RELATIVE: sums are relative to the maxima.
 
-    With flags only the blocks that hold a flagged row are done, over what ``out_ptr`` holds.
+    With flags, only blocks that contain a flagged row are computed; they overwrite ``out_ptr``.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
@@ -251,7 +251,7 @@ def reduce_tiles_kernel(
             offs = offs_n.to(tl.int64)[:, None] * T + offs_t[None, :]
             largest = tl.maximum(largest, tl.load(max_ptr + offs, mask=mask, other=float("-inf")))
         max_t = tl.max(largest, 0)
-        finite_t = tl.where(max_t == float("-inf"), 0.0, max_t)  # all classes of these rows may be ruled out
+        finite_t = tl.where(max_t == float("-inf"), 0.0, max_t)  # a bias may mask out all classes of these rows
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
         for n in range(0, num_tiles, BLOCK_N):
             offs_n = n + tl.arange(0, BLOCK_N)
@@ -271,10 +271,11 @@ def finish_rows_kernel(
     T, num_ranks,
     ONLY_FLAGGED: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of all ranks, [ranks, 2, T], to L and the log-prob.
+    """Turns the maxima and sums of all ranks, [ranks, 2, T], into L and the log-prob.
 
-    Without offsets the sums of a rank are relative to its maxima. With them, a row further than REACH from its offset
-    is flagged and its maximum becomes the new offset; once more with ONLY_FLAGGED when it has been done again.
+    Without offsets, a rank's sums are relative to its maxima. With offsets, a row whose L is further than REACH from
+    its offset is flagged, and its maximum becomes the new offset; ONLY_FLAGGED finishes such rows after the second
+    pass.
     """
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
@@ -302,32 +303,32 @@ def finish_rows_kernel(
     if offset_ptr is not None:
         tl.store(sumexp_ptr + offs_t, sumexp, mask=is_due)
     if offset_ptr is not None and not ONLY_FLAGGED:
-        is_flagged = mask_t & ~(tl.abs(log_sum) <= REACH)  # also what is not finite
+        is_flagged = mask_t & ~(tl.abs(log_sum) <= REACH)  # also flags NaN and infinity
         tl.store(flag_ptr + offs_t, is_flagged.to(tl.int32), mask=mask_t)
         tl.store(offset_ptr + offs_t, max_t, mask=is_flagged)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What the backward pass of T rows needs."""
+    """State of T rows for the backward pass."""
 
     hidden_TD: torch.Tensor
     weight_VD: torch.Tensor
     targets_T: torch.Tensor
-    """rows of ``weight_VD``; -1 where another rank has the target"""
+    """Rows of ``weight_VD``; -1 if another rank has the target."""
     exp_TV: torch.Tensor
-    """E before its target entries are set; rows padded to whole tiles, zero past V"""
+    """E before its target entries are set; rows are padded to whole tiles, zero past V."""
     offset_T: torch.Tensor
     sumexp_T: torch.Tensor
-    """sum of exp(x - k) = exp(L - k), without the rounding of L"""
+    """Sum of exp(x - k), which is exp(L - k) without the rounding of L."""
     target_logit_T: torch.Tensor
     slope_T: torch.Tensor | None
-    """1 - tanh^2 of the target's logit under a softcap"""
+    """1 - tanh^2 of the target's logit; None: no softcap."""
     temperature: float
 
 
 def padded_vocab(D: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Columns of ``Saved.exp_TV``, at most."""
+    """Maximum number of columns of ``Saved.exp_TV``."""
     block = tiles(D, V, dtype, device).logits.cols
     return triton.cdiv(V, block) * block
 
@@ -341,7 +342,7 @@ def target_logits(
     softcap: float | None,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x[y] of every row, [T] float32, and under a softcap its 1 - tanh^2."""
+    """x[y] of every row, [T] float32, and with a softcap its 1 - tanh^2."""
     T, D = hidden_TD.shape
     out_T = hidden_TD.new_empty(T, dtype=torch.float32)
     slope_T = None if softcap is None else torch.empty_like(out_T)
@@ -357,7 +358,7 @@ def target_logits(
 
 
 class _Rows:
-    """What the tiles of a product leave of every row, and how it becomes log-probs."""
+    """Partial maxima and sums of every row over the tiles of a product, and the log-probs computed from them."""
 
     def __init__(self, T: int, num_tiles: int, target_logit_T: torch.Tensor, gather: Gather | None) -> None:
         self.partials = [target_logit_T.new_empty(num_tiles, T) for _ in range(2)]  # maxima and sums
@@ -367,7 +368,7 @@ class _Rows:
         self.flag_T = torch.empty_like(target_logit_T, dtype=torch.int32)
 
     def finish(self, offset_T: torch.Tensor | None = None, only_flagged: bool = False) -> None:
-        """Fills the log-probs and what belongs to them from the partial maxima and sums."""
+        """Computes the log-probs and L or sums from the partial maxima and sums."""
         num_tiles, T = self.partials[0].shape
         grid = (triton.cdiv(T, 32),)
         reduce_tiles_kernel[grid](
@@ -396,7 +397,7 @@ def logsumexp(
     tile: Tile,
     gather: Gather | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logprob [T] and lse [T] with exact maxima; stores no exponentials."""
+    """logprob [T] and lse [T], computed with exact maxima; stores no exponentials."""
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     rows = _Rows(T, triton.cdiv(V, tile.cols), target_logit_T, gather)
     use_tma = tma_fits(hidden_TD, weight_VD)
@@ -427,7 +428,7 @@ def exponentials(
     tile: Tile,
     gather: Gather | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logprob and sum of exp(x - k), both [T], and E [T, padded V]; mends ``offset_T`` where it was out of reach."""
+    """logprob and sum of exp(x - k), both [T], and E [T, padded V]; corrects ``offset_T`` where it was out of reach."""
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     num_tiles = triton.cdiv(V, tile.cols)
     exp_TV = room[: T * num_tiles * tile.cols].view(T, -1)
@@ -472,14 +473,14 @@ def linear_logprob_forward(
         hidden_TD: [T, D] float16, bfloat16 or float32, T > 0.
         weight_VD: [V, D], same dtype.
         bias_V: [V] of any float dtype, or None.
-        targets_T: [T] int64 or int32 in [0, V); with ``gather`` -1 where the target is a row of another rank's weight.
-        room: [T * ``padded_vocab``] or more of the dtype of hidden, where E is kept for ``linear_logprob_backward``;
-            None: nothing is.
-        gather: exchanges rows of numbers among the ranks that hold the head; None: this one has all of it.
+        targets_T: [T] int64 or int32 in [0, V); with ``gather``, -1 if the target is a row of another rank's weight.
+        room: [T * ``padded_vocab``] or more in the dtype of hidden, where E is kept for ``linear_logprob_backward``;
+            None: E is not kept.
+        gather: exchanges statistics of rows among the ranks that share the head; None: this rank has all of it.
 
     Returns:
-        logprob [T] float32, and with ``room`` what backward needs. A row that is not finite gives a log-prob that is
-        not finite.
+        logprob [T] float32 and, with ``room``, the state for the backward pass. A row that is not finite gives a
+        log-prob that is not finite.
     """
     hidden_TD, weight_VD, targets_T = _aligned(hidden_TD), _aligned(weight_VD), targets_T.contiguous()
     bias_V = None if bias_V is None else bias_V.contiguous()
@@ -491,7 +492,7 @@ def linear_logprob_forward(
     options: dict[str, Any] = head | {"tile": tile, "gather": gather}
     target_logit_T, slope_T = target_logits(hidden_TD, weight_VD, bias_V, targets_T, **head)
     if gather is not None:
-        target_logit_T = gather(target_logit_T).sum(0)  # all but one rank have 0
+        target_logit_T = gather(target_logit_T).sum(0)  # it is 0 on all ranks but one
     if room is None:
         return logsumexp(hidden_TD, weight_VD, bias_V, target_logit_T, **options)[0], None
     if hidden_TD.dtype == torch.float16:
@@ -514,7 +515,7 @@ def linear_logprob_forward(
 
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    """A copy if only that can be fetched by TMA, so that how tiles are fetched is a matter of D alone."""
+    """A copy if TMA can fetch the copy but not the matrix, so that D alone decides how tiles are fetched."""
     has_good_copy = matrix.shape[1] * matrix.itemsize % 16 == 0
     if has_tma_layout(matrix) or (matrix.stride(1) == 1 and not has_good_copy):
         return matrix

@@ -1,8 +1,8 @@
-"""The gradients of ``linear_logprob.py``: dhidden, dweight and dbias from the stored exponentials of its forward pass.
+"""Gradients of ``linear_logprob.py``: dhidden, dweight and dbias from the stored exponentials of its forward pass.
 
     row_factors -> dhidden = v (E W) -> active blocks -> scaled rows -> dweight (+)= E^T (v h), dbias
 
-Letters and formulas are in that file's header.
+That file's header explains letters and formulas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tso_fast.kernels.blocks import dot, load_tile, operand, round_to, tile_of, 
 from tso_fast.kernels.linear_logprob import Saved
 from tso_fast.kernels.tiles import Tile, tiles
 
-DHIDDEN_ROWS = 1024  # that torch's product makes at a time, in float32
+DHIDDEN_ROWS = 1024  # rows per call of torch's product, whose result is float32
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -25,7 +25,7 @@ def row_factor_kernel(
     temperature,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """v and the target's entry of E for BLOCK_T rows, and whether one of them has a gradient."""
+    """v and the target's entry of E for BLOCK_T rows, and whether any of them has a gradient."""
     pid_t = tl.program_id(0)
     offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
@@ -43,7 +43,7 @@ def row_factor_kernel(
         entry *= tl.load(slope_ptr + offs_t, mask=mask_t, other=0.0)
     rows = exp_ptr + offs_t.to(tl.int64) * stride_exp_t
     tl.store(rows + target, round_to(entry, exp_ptr.dtype.element_ty), mask=is_active & (target >= 0))
-    # A row without a gradient still meets its zero factor in dW, and 0 * inf is NaN.
+    # In dW a row without a gradient is still multiplied by its zero factor, and 0 * inf is NaN.
     is_bad = mask_t & ~is_active & ~(sumexp < float("inf"))
     if tl.max(is_bad.to(tl.int32), 0) != 0:
         for v in range(0, num_cols, BLOCK_V):
@@ -54,7 +54,7 @@ def row_factor_kernel(
 
 @triton.jit
 def active_blocks_kernel(active_ptr, blocks_ptr, count_ptr, num_blocks, BLOCK: tl.constexpr):
-    """Indices of the row blocks that have a gradient, in order, and how many there are. One program."""
+    """Indices of the row blocks that have a gradient, in order, and their number; runs as a single program."""
     count = 0
     for start in range(0, num_blocks, BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -72,7 +72,7 @@ def scale_rows_kernel(
     stride_in_t, stride_out_t,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """v x / norm of one row x, exactly 0 where v is, whatever x holds."""
+    """v x / norm for one row x; exactly 0 if v is 0, whatever x holds."""
     pid_t = tl.program_id(0).to(tl.int64)
     v = tl.load(factor_ptr + pid_t)
     scale = v
@@ -87,7 +87,7 @@ def scale_rows_kernel(
 
 @triton.jit
 def scale_kernel(x_ptr, factor_ptr, num_elements, BLOCK: tl.constexpr):
-    """x times one number, in float32 and in place; nothing is read or written if the number is 1."""
+    """Multiplies x by one number, in float32 and in place; reads and writes nothing if the number is 1."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
         offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -107,14 +107,14 @@ def dhidden_kernel(
     row, col = pid_t * BLOCK_T, pid_d * BLOCK_D
     offs_t = row + tl.arange(0, BLOCK_T)
     v = tl.load(factor_ptr + offs_t, mask=offs_t < T, other=0.0)
-    # No gradient in these rows: a trip count of 0, as a branch around the loop would undo its pipeline.
+    # Rows without a gradient get a trip count of 0, since a branch around the loop would prevent pipelining.
     end = tl.where(tl.max((v != 0).to(tl.int32), 0) != 0, V, 0)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in range(0, end, BLOCK_V):
         e = load_tile(exp, row, k, T, num_cols, stride_exp_t, BLOCK_T, BLOCK_V, USE_TMA)
         w = load_tile(weight, k, col, V, D, stride_weight_v, BLOCK_V, BLOCK_D, USE_TMA)
         acc = dot(e, w, acc)
-    v = tl.load(factor_ptr + offs_t, mask=offs_t < T, other=0.0)  # again, rather than held in registers meanwhile
+    v = tl.load(factor_ptr + offs_t, mask=offs_t < T, other=0.0)  # reloaded to save registers during the loop
     out = tl.where((v == 0)[:, None], 0.0, acc * v[:, None])
     offs_d = col + tl.arange(0, BLOCK_D)
     offs = offs_t.to(tl.int64)[:, None] * stride_dhidden_t + offs_d[None, :]
@@ -131,12 +131,12 @@ def dweight_kernel(
 ):  # fmt: skip
     """One tile of (past +) E^T (v h), over the row blocks that have a gradient.
 
-    With past_low the past sum is a float32 of 24 bits: past, bf16, and past_low, uint8; with low_ptr the new one is
-    left so.
+    With past_low the past sum is a float32 cut to 24 bits, split into past (bf16) and past_low (uint8); with low_ptr
+    the new sum is stored in the same form.
     """
     pid_v, pid_d = tile_of(tl.program_id(0), tl.cdiv(V, BLOCK_V), tl.cdiv(D, BLOCK_D), GROUP)
     row, col = pid_v * BLOCK_V, pid_d * BLOCK_D
-    if past is not None:  # before the loop, where it costs no registers
+    if past is not None:  # loaded before the loop, where it costs no registers
         acc = load_tile(past, row, col, V, D, stride_past_v, BLOCK_V, BLOCK_D, USE_TMA)
         if past_low is not None:
             bits = acc.to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -150,21 +150,21 @@ def dweight_kernel(
     block = tl.load(blocks_ptr)
     for i in range(count):
         t = block * BLOCK_T
-        # One ahead: a tile whose place is loaded in its own iteration would take a stage from the pipeline.
+        # Loads the next index one iteration ahead; loading it in its own iteration would cost a pipeline stage.
         block = tl.load(blocks_ptr + i + 1, mask=i + 1 < count, other=0)
         e = load_tile(exp, t, row, T, num_cols, stride_exp_t, BLOCK_T, BLOCK_V, USE_TMA)
         h = load_tile(scaled, t, col, T, D, stride_scaled_t, BLOCK_T, BLOCK_D, USE_TMA)
         acc = dot(e.T, h, acc)
     if norm_ptr is not None:
         acc *= tl.load(norm_ptr)
-    # Within the tile 32 bits do, and 64 would spill.
+    # 32-bit offsets suffice within the tile, and 64-bit ones would spill.
     offs_v, offs_d = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_D)
     start = row.to(tl.int64) * stride_out_v + col
     offs = offs_v[:, None] * stride_out_v + offs_d[None, :]
     mask = (offs_v < V - row)[:, None] & (offs_d < D - col)[None, :]
     if low_ptr is not None:
         bits = acc.to(tl.int32, bitcast=True)
-        # To nearest even at 24 bits; the bits of a NaN may be all ones, which a carry would make a zero.
+        # Rounds to nearest even at 24 bits; a NaN's bits may be all ones, and a carry would turn it into zero.
         bits = tl.where(acc == acc, (bits + 0x7F + ((bits >> 8) & 1)) >> 8, 0x7FC000)
         tl.store(out_ptr + start + offs, (bits >> 8).to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
         tl.store(low_ptr + start + offs, bits.to(tl.uint8), mask=mask)
@@ -198,7 +198,7 @@ def dbias_kernel(
 def dhidden(
     exp_TV: torch.Tensor, weight_VD: torch.Tensor, factor_T: torch.Tensor, dhidden_TD: torch.Tensor, tile: Tile | None
 ) -> None:
-    """Writes v (E W); rows whose v is 0 become exactly 0. Without a tile the product is torch's, made for all rows."""
+    """Writes v (E W); rows whose v is 0 become exactly 0. If ``tile`` is None, torch computes the whole product."""
     (T, num_cols), (V, D) = exp_TV.shape, weight_VD.shape
     assert dhidden_TD.stride(1) == 1 or D == 1
     if tile is None:
@@ -218,8 +218,8 @@ def dhidden(
 
 
 def _float32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b of 16-bit matrices, never rounded to their dtype."""
-    if a.device.type != "cuda":  # the interpreter's tensors; torch has this product on GPUs only
+    """Product a b of 16-bit matrices in float32, never rounded to their dtype."""
+    if a.device.type != "cuda":  # the interpreter uses CPU tensors, and torch has this product only on GPUs
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
 
@@ -235,10 +235,10 @@ def _scale_rows(in_TD: torch.Tensor, factor_T: torch.Tensor, norm: torch.Tensor 
 
 
 def scaled_hidden(hidden_TD: torch.Tensor, factor_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """v h in the dtype of ``hidden_TD``, rows padded to 16 bytes; in float16 divided by max |v|, which comes second."""
+    """v h in the dtype of ``hidden_TD``, rows padded to 16 bytes; for float16, v h / max |v| and max |v|."""
     T, D = hidden_TD.shape
     norm = None
-    if hidden_TD.dtype == torch.float16:  # gradients are often below float16's smallest number
+    if hidden_TD.dtype == torch.float16:  # gradients are often smaller than float16's smallest number
         norm = factor_T.abs().amax()
         norm = torch.where(norm == 0, 1.0, norm)
     scaled_TD = hidden_TD.new_empty(T, triton.cdiv(D, 8) * 8)[:, :D]
@@ -247,7 +247,7 @@ def scaled_hidden(hidden_TD: torch.Tensor, factor_T: torch.Tensor) -> tuple[torc
 
 
 def scale_in_place(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiplies a contiguous tensor by a scalar tensor on its device, without a look at it from the host."""
+    """Multiplies a contiguous tensor by a scalar tensor on its device, without reading it on the host."""
     assert x.is_contiguous()
     block = 8192
     if x.numel():
@@ -268,11 +268,11 @@ def dweight(
     is_first: bool,
     is_last: bool,
 ) -> None:
-    """Adds norm E^T scaled to a sum; ``active`` are the row blocks of ``tile.inner`` rows to go over and their count.
+    """Adds norm E^T scaled to a sum; ``active`` holds the indices and the number of blocks of ``tile.inner`` rows.
 
     The sum is a float32: ``total_VD`` itself, or for 16-bit weights 24 bits of one, the upper 16 in the memory of
-    ``total_VD`` and 8 more in ``rest_VD``, uint8. ``is_first``: what they hold is overwritten. ``is_last``: it is
-    rounded into ``total_VD``.
+    ``total_VD`` and 8 more in ``rest_VD``, uint8. ``is_first`` overwrites them; ``is_last`` rounds the sum into
+    ``total_VD``.
     """
     (T, num_cols), (V, D) = exp_TV.shape, total_VD.shape
     assert total_VD.is_contiguous()
@@ -298,7 +298,7 @@ def dweight(
 
 
 def row_factors(saved: Saved, dlogprob_T: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """v [T], and for every ``block`` rows whether one has a gradient; sets the target entries of ``saved.exp_TV``."""
+    """v [T], and for every ``block`` rows whether any has a gradient; sets the target entries of ``saved.exp_TV``."""
     T, num_cols = saved.exp_TV.shape
     factor_T = torch.empty_like(saved.sumexp_T)
     is_active = torch.empty(triton.cdiv(T, block), dtype=torch.int32, device=factor_T.device)
@@ -325,16 +325,16 @@ def linear_logprob_backward(
     is_last: bool,
     may_skip: bool,
 ) -> None:
-    """Gradients of sum(dlogprob * logprob), once per ``saved``: the target entries of its E are overwritten.
+    """Gradients of sum(dlogprob * logprob); can run once per ``saved``, since it overwrites E's target entries.
 
     A row whose ``dlogprob`` is 0 adds nothing, whatever it holds; tiles of such rows cost next to nothing.
 
     Args:
         dlogprob_T: [T] float32.
         dhidden_TD: [T, D], dtype of hidden or float32, overwritten; rows without a gradient become exactly 0.
-        dweight_VD, dweight_rest_VD: sum over the chunks, see ``dweight``; None: no product is made.
-        dbias_V: [V] float32 or float64, overwritten when ``is_first``, else added to.
-        may_skip: rows without a gradient are to be expected; dhidden is then made by tiles that leave them out.
+        dweight_VD, dweight_rest_VD: sum over the chunks, see ``dweight``; None: not computed.
+        dbias_V: [V] float32 or float64, overwritten if ``is_first``, else added to.
+        may_skip: rows without a gradient are expected; dhidden then uses tiles that skip them.
     """
     hidden_TD, weight_VD, exp_TV = saved.hidden_TD, saved.weight_VD, saved.exp_TV
     (V, D), T = weight_VD.shape, hidden_TD.shape[0]

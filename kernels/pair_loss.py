@@ -1,7 +1,7 @@
 """Sums of token log-probs over sequences, and the dual-clip loss on pairs of them.
 
-Letters: T tokens, S sequences, N pairs. One program owns a sum and takes its terms in order: no atomics. All in
-float64: there are few numbers, and a margin is the small difference of large sums.
+Letters: T tokens, S sequences, N pairs. One program owns each sum and adds its terms in order, without atomics.
+Everything is float64: there are few numbers, and a margin is a small difference of large sums.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def segment_sum_kernel(logprob_ptr, token_weight_ptr, cu_seqlens_ptr, sum_ptr, B
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x). NaN stays: tl.maximum alone would drop it."""
+    """log(1 + e^x); NaN stays NaN, which tl.maximum alone would drop."""
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 
 
@@ -41,7 +41,7 @@ def dual_clip_kernel(
     beta: tl.float64, clip_chosen: tl.float64, clip_rejected: tl.float64,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # The annotations keep what is a float64 in Python from becoming a float32 on its way.
+    # Without the annotations, Python floats would be passed as float32.
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs_n < N
     chosen = tl.load(pairs_ptr + 2 * offs_n, mask=mask, other=0)
@@ -72,7 +72,7 @@ def dual_clip_kernel(
 
 @triton.jit
 def gather_pairs_kernel(pairs_ptr, dpair_ptr, dlogprob_ptr, num_sides, BLOCK_N: tl.constexpr):
-    """Sums the gradients of all sides that are this program's sequence."""
+    """Sums the gradients of all pair sides that use this program's sequence."""
     pid_s = tl.program_id(0)
     acc = tl.zeros((BLOCK_N,), tl.float64)
     for n in range(0, num_sides, BLOCK_N):
@@ -112,7 +112,7 @@ def dual_clip_epilogue(
     clip_rejected: float,
     weight_sum: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dual-clip loss of every pair, and the gradient of their weighted sum.
+    """The dual-clip loss of every pair, and the gradient of the weighted sum of losses.
 
     With rewards a, b = beta (logprob - ref_logprob) of the chosen and the rejected sequence::
 
@@ -123,13 +123,13 @@ def dual_clip_epilogue(
 
     Args:
         logprob_S, ref_logprob_S: [S] sums.
-        pairs_N2: [N, 2] int64 or int32 (chosen, rejected) sequences; a sequence may be in several pairs.
-        scale_N, soft_label_N, margin_N: [N] or None (1, 1, 0).
-        clip_chosen, clip_rejected: >= 0, infinite for no clip.
-        weight_sum: scalar tensor, what scale is divided by: sum(scale) over all chunks.
+        pairs_N2: [N, 2] int64 or int32 (chosen, rejected) indices of sequences; a sequence may be in several pairs.
+        scale_N, soft_label_N, margin_N: [N], or None for 1, 1 and 0.
+        clip_chosen, clip_rejected: >= 0; infinite: no clip.
+        weight_sum: scalar tensor by which scale is divided: sum(scale) over all chunks.
 
     Returns:
-        losses [N] float64, not weighted, and [S] float64 d sum(scale / weight_sum * losses) / d logprob.
+        Unweighted losses [N] float64, and the gradient d sum(scale / weight_sum * losses) / d logprob, [S] float64.
     """
     num_pairs = pairs_N2.shape[0]
     pairs_N2 = pairs_N2.contiguous()
@@ -153,5 +153,5 @@ def dual_clip_epilogue(
 
 
 def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
-    """float64 and contiguous, as the kernels read it."""
+    """The tensor as contiguous float64, as the kernels expect it."""
     return None if x is None else x.to(torch.float64).contiguous()

@@ -1,9 +1,9 @@
-"""Which tiles the matrix products run with: a table by architecture, and a file of what was timed.
+"""Tiles of the matrix products: a table of defaults by architecture, and files of measured ones.
 
     defaults (this file)  <-  tiles.json beside this file, shipped  <-  the cache file of this machine
 
-The cache file is JSON for people: one entry a head and device, with the time of every candidate. ``TSO_FAST_TILES``
-names it, else it is ``tiles.json`` in ``TSO_FAST_CACHE`` (``~/.cache/tso-fast``). ``autotune.py`` writes it.
+The cache file is readable JSON: one entry per head and device, with the time of every candidate. ``TSO_FAST_TILES``
+names it; by default it is ``tiles.json`` in ``TSO_FAST_CACHE`` (``~/.cache/tso-fast``). ``autotune.py`` writes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tso_fast.kernels.blocks import capability
 logger = logging.getLogger(__name__)
 
 CUBLAS = "cublas"
-"""How the files name a dhidden that is torch's product."""
+"""Value in the files for a dhidden computed by torch's product."""
 
 
 class Tile(NamedTuple):
@@ -34,20 +34,20 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     group: int = 16
-    """Row tiles that run side by side: a wave then touches a near-square patch, which stays in the L2 cache."""
+    """Number of row tiles that run side by side, so that a wave covers a near-square patch that stays in L2 cache."""
 
 
 class Tiles(NamedTuple):
     """The tiles of the three products of a head."""
 
     logits: Tile
-    """T x V over D"""
+    """T x V over D."""
     dhidden: Tile | None
-    """T x D over V; None: torch's product, where no row can be skipped"""
+    """T x D over V, if all rows have a gradient; None: torch's product."""
     dhidden_skipping: Tile
-    """the same where rows may have no gradient, whose tiles then cost nothing"""
+    """T x D over V, if rows may have no gradient; tiles without any cost nothing."""
     dweight: Tile
-    """V x D over T"""
+    """V x D over T."""
 
 
 SMALL = Tile(128, 128, 64, 8, 3)
@@ -63,13 +63,13 @@ CANDIDATES: dict[str, dict[str, list[Tile | None]]] = {
     "blackwell": {"logits": [*_HOPPER], "dhidden": [None, *_HOPPER], "dweight": [*_HOPPER]},
     "ampere": {"logits": [*_AMPERE], "dhidden": [None, *_AMPERE], "dweight": [*_AMPERE]},
 }
-"""What ``autotune`` times, by architecture and product; every one compiles without spills, see ``--candidates`` of
-tests/compile_kernels.py. Architectures that are not here have one choice."""
+"""Tiles that ``autotune`` times, by architecture and product; all compile without spills, see ``--candidates`` of
+tests/compile_kernels.py. Other architectures have no choice."""
 
 
 def architecture(version: tuple[int, int]) -> str:
-    """The table that a compute capability belongs to: ``interpreter``, ``ampere``, ``hopper``, ``blackwell``, or
-    ``consumer`` for the chips with 99 KB of shared memory."""
+    """The architecture of a compute capability: ``interpreter``, ``ampere``, ``hopper``, ``blackwell``, or ``consumer``
+    for chips with 99 KB of shared memory."""
     if version == (0, 0):
         return "interpreter"
     if version in ((8, 0), (8, 7)):
@@ -80,32 +80,32 @@ def architecture(version: tuple[int, int]) -> str:
 
 
 def default_tiles(D: int, dtype: torch.dtype, version: tuple[int, int]) -> Tiles:
-    """Tiles that fit shared memory and registers, with no spills, before anything was timed."""
+    """Default tiles, which fit shared memory and registers without spills; not timed."""
     kind = architecture(version)
-    if kind == "interpreter":  # small enough that small shapes have several
+    if kind == "interpreter":  # small, so that small test shapes have several tiles
         wide, square = Tile(16, 64, 32, 4, 1), Tile(32, 32, 32, 4, 1)
         return Tiles(wide, None if dtype != torch.float32 else square, square, Tile(32, 32, 16, 4, 1))
-    if dtype == torch.float32:  # no tensor cores: input_precision="ieee"; torch's product may use TF32
+    if dtype == torch.float32:  # input_precision="ieee" uses no tensor cores; torch's product may use TF32
         tile = Tile(64, 64, 16, 8, 2)
         return Tiles(tile, tile, tile, tile)
-    if D % 8:  # element loads, which take registers
+    if D % 8:  # loads are element by element, which takes registers
         tile = Tile(64, 128, 32, 8, 2)
     elif kind == "consumer":
         tile = SMALL._replace(inner=32)
-    else:  # two programs a multiprocessor for small D
+    else:  # two programs per multiprocessor for small D
         tile = SMALL if kind == "ampere" or D < 2048 else LARGE
     return Tiles(tile, None if has_float32_product() else tile, tile, tile)
 
 
 def under_softcap(tile: Tile, version: tuple[int, int]) -> Tile:
-    """The tile of logits under a softcap, whose hyperbolic tangents would spill a large one on Blackwell."""
+    """The tile of logits with a softcap, whose tanh would make a large tile spill on Blackwell."""
     is_large = tile.rows * tile.cols > SMALL.rows * SMALL.cols
     return SMALL if is_large and architecture(version) == "blackwell" else tile
 
 
 @functools.cache
 def has_float32_product() -> bool:
-    """Whether torch multiplies 16-bit matrices on a GPU into float32, which takes torch 2.8."""
+    """Whether torch can multiply 16-bit matrices into float32 on a GPU, which needs torch 2.8."""
     return "dtype" in torch.ops.aten.mm.overloads()
 
 
@@ -123,7 +123,7 @@ SHIPPED = Path(__file__).with_name("tiles.json")
 
 
 def key_of(D: int, V: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The name of a head on a device in the files, e.g. ``NVIDIA H200, bfloat16, D 4096, V 128256``."""
+    """Key of a head on a device in the files, e.g. ``NVIDIA H200, bfloat16, D 4096, V 128256``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     return f"{name}, {str(dtype).removeprefix('torch.')}, D {D}, V {V}"
 
@@ -147,10 +147,10 @@ def _from_json(value: Any, what: str) -> Tile | None:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The entries of a file by key; none if there is no such file.
+    """The entries of a file by key; empty if there is no such file.
 
     Raises:
-        ValueError: a file that is no JSON object.
+        ValueError: the file is not a JSON object.
     """
     if not file.exists():
         return {}
@@ -165,7 +165,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def write(file: Path, key: str, entry: dict[str, Any]) -> None:
-    """Adds or replaces one entry of a file, which is replaced as a whole."""
+    """Adds or replaces one entry of a file; the file is rewritten as a whole."""
     entries = read(file) | {key: entry}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
@@ -182,10 +182,10 @@ def _timed(key: str) -> tuple[dict[str, Any], Path] | None:
 
 @functools.cache
 def tiles(D: int, V: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """The tiles of a head, decided once a process and logged: of the cache file, the shipped file or the table.
+    """The tiles of a head from the cache file, the shipped file or the table; chosen once per process, and logged.
 
     Raises:
-        ValueError: an entry of a file that is no tile.
+        ValueError: a file's entry is not a valid tile.
     """
     chosen, source = default_tiles(D, dtype, capability(device)), "the table"
     key = key_of(D, V, dtype, device)

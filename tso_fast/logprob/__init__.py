@@ -1,4 +1,4 @@
-"""The public ops: log-probs and preference losses straight from hidden states and the output head.
+"""The public ops: log-probs and preference losses computed directly from hidden states and the output head.
 
 hidden, head -> linear_logprobs -> sums per sequence -> PairLogprobs -> loss
 """
@@ -18,7 +18,7 @@ from tso_fast.types import PreferenceOutput
 
 
 def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """As ``torch.nn.functional.linear`` would see them: in autocast's dtype where it is on."""
+    """The tensors in autocast's dtype if autocast is on, as ``torch.nn.functional.linear`` would see them."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -39,24 +39,24 @@ def linear_logprobs(
 ) -> torch.Tensor:
     """Log-probs of target tokens under ``softmax(softcap(hidden @ weight.T + bias) / temperature)``.
 
-    Full logits are never held; rows whose target is ``ignore_index`` enter no matrix product.
+    Full logits never exist in memory, and rows whose target is ``ignore_index`` take part in no matrix product.
 
     Args:
         hidden: [..., D] float16, bfloat16, float32 or float64.
         weight: [V, D], dtype and device of ``hidden``.
         targets: [...] int64, already shifted: targets[t] is predicted from hidden[t].
         bias: [V] or None.
-        softcap: logits become ``softcap * tanh(logits / softcap)``; None: as they are.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None: no softcap.
         temperature: divides the logits, after the softcap.
-        ignore_index: target value that does not count.
-        impl: ``reference`` (plain torch), ``cpu``, ``triton``, or ``auto``, which logs what it chose.
+        ignore_index: target value that marks ignored positions.
+        impl: ``reference`` (plain torch), ``cpu``, ``triton``, or ``auto``, which logs its choice.
 
     Returns:
-        Shape of ``targets``, float32 (float64 for float64 inputs), nats, 0.0 where ignored. Differentiable in
-        ``hidden``, ``weight`` and ``bias``.
+        Log-probs in nats with the shape of ``targets``, float32 (float64 for float64 inputs), 0.0 where ignored.
+        Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a target outside [0, V), an ``impl`` not available.
+        ValueError: shapes, dtypes or devices do not fit, a target is outside [0, V), or ``impl`` is not available.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)  # type: ignore[assignment]
     needs = _needs(hidden, weight, bias)
@@ -107,39 +107,39 @@ def preference_loss(
 ) -> PreferenceOutput:
     """A preference loss from hidden states: policy log-probs, reference log-probs and the loss in one call.
 
-    Padded input has one sequence a row; packed input has all tokens in a row, bounded by ``cu_seqlens``. Inside
+    Padded input has one sequence per row; packed input has all tokens in one row, with bounds in ``cu_seqlens``. Inside
     ``torch.compile`` this is one node of the graph; the loss must then be a name.
 
     Args:
-        hidden: [S, L, D] padded or [T, D] packed, of the policy.
+        hidden: [S, L, D] padded or [T, D] packed hidden states of the policy.
         weight: [V, D] output head of the policy.
         targets: [S, L] or [T] int64, already shifted, ``ignore_index`` outside the completion.
-        pairs: [N, 2] int64 (chosen, rejected) sequences; default: the first half against the second half.
+        pairs: [N, 2] int64 (chosen, rejected) indices of sequences; default: first half against second half.
         cu_seqlens: [S+1] int, cumulative lengths; packed input only.
         ref_logprobs: [S] sums of reference log-probs, nats.
-        ref_hidden: shape of ``hidden``, to compute them here; one of the two is needed, unless the loss needs no
-            reference.
+        ref_hidden: hidden states of the reference, shaped like ``hidden``, used if ``ref_logprobs`` is not given. One
+            of the two is needed, unless the loss needs no reference.
         ref_weight: [V, D], default ``weight``; ``ref_bias``: [V], default ``bias`` when ``ref_weight`` is not given.
         loss: a name in ``LOSSES``, ``package.module:function``, a ``losses.Loss``, or a function from ``PairLogprobs``
             to [N] losses.
-        scale: [N] >= 0, weight of a pair; default 1. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
-        token_weights: shape of ``targets``, weight of a token inside its sequence's sum, for policy and reference.
-        vocab_group: process group whose ranks hold the head together: ``weight``, ``bias``, ``ref_weight`` and
-            ``ref_bias`` are this rank's rows of it, in the order of the ranks; everything else is the same on all of
-            them. Every rank gets the whole loss and the whole gradient of ``hidden``, and that of its own rows.
-        sequence_group: process group whose ranks hold the tokens of every sequence together: ``hidden``, ``targets``,
-            ``ref_hidden`` and ``token_weights`` are this rank's tokens of the same sequences; everything else is the
-            same on all of them. Every rank gets the whole loss; the gradient of ``weight`` is that of its own tokens,
-            to be summed over the group (a wrapper that averages gradients asks for the loss times its size).
+        scale: [N] >= 0, weight of each pair; default 1. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
+        token_weights: weight of each token in its sequence's sum, shaped like ``targets``, for policy and reference.
+        vocab_group: process group over which the head is split by rows: ``weight``, ``bias``, ``ref_weight`` and
+            ``ref_bias`` are this rank's rows, in the order of the ranks; all other arguments are equal on all ranks.
+            Every rank gets the whole loss, the whole gradient of ``hidden``, and the gradient of its own rows.
+        sequence_group: process group over which every sequence is split by tokens: ``hidden``, ``targets``,
+            ``ref_hidden`` and ``token_weights`` are this rank's tokens of the same sequences; all other arguments are
+            equal on all ranks. Every rank gets the whole loss; the gradient of ``weight`` covers its own tokens only
+            and must be summed over the group (if a wrapper averages gradients, multiply the loss by the group's size).
         loss_options: options of the loss, e.g. ``beta=0.1``, ``clip_chosen``, ``clip_rejected`` of ``dual_clip``.
 
     Returns:
-        ``PreferenceOutput``; ``loss`` is sum(scale * losses) / sum(scale), 0 when every scale is 0. Without a reference
+        ``PreferenceOutput``; ``loss`` is sum(scale * losses) / sum(scale), 0 if every scale is 0. Without a reference
         its log-probs and the rewards are NaN.
 
     Raises:
-        ValueError: arguments that do not fit, a sequence of a pair without a completion token, an unknown loss or
-            option.
+        ValueError: arguments do not fit, a sequence of a pair has no completion token, or the loss or an option is
+            unknown.
     """
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = _autocast(  # type: ignore[assignment]
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias

@@ -1,4 +1,4 @@
-"""What computes on rows, and the output head that it computes with."""
+"""The interface of backends, which compute on rows, and the output head they compute with."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tso_fast.logprob.plan import Planner
 
 
 class Backend(Planner, Protocol):
-    """What computes on rows: ``reference``, ``cpu`` or ``triton``.
+    """An implementation of the op on rows: ``reference``, ``cpu`` or ``triton``.
 
-    Arguments are checked and contiguous, and no row is ignored.
+    Arguments have been checked and are contiguous, and no row is ignored.
     """
 
     def bytes_per_row(self, weight_VD: torch.Tensor) -> int:
-        """Bytes that a row keeps."""
+        """Bytes kept per row until the backward pass."""
 
     def make_room(self, num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
-        """Memory for what ``forward`` keeps of up to so many rows; free again after ``backward``."""
+        """Memory in which ``forward`` keeps up to ``num_rows`` rows; can be reused after ``backward``."""
 
     def forward(
         self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_T: torch.Tensor, *,
         softcap: float | None, temperature: float, room: torch.Tensor | None, shard: VocabShard | None = None,
     ) -> tuple[torch.Tensor, Any]:  # fmt: skip
-        """Log-probs [T] in float32 or better, and with ``room`` to keep it in what ``backward`` needs.
+        """Log-probs [T] in float32 or better and, if there is ``room`` to keep it, the state for ``backward``.
 
-        With ``shard`` the weight and the bias are this rank's rows of the head, and every rank of it calls this with
-        the same hidden rows and targets; the log-probs are those of the whole head, the same bits on every rank.
+        With ``shard``, weight and bias are this rank's rows of the head, and all of its ranks must call this with the
+        same hidden rows and targets; the log-probs are those of the whole head, with the same bits on every rank.
         """
 
     def backward(
@@ -41,10 +41,10 @@ class Backend(Planner, Protocol):
     ) -> None:  # fmt: skip
         """Gradients of sum(dlogprobs_T * logprobs_T). Uses up ``saved``.
 
-        dhidden_TD: written; of a shard this rank's part of a sum over ranks. dweight_VD, dweight_rest_VD: together a
-        sum over chunks (see ``WeightSum``), overwritten when ``is_first``, rounded once into dweight_VD when
-        ``is_last``. dbias_V, float64: added to, or written when ``is_first``. may_skip: rows with a zero are to be
-        expected, and should cost nothing.
+        dhidden_TD: overwritten; with a shard, it is this rank's part of a sum over ranks. dweight_VD, dweight_rest_VD:
+        together a sum over chunks (see ``WeightSum``), overwritten if ``is_first``, rounded once into dweight_VD if
+        ``is_last``. dbias_V, float64: added to, or overwritten if ``is_first``. may_skip: rows with a zero gradient
+        are expected and should cost nothing.
         """
 
     def scale(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
@@ -56,12 +56,12 @@ class Backend(Planner, Protocol):
         """Sums [S] float64 of (weighted) values over the rows cu_seqlens[s] : cu_seqlens[s + 1], in a fixed order."""
 
     dual_clip_epilogue: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None
-    """The loss ``dual_clip`` and its gradient in few launches, or None: through autograd like every other loss."""
+    """The loss ``dual_clip`` and its gradient in few launches; None: autograd computes it like every other loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Head:
-    """Everything about an output head that is no tensor to be differentiated."""
+    """Everything about an output head except the tensors to differentiate."""
 
     backend: Backend
     softcap: float | None
@@ -69,15 +69,15 @@ class Head:
     needs: tuple[bool, bool, bool]
     """Whether hidden, weight and bias need gradients."""
     may_skip: bool = False
-    """Whether rows without a gradient are to be expected."""
+    """Whether to expect rows without a gradient."""
     shard: VocabShard | None = None
-    """The ranks that hold the head together; None: this one has all of it."""
+    """The ranks over which the head is split; None: this rank has all of it."""
 
     def forward(
         self, hidden_RD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_R: torch.Tensor,
         room: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Any]:  # fmt: skip
-        """Log-probs of rows, and with ``room`` what their gradient needs."""
+        """Log-probs of rows and, with ``room``, the state for their gradient."""
         return self.backend.forward(
             hidden_RD, weight_VD, bias_V, targets_R, softcap=self.softcap, temperature=self.temperature, room=room,
             shard=self.shard,

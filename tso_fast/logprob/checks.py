@@ -1,6 +1,6 @@
-"""What the ops refuse, and the layout of what they accept: on the host, before any work.
+"""Checks of the ops' arguments and the layout of their batch, on the host and before any work.
 
-Values on a GPU that decide what is computed, or that may be wrong, are fetched in one transfer.
+GPU values that are checked or decide what is computed are fetched in one transfer.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from tso_fast.logprob.rows import repeated
 
 
 def check_plain(name: str, tensor: torch.Tensor) -> None:
-    """Raises ValueError for a tensor whose memory is not the [.., ..] of numbers that the op reads.
+    """Raises ValueError for a tensor whose memory is not a plain matrix, as the op needs.
 
-    Sharded parameters, and heads that torchao or bitsandbytes quantised. A float32 copy of them made in silence would
-    take the memory that they were made to save.
+    Examples are sharded parameters, and heads quantised by torchao or bitsandbytes. Silently making a float32 copy
+    would take the memory that they save.
     """
     is_packed = hasattr(tensor, "quant_state") or hasattr(tensor, "SCB") or tensor.dtype.itemsize == 1
     if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
@@ -59,7 +59,7 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def to_host(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Detached copies on the CPU, all of them after a single wait; those that are there already as they are."""
+    """Detached copies on the CPU, with a single wait for all; tensors already on the CPU are not copied."""
     out = [None if t is None else t.detach().to("cpu", non_blocking=True) for t in tensors]
     for device in {t.device for t in tensors if t is not None and t.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
@@ -77,7 +77,7 @@ def check_targets(targets: torch.Tensor, hidden: torch.Tensor) -> None:
 
 
 def valid_targets(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
-    """Which targets, on the host, count: bool of their shape. Raises ValueError where one is outside of [0, V)."""
+    """Mask of the targets (on the host) that are not ignored. Raises ValueError if one is outside [0, V)."""
     is_valid = targets != ignore_index
     is_bad = is_valid & ((targets < 0) | (targets >= vocab))
     if is_bad.any():
@@ -90,10 +90,10 @@ def valid_targets(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch
 
 
 def valid_rows(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
-    """Rows of the flattened targets that count, on their device; on a GPU this waits once for the device.
+    """Indices of the flattened targets that are not ignored, on their device; on a GPU this waits once for the device.
 
     Raises:
-        ValueError: a target outside of [0, V).
+        ValueError: a target is outside [0, V).
     """
     (host,) = to_host(targets)
     assert host is not None
@@ -110,10 +110,10 @@ def check_scalars(softcap: float | None, temperature: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which rows make which sequences, and which sequences make pairs; on the host."""
+    """Assignment of rows to sequences, and of sequences to pairs; on the host."""
 
     index: torch.Tensor
-    """[R] int64: rows of the flattened input that count."""
+    """[R] int64: rows of the flattened input that are not ignored."""
     num_tokens: list[int]
     pairs: torch.Tensor
     """[N, 2] int64"""
@@ -122,10 +122,10 @@ class Layout:
 def layout(
     targets: torch.Tensor, vocab: int, ignore_index: int, cu_seqlens: torch.Tensor | None, pairs: torch.Tensor | None
 ) -> Layout:
-    """The layout of arguments on the host.
+    """The layout of a batch; all arguments are on the host.
 
     Raises:
-        ValueError: shapes that do not fit, targets or pairs outside their range.
+        ValueError: shapes do not fit, or targets or pairs are outside their range.
     """
     is_valid = valid_targets(targets, vocab, ignore_index)
     lengths = _lengths(targets, cu_seqlens)
@@ -138,7 +138,7 @@ def layout(
 
 
 def check_no_empty_sequence(num_tokens_S: torch.Tensor, pairs_N2: torch.Tensor, ignore_index: int) -> None:
-    """Raises ValueError when a sequence of a pair has no completion token."""
+    """Raises ValueError if a sequence of a pair has no completion token."""
     if (is_empty := num_tokens_S[pairs_N2.reshape(-1)] == 0).any():
         empty = pairs_N2.reshape(-1)[is_empty][0].item()
         raise ValueError(f"sequence {empty} belongs to a pair but has no completion token: "
@@ -146,7 +146,7 @@ def check_no_empty_sequence(num_tokens_S: torch.Tensor, pairs_N2: torch.Tensor, 
 
 
 def _lengths(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """Positions of every sequence, [S] int64."""
+    """Number of positions of every sequence, [S] int64."""
     if cu_seqlens is None:
         if targets.dim() != 2:
             raise ValueError(f"padded input needs hidden [S, L, D] and targets [S, L], got targets "
@@ -177,7 +177,7 @@ def _pairs(pairs: torch.Tensor | None, num_sequences: int) -> torch.Tensor:
 
 
 def check_pair_scalars(name: str, values: torch.Tensor | None, num_pairs: int, low: float, high: float | None) -> None:
-    """Raises ValueError unless the scalars, on the host, are [N] finite numbers in [low, high]."""
+    """Raises ValueError unless the scalars (on the host) are [N] finite numbers in [low, high]."""
     if values is None:
         return
     if values.shape != (num_pairs,):

@@ -1,8 +1,8 @@
-"""The ops inside ``torch.compile``: custom operators, so that a compiled model has each as one node of its graph.
+"""The ops inside ``torch.compile``: custom operators, each of which is one node in the graph of a compiled model.
 
-What they compute depends on the targets (how many rows count), so a tracer cannot look inside; fake kernels tell it the
-shapes of what comes out. Outside of ``torch.compile`` the autograd functions of ``fused.py`` run: they keep stored
-exponentials between the passes and take any function as a loss, and a custom operator costs some 50 µs a call.
+The amount of work depends on the targets (how many rows are not ignored), so a tracer cannot look inside; fake kernels
+give it the shapes of the outputs. Outside ``torch.compile`` the autograd functions of ``fused.py`` run instead: they
+keep exponentials between the passes, take any function as a loss, and avoid about 50 µs per call of a custom operator.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def preference_loss(call: Call) -> tuple[Tensor, ...]:
 
 
 def _group_name(group: Any) -> str:
-    """What a process group is known by in a graph; empty for none."""
+    """Name of a process group in a graph; empty: no group."""
     return "" if group is None else group.group_name
 
 
@@ -85,7 +85,7 @@ def _preference_loss(
 
 
 def _autograd_inside() -> Any:
-    """A context in which autograd records again, for the derivative of the loss: torch runs an operator below it."""
+    """A context in which autograd records, for the derivative of the loss: torch runs operators below autograd."""
     left_out = torch._C._dispatch_tls_local_exclude_set()
     for name in ("Other", "CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1"):
         left_out = left_out.remove(getattr(torch._C.DispatchKey, f"Autograd{name}"))
@@ -93,7 +93,7 @@ def _autograd_inside() -> Any:
 
 
 def _own(result: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-    """A result of an operator: contiguous, as its fake kernel says, and never one of its arguments."""
+    """A result as operators must return it: contiguous, like its fake kernel's, and never one of the arguments."""
     result = result.contiguous()
     return result.clone() if given is not None and result.data_ptr() == given.data_ptr() else result
 
@@ -135,7 +135,7 @@ def _scaled_gradients(ctx: Any, dloss: Tensor | None, *others: Tensor | None) ->
     out: list[Tensor | None] = [None] * ctx.num_inputs
     for place, gradient, is_needed in zip(places, ctx.saved_tensors, ctx.needs, strict=True):
         if is_needed and dloss is not None:
-            # In float32 or better: 1/3 in bf16 is wrong by up to 0.4 %.
+            # In float32 or better: rounding a factor such as 1/3 to bf16 costs up to 0.4 %.
             wide = torch.promote_types(gradient.dtype, torch.float32)
             out[place] = (gradient.to(wide) * dloss).to(gradient.dtype)
     return tuple(out)
@@ -150,7 +150,7 @@ def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, temperature: float,
     ignore_index: int, impl: str, needs: tuple[bool, bool, bool],
 ) -> Tensor:  # fmt: skip
-    """The op as one node of a graph; its backward pass computes the exponentials again."""
+    """The op as one node of a graph; its backward pass recomputes the exponentials."""
     out: Tensor = torch.ops.tso_fast.linear_logprobs(
         hidden, weight, targets, bias, softcap, temperature, ignore_index, impl, list(needs)
     )

@@ -16,7 +16,7 @@ from tso_fast.logprob.reference import segment_sum as segment_sum
 from tso_fast.logprob.rows import bits
 
 ISA = os.environ.get("TSO_FAST_CPU_ISA", "")
-"""Instruction set to use, e.g. ``avx2``; empty: the best that this machine has."""
+"""Instruction set to use, e.g. ``avx2``; empty: the best of this machine."""
 
 DEVICES = ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,17 +24,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A forward pass, ready for its gradient."""
+    """State of a forward pass for its gradient."""
 
     head: tuple[Any, ...]
-    """Arguments that name the head and the rows to the C++ functions."""
+    """Arguments of the C++ functions that describe the head and the rows."""
     rows: Any
     exps: torch.Tensor
     """Stored exponentials, [V * stride] elements as bytes."""
 
 
 def check_available() -> None:
-    """Raises ValueError when the extension was not built, or has not what ``TSO_FAST_CPU_ISA`` names."""
+    """Raises ValueError if the extension was not built, or lacks the instruction set in ``TSO_FAST_CPU_ISA``."""
     try:
         extension = _extension()
     except ImportError as error:
@@ -45,21 +45,21 @@ def check_available() -> None:
 
 
 def isas(dtype: torch.dtype) -> list[str]:
-    """Instruction sets that this machine has for inputs of ``dtype``, best first."""
+    """Instruction sets available on this machine for inputs of ``dtype``, best first."""
     names: list[str] = _extension().logprob_isas(_name(dtype))
     return names
 
 
 def bytes_per_row(weight_VD: torch.Tensor) -> int:
-    """Bytes of exponentials that a token keeps, to be multiplied by the number of tokens."""
+    """Bytes of exponentials kept per row."""
     return _exps_bytes(64, weight_VD) // 64
 
 
 def limits(shape: Shape, budget: int) -> Limits:
-    """Rows whose exponentials fill a budget of so many bytes; see ``plan.Planner``.
+    """Numbers of rows whose exponentials fit into ``budget`` bytes; see ``plan.Planner``.
 
-    Half of it is filled with pairs, as more of them would leave the cache; only a pair that is longer takes more. A
-    single chunk may also take what the sum of the weight's gradient over chunks would, in 16 bits an element.
+    Groups of pairs fill only half of it, since more would not stay in the cache; a single longer pair may use all. A
+    step in one chunk may also use the memory that a sum of dweight over chunks would take, at 16 bits per element.
     """
     per_row = bytes_per_row(torch.empty(shape.vocab, shape.dim, dtype=shape.dtype, device="meta"))
     fit = max(16, budget // per_row)
@@ -81,7 +81,7 @@ def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
 
 
 def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Memory for what ``forward`` keeps of up to so many rows, as bytes."""
+    """Memory, as bytes, in which ``forward`` keeps up to ``num_rows`` rows."""
     return torch.empty(_exps_bytes(num_rows, weight_VD), dtype=torch.uint8)
 
 
@@ -96,7 +96,7 @@ def forward(
     room: torch.Tensor | None,
     shard: VocabShard | None = None,
 ) -> tuple[torch.Tensor, Saved | None]:
-    """Log-probs [T] float64 of checked, contiguous arguments, and with ``room`` what ``backward`` needs."""
+    """Log-probs [T] float64 and, with ``room``, the state for ``backward``; arguments are checked and contiguous."""
     name = _name(hidden_TD.dtype)
     if shard is not None:
         targets_T = shard.local_targets(targets_T)
@@ -147,7 +147,7 @@ def backward(
 
 
 def _reduce(shard: VocabShard, values: Any, find_max: bool) -> None:
-    """Replaces numbers by their sum or maximum over the ranks of a head."""
+    """Replaces values by their sum or maximum over the ranks of a head."""
     ranks = shard.gather(torch.from_numpy(values))
     values[:] = (ranks.amax(0) if find_max else ranks.sum(0)).numpy()
 
@@ -170,7 +170,7 @@ def _exps_bytes(num_rows: int, weight_VD: torch.Tensor) -> int:
 
 
 def _isa(dtype_name: str) -> str:
-    """The table that serves a dtype: ``avx512_bf16`` and ``amx`` are for bfloat16 alone."""
+    """Instruction set to use for a dtype, empty for the best; ``avx512_bf16`` and ``amx`` serve only bfloat16."""
     return ISA if ISA in _extension().logprob_isas(dtype_name) else ""
 
 

@@ -3,8 +3,8 @@
 rows of a group of pairs -> reference log-probs -> policy log-probs, exponentials kept -> loss -> dhidden, dweight
 
 With z the logits, every loss L(logprobs) has dL/dz = dL/dlogprob (onehot - softmax(z)). The exponentials of the forward
-pass serve as the operand of both gradient products, so that a pass costs four products of [T, D, V]: reference, policy,
-dhidden, dweight. What no longer fits into the memory budget is computed again, which costs a fifth product.
+pass are an operand of both gradient products, so a pass costs four products of size [T, D, V]: reference, policy,
+dhidden, dweight. Exponentials that do not fit into the memory budget are recomputed, which costs a fifth product.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _shape(
 
 
 def _row_plan(head: Head, weight_VD: torch.Tensor, rows: Rows) -> list[tuple[int, int]]:
-    """Chunks of rows that are independent of each other."""
+    """Chunks for rows that are independent of each other."""
     count = rows.index.numel()
     return plan(_shape(head, weight_VD, [count], rows.span is None)).groups[0].chunks
 
@@ -68,7 +68,8 @@ class _LinearLogprobs(torch.autograd.Function):
             return out
         hidden_RD = rows.take(hidden_TD)
         if ctx.is_frozen:
-            # The gradient of a log-prob with respect to its hidden state needs nothing from upstream: two products.
+            # With a frozen head the forward pass can already compute the gradient of each log-prob by its hidden state,
+            # since that needs nothing from upstream. This takes two products in total.
             jacobian_RD = torch.empty_like(hidden_RD, dtype=acc_dtype(hidden_TD.dtype))
             room: torch.Tensor | None = backend.make_room(chunks[0][1], weight_VD)
             for start, end in chunks:
@@ -108,7 +109,7 @@ def row_gradients(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_R: torch.Tensor, rows: Rows,
     head: Head, dlogprobs_R: torch.Tensor, saved: Any = None,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """Gradients of sum(dlogprobs * logprobs) by hidden, weight and bias; without what was saved rows are done again."""
+    """Gradients of sum(dlogprobs * logprobs) by hidden, weight and bias; recomputes the rows if ``saved`` is None."""
     num_rows = targets_R.numel()
     chunks = [(0, num_rows)] if saved is not None else _row_plan(head, weight_VD, rows)
     covers_all = num_rows == hidden_TD.shape[0]
@@ -127,7 +128,7 @@ def row_gradients(
 
 
 def rows_of(index: torch.Tensor, targets_T: torch.Tensor) -> Rows:
-    """The rows ``index``, which rises; used in place if they are all there are."""
+    """The rows ``index``, which is increasing; used in place if it contains all rows."""
     return Rows(index, (0, index.numel()) if index.numel() == targets_T.numel() else None)
 
 
@@ -135,7 +136,7 @@ def linear_logprobs(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_T: torch.Tensor,
     index: torch.Tensor, head: Head,
 ) -> torch.Tensor:  # fmt: skip
-    """Log-probs [R] of the rows ``index`` [R], which rises; see ``tso_fast.linear_logprobs``."""
+    """Log-probs [R] of the rows ``index`` [R], which is increasing; see ``tso_fast.linear_logprobs``."""
     rows = rows_of(index, targets_T)
     out: torch.Tensor = _LinearLogprobs.apply(
         hidden_TD,
@@ -153,18 +154,18 @@ def linear_logprobs(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences, pairs and scalars of a preference loss; on the device, with what the host must know in lists."""
+    """Sequences, pairs and scalars of a preference loss; tensors are on the device, lists on the host."""
 
     targets_T: torch.Tensor
-    """[T] of the flattened input, ``ignore_index`` included."""
+    """[T] targets of the flattened input, ``ignore_index`` included."""
     index: torch.Tensor
-    """[R] rows that count, in the order of the sequences."""
+    """[R] rows that are not ignored, in the order of the sequences."""
     num_tokens: list[int]
-    """Rows of each sequence."""
+    """Number of rows of each sequence on this rank."""
     planned_tokens: list[int]
-    """The most rows of each sequence that a rank has, which all ranks plan with; without ranks ``num_tokens``."""
+    """Maximum over ranks of ``num_tokens``, with which all ranks plan."""
     total_tokens: list[int]
-    """Completion tokens of each sequence, on all ranks."""
+    """Number of completion tokens of each sequence over all ranks."""
     pairs: list[tuple[int, int]]
     token_weights_T: torch.Tensor | None
     scale_N: torch.Tensor | None
@@ -172,26 +173,26 @@ class Batch:
     margin_N: torch.Tensor | None
     loss: Callable[[PairLogprobs], torch.Tensor]
     is_per_pair: bool
-    """Whether a pair's loss depends on that pair alone; unknown for a function of the user's."""
+    """Whether a pair's loss depends on that pair alone; False for the user's own functions, where it is unknown."""
     dual_clip: dict[str, float] | None
-    """The options, all of them, if that is the loss."""
+    """All options of ``dual_clip``; None: another loss."""
     sequence_shard: SequenceShard | None = None
-    """The ranks that hold the tokens of every sequence together; None: this one has all of them."""
+    """The ranks over which sequences are split; None: this rank has all tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Sequences whose loss is computed together, and the rows of this rank in chunks."""
+    """Sequences whose loss is computed together, and this rank's rows in chunks."""
 
     sequences: list[int]
     pairs: list[int]
     num_rows: int
     chunks: list[tuple[int, int, Rows]]
-    """(start, end) among the rows of the group, and where they are in the input"""
+    """(start, end) within the rows of the group, and the same rows in the input."""
 
 
 def _components(num_sequences: int, pairs: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
-    """Sequences and pairs that hang together, in the order of their first sequence's first pair."""
+    """Connected components as (sequences, pairs), in the order of their first sequence's first pair."""
     parent = list(range(num_sequences))
 
     def root(s: int) -> int:
@@ -211,9 +212,9 @@ def _components(num_sequences: int, pairs: list[tuple[int, int]]) -> list[tuple[
 
 
 def _groups(batch: Batch, head: Head, weight_VD: torch.Tensor, num_input_rows: int) -> list[_Group]:
-    """The groups of a batch by the plan of its memory."""
+    """The groups of a batch according to its memory plan."""
     components = _components(len(batch.num_tokens), batch.pairs)
-    is_all = batch.index.numel() == num_input_rows  # then row r of the input is the r-th that counts
+    is_all = batch.index.numel() == num_input_rows  # then no row of the input is ignored
     planned = [sum(batch.planned_tokens[s] for s in sequences) for sequences, _ in components]
     made = plan(_shape(head, weight_VD, planned, not is_all, batch.is_per_pair))
     if len(made.groups) == 1:
@@ -243,7 +244,7 @@ def _group(batch: Batch, sequences: list[int], pairs: list[int], planned: Group,
 
 
 class _PreferenceLoss(torch.autograd.Function):
-    """Gradients are made in the forward pass, where the exponentials are; backward scales them."""
+    """Computes gradients in the forward pass, where the exponentials are; the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -263,11 +264,11 @@ class _PreferenceLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         dloss = grads[0]
         assert dloss is not None
-        # The caller may add to what it gets, so it gets copies if the graph is kept for another walk, and the tensors
-        # themselves if not: the weight's gradient is large.
+        # The caller may add to the gradients in place, so it gets copies if the graph is kept for another backward
+        # pass; otherwise it gets the tensors themselves, since the weight's gradient is large.
         keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
         scaled = [g if g is None or not keeps_graph else g.clone() for g in ctx.saved_tensors]
-        # On a GPU to look at dloss would be to wait for the device.
+        # On a GPU, reading dloss would wait for the device.
         if dloss.device.type != "cpu" or dloss.item() != 1:
             for gradient in scaled:
                 if gradient is not None:
@@ -279,7 +280,7 @@ def run_pass(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, reference: Reference, batch: Batch,
     head: Head,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor | None, ...]]:  # fmt: skip
-    """The loss; in float64 losses [N] and sums [S] of policy and reference; and the gradients of the loss."""
+    """The loss; float64 losses [N] and log-prob sums [S] of policy and reference; and the gradients of the loss."""
     run = _Pass(hidden_TD, weight_VD, bias_V, reference, batch, head)
     for group in run.groups:
         run.group(group)
@@ -291,7 +292,7 @@ def run_pass(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Either its sums of log-probs, [S], or what they are computed from."""
+    """The reference: either its sums of log-probs, [S], or the tensors to compute them from."""
 
     logprob_S: torch.Tensor | None
     hidden_TD: torch.Tensor | None = None
@@ -310,7 +311,7 @@ class _Pass:
         self.reference, self.batch, self.head, self.backend = reference, batch, head, head.backend
         self.needs_grad = any(head.needs)
         device = hidden_TD.device
-        dtype = torch.float64  # of the sums and of the loss: a margin is the small difference of large sums
+        dtype = torch.float64  # for sums and loss, since a margin is a small difference of large sums
         S, N = len(batch.num_tokens), len(batch.pairs)
         self.logprob_S = torch.zeros(S, dtype=dtype, device=device)
         self.ref_logprob_S = torch.zeros(S, dtype=dtype, device=device)
@@ -339,7 +340,7 @@ class _Pass:
         return self.head.forward(rows.take(hidden), weight, bias, rows.take(self.batch.targets_T), room)
 
     def group(self, group: _Group) -> None:
-        """Log-probs, losses and gradients of a group whose exponentials are kept only if they are one chunk."""
+        """Computes log-probs, losses and gradients of a group; keeps exponentials only if it is a single chunk."""
         device = self.logprob_S.device
         sequences = _upload(group.sequences, device)
         lengths = _upload([self.batch.num_tokens[s] for s in group.sequences], device)
@@ -366,7 +367,7 @@ class _Pass:
             return
         for start, end, rows in group.chunks:
             upstream = dlogprob_R[start:end]
-            # Only where looking costs no wait for the device.
+            # Checked only on a CPU, where it does not wait for the device.
             is_nothing = device.type == "cpu" and not bool(upstream.any())
             if saved is None and not is_nothing:
                 saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, self.room)[1]
@@ -377,7 +378,7 @@ class _Pass:
         self, sequences: torch.Tensor, lengths: torch.Tensor, weight_R: torch.Tensor | None, logprob_R: torch.Tensor,
         ref_logprob_R: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        """Fills the sums of log-probs of some sequences, over the ranks that have their tokens."""
+        """Fills in the log-prob sums of some sequences, over all ranks that have their tokens."""
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         values = [x for x in (logprob_R, ref_logprob_R) if x is not None]
         sums = torch.stack([self.backend.segment_sum(x, weight_R, cu_seqlens) for x in values])
@@ -388,7 +389,8 @@ class _Pass:
             self.ref_logprob_S[sequences] = sums[1]
 
     def _losses(self, group: _Group, sequences: torch.Tensor) -> torch.Tensor:
-        """Fills the losses of the group's pairs and returns the total's derivative by its sequences' log-probs."""
+        """Fills in the losses of the group's pairs and returns the derivative of the total loss by the log-probs of its
+        sequences."""
         batch, device = self.batch, self.logprob_S.device
         where = {s: i for i, s in enumerate(group.sequences)}
         chosen, rejected = (_upload([where[batch.pairs[n][side]] for n in group.pairs], device) for side in (0, 1))
@@ -425,7 +427,7 @@ def pair_losses(
     num_tokens_S: torch.Tensor, chosen_N: torch.Tensor, rejected_N: torch.Tensor, soft_label_N: torch.Tensor | None,
     margin_N: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Losses [N] of the pairs (chosen, rejected) of sequences. Raises ValueError if they are not one value a pair."""
+    """Losses [N] of pairs of sequences. Raises ValueError if the loss does not return one value per pair."""
     losses = loss(
         PairLogprobs(
             chosen=logprob_S[chosen_N],
@@ -444,7 +446,7 @@ def pair_losses(
 
 
 def _upload(values: list[int], device: torch.device) -> torch.Tensor:
-    """Without waiting for the device, as torch.tensor(values, device=device) would."""
+    """The values on the device, without waiting for it as torch.tensor(values, device=device) would."""
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
@@ -452,7 +454,7 @@ def make_reference(
     logprob_S: torch.Tensor | None, hidden_TD: torch.Tensor | None, weight_VD: torch.Tensor | None,
     bias_V: torch.Tensor | None,
 ) -> Reference:  # fmt: skip
-    """The reference's sums, or what they are computed from, cut off from autograd."""
+    """The reference, with all tensors detached."""
 
     def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.detach().contiguous()
@@ -469,7 +471,7 @@ def preference_loss(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, *, reference: Reference,
     batch: Batch, head: Head,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Loss; in float64 losses [N] and sums [S] of policy and reference. See ``tso_fast.preference_loss``."""
+    """Loss; float64 losses [N] and log-prob sums [S] of policy and reference. See ``tso_fast.preference_loss``."""
     out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = _PreferenceLoss.apply(
         hidden_TD, weight_VD.contiguous(), None if bias_V is None else bias_V.contiguous(), reference, batch, head
     )

@@ -1,4 +1,4 @@
-"""Gradients of an output head and its hidden states that are collected chunk by chunk."""
+"""Accumulates the gradients of an output head and its hidden states chunk by chunk."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 class WeightSum:
     """The weight's gradient as a sum over chunks, without a second tensor of that size.
 
-    float32 and float64 weights: the result itself. 16-bit weights: a float32 of which 24 bits are kept, the upper 16 in
-    the memory of the result and 8 more in ``rest``; it is rounded to the weight's dtype with the last chunk. Against a
-    float32 sum that costs no accuracy: it is 128 times finer than what the result is rounded to. With one chunk there
-    is no ``rest``.
+    For float32 and float64 weights the sum is the result itself. For 16-bit weights it is a float32 cut to 24 bits: the
+    upper 16 in the memory of the result and 8 more in ``rest``; the last chunk rounds it to the weight's dtype. This is
+    as accurate as a float32 sum, since it is 128 times finer than the final rounding. With a single chunk there is no
+    ``rest``.
     """
 
     def __init__(self, weight_VD: torch.Tensor, num_chunks: int) -> None:
@@ -32,7 +32,8 @@ class WeightSum:
         self.rest_VD = None if is_whole else torch.empty_like(weight_VD, dtype=torch.uint8)
 
     def round(self) -> None:
-        """What a backend does with the last chunk, for one that adds nothing."""
+        """Rounds the sum to the weight's dtype, as a backend does with the last chunk; for last chunks without any
+        gradient."""
         if self.rest_VD is None:
             return
         for start, end in tiles(self.total_VD.shape[0], 1024):
@@ -42,7 +43,7 @@ class WeightSum:
 
 
 class Gradients:
-    """The gradients of hidden, weight and bias, those that are needed."""
+    """Those gradients of hidden, weight and bias that are needed."""
 
     def __init__(
         self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, needs: Sequence[bool],
@@ -57,7 +58,7 @@ class Gradients:
         self.num_left, self.is_first = num_chunks, True
 
     def add(self, saved: Any, dlogprobs_T: torch.Tensor, rows: Rows) -> None:
-        """Adds the gradients of a chunk; ``saved`` None: one without any gradient."""
+        """Adds the gradients of a chunk; ``saved`` is None if it has none."""
         self.num_left -= 1
         if saved is None:
             self._add_nothing(rows)
@@ -82,11 +83,11 @@ class Gradients:
         rows.put(out_RD.to(self.dhidden_TD.dtype), self.dhidden_TD)
 
     def _room_for(self, rows: Rows, num_rows: int) -> tuple[torch.Tensor | None, bool]:
-        """Where dhidden of a chunk is written: into the result where it can be, and whether it is apart from it."""
+        """The tensor to write a chunk's dhidden to, and whether it is separate from the result."""
         if self.dhidden_TD is None:
             return None, False
         dim = self.dhidden_TD.shape[1]
-        if self.head.shard is not None:  # a part of a sum over ranks, which is rounded once
+        if self.head.shard is not None:  # part of a sum over ranks, which is rounded once
             return self.dhidden_TD.new_empty(num_rows, dim, dtype=acc_dtype(self.dhidden_TD.dtype)), True
         if rows.span is not None:
             return self.dhidden_TD[rows.span[0] : rows.span[1]], False

@@ -1,8 +1,8 @@
-"""Ranks that share a step: some hold parts of the output head, some hold parts of every sequence.
+"""Process groups that share a step by splitting the output head or every sequence.
 
-``VocabShard``: each rank has rows of the head and all hidden states. ``SequenceShard``: each rank has hidden states of
-some tokens and, as far as this group goes, the whole head. Before any work the ranks exchange what must be the same
-on all of them, so that a difference is an error with words on every rank and no wait without end.
+``VocabShard``: each rank has some rows of the head and all hidden states. ``SequenceShard``: each rank has the hidden
+states of some tokens and, within this group, the whole head. Before any work the ranks exchange the facts that must
+agree, so that a difference raises an error on every rank instead of a deadlock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 class _Group:
-    """The exchange of tensors among the ranks of a process group."""
+    """Exchange of tensors among the ranks of a process group."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
@@ -22,13 +22,13 @@ class _Group:
         self.rank = dist.get_rank(group)
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """[ranks, *shape]: the tensors of all ranks in their order, the same bits on each."""
+        """The tensors of all ranks, [ranks, *shape], in rank order and with the same bits on each rank."""
         out = values.new_empty(self.num_ranks, *values.shape)
         dist.all_gather(list(out.unbind(0)), values.contiguous(), group=self.group)
         return out
 
     def add(self, values: torch.Tensor) -> None:
-        """Sums over the ranks, in place."""
+        """Sums a tensor over the ranks, in place."""
         dist.all_reduce(values, group=self.group)
 
     def agree(self, facts: dict[str, int], device: torch.device, what: str) -> None:
@@ -43,7 +43,7 @@ class _Group:
 
 
 class VocabShard(_Group):
-    """This rank's rows of an output head that lies on several ranks, [first, first + its size) of the whole head."""
+    """This rank's rows, [first, first + num_rows), of an output head that is split over several ranks."""
 
     def __init__(self, group: Any, num_rows: int, device: torch.device) -> None:
         super().__init__(group)
@@ -51,24 +51,24 @@ class VocabShard(_Group):
         self.num_rows, self.vocab, self.first = num_rows, sum(sizes), sum(sizes[: self.rank])
 
     def local_targets(self, targets: torch.Tensor) -> torch.Tensor:
-        """Targets as rows of this rank's head, -1 where another rank has them."""
+        """Targets as rows of this rank's part of the head, -1 if another rank has the target."""
         local = targets - self.first
         return torch.where((local >= 0) & (local < self.num_rows), local, -1)
 
 
 class SequenceShard(_Group):
-    """This rank's tokens of sequences that lie on several ranks."""
+    """This rank's tokens of sequences that are split over several ranks."""
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, in their order, the same bits on each."""
+        """The sum over the ranks, in rank order and with the same bits on each rank."""
         return self.gather(values).sum(0)
 
 
 def is_shared(group: Any, name: str) -> bool:
-    """Whether a process group has other ranks than this one.
+    """Whether a process group has more than this rank.
 
     Raises:
-        ValueError: it is no process group, or this rank is not in it.
+        ValueError: ``group`` is not a process group, or this rank is not in it.
     """
     if group is None:
         return False

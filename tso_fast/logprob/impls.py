@@ -1,4 +1,4 @@
-"""The implementations of the op by name: ``reference``, ``cpu``, ``triton``, and what ``auto`` takes."""
+"""The implementations of the op by name: ``reference``, ``cpu``, ``triton``, and the choice of ``auto``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The backend for tensors of a device and dtype.
 
     Raises:
-        ValueError: an unknown name, or one that is not available here or for these tensors.
+        ValueError: the name is unknown, or the backend is not available here or for these tensors.
     """
     if impl == "auto":
         impl, reason = choose(device.type, dtype)
@@ -40,7 +40,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """The best implementation for a device and dtype, and why it is not a faster one."""
+    """The best available implementation for a device and dtype, and why it is not a faster one."""
     fastest = {"cpu": "cpu", "cuda": "triton"}.get(device)
     if fastest is None:
         return "reference", ""
@@ -53,7 +53,7 @@ def choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
 
 @functools.cache
 def backend(name: str) -> Any:
-    """The backend of a name, a module that is a ``backend.Backend``. Raises ValueError where it is not available."""
+    """The backend of a name, a module that implements ``backend.Backend``. Raises ValueError if not available."""
     module = importlib.import_module(f"tso_fast.logprob.{name}")
     module.check_available()
     return module

@@ -10,7 +10,7 @@ from tso_fast.logprob import preference_loss
 from tso_fast.losses import LOSSES, Loss, LossFunction, loss_options, resolve_loss, scaled_mean
 from tso_fast.types import PairLogprobs
 
-VOCAB = 8192  # rows of the head averaged at a time, so that a bf16 head is never held in float32
+VOCAB = 8192  # rows of the head averaged at a time, so that a bf16 head is never copied to float32 as a whole
 
 Aux = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -18,30 +18,30 @@ Aux = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 class FusedLinearTSOLoss(torch.nn.Module):
     """TSO's dual-clip loss from hidden states and the output head; call-compatible with ``LigerFusedLinearDPOLoss``.
 
-    Takes the arguments of liger-kernel 0.8.5 in Liger's order; with infinite clips, or ``loss="dpo"``, it returns
-    Liger's loss. Holds options, no parameters.
+    It takes the arguments of liger-kernel 0.8.5 in Liger's order, and with infinite clips or ``loss="dpo"`` it returns
+    Liger's loss. It holds options, no parameters.
 
     Args:
-        ignore_index: target value that does not count.
+        ignore_index: target value that marks ignored positions.
         beta: reward per nat of log-ratio.
-        alpha: weight of the NLL in the loss, with ``compute_nll_loss``.
+        alpha: weight of the NLL in the loss, if ``compute_nll_loss``.
         compute_nll_loss: adds ``alpha`` times the negative log-likelihood of the chosen responses, mean over tokens.
         compiled: no effect.
-        use_ref_model: False takes reference log-probs of 0.
+        use_ref_model: False: reference log-probs are 0.
         average_log_prob: log-probs are means over the completion instead of sums.
         chunk_size: no effect.
         loss_type: ``sigmoid``, the logistic loss on the reward margin; ``loss`` selects others.
-        label_smoothing: 0; ``forward`` takes a ``soft_label`` for each pair instead.
+        label_smoothing: must be 0; ``forward`` takes a ``soft_label`` for each pair instead.
         discopop_tau: no effect.
         loss: a name in ``LOSSES`` or a function from ``PairLogprobs`` to [N] losses.
-        clip_chosen: reward at which a chosen response is no longer pushed up, inf: none; None: the loss's default.
-        clip_rejected: negated reward at which a rejected response is no longer pushed down, likewise.
-        softcap: logits become ``softcap * tanh(logits / softcap)``; None: as they are.
+        clip_chosen: reward at which a chosen response is no longer pushed up; inf: no clip; None: the loss's default.
+        clip_rejected: negated reward at which a rejected response is no longer pushed down; likewise.
+        softcap: logits become ``softcap * tanh(logits / softcap)``; None: no softcap.
         temperature: divides the logits, after the softcap.
         impl: ``reference``, ``cpu``, ``triton`` or ``auto``, as in ``preference_loss``.
 
     Raises:
-        ValueError: an unknown loss, an option that the loss does not take, an argument of Liger's with no equivalent.
+        ValueError: the loss is unknown, it does not take an option, or an argument of Liger's has no equivalent.
     """
 
     def __init__(
@@ -112,15 +112,15 @@ class FusedLinearTSOLoss(torch.nn.Module):
 
         Args:
             lin_weight: [V, D] output head.
-            _input: [2N, L, D] hidden states, the first N sequences chosen, the others rejected.
+            _input: [2N, L, D] hidden states; the first N sequences are chosen, the others rejected.
             target: [2N, L] int64, already shifted, ``ignore_index`` outside the completion.
             bias: [V] or None.
             ref_input: [2N, L, D] hidden states of the reference.
             ref_weight: [V, D]; None: ``lin_weight`` with ``bias``.
             ref_bias: [V] or None.
-            scale: [N] >= 0, weight of a pair. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
+            scale: [N] >= 0, weight of each pair. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
             ref_logprobs: [2N] sums of reference log-probs, instead of ``ref_input``.
-            token_weights: [2N, L], weight of a token inside its sequence's sum.
+            token_weights: [2N, L], weight of each token in its sequence's sum.
 
         Returns:
             ``(loss, aux)``. ``loss`` is a differentiable scalar. ``aux``, detached and in Liger's order: chosen and
@@ -129,7 +129,7 @@ class FusedLinearTSOLoss(torch.nn.Module):
             [N] each.
 
         Raises:
-            ValueError: arguments that do not fit, and a sequence without a completion token, which Liger scores as 0.
+            ValueError: arguments do not fit, or a sequence has no completion token (Liger scores it as 0).
         """
         num_tokens = (target != self.ignore_index).sum(dim=-1)
         if not self.use_ref_model:
@@ -189,9 +189,9 @@ class FusedLinearTSOLoss(torch.nn.Module):
         return -sums.sum() / num_tokens.sum()
 
     def _with_nll(self, scale: torch.Tensor | None) -> LossFunction:
-        """The mean preference loss plus the NLL, as the loss of every pair.
+        """A loss that gives every pair the mean preference loss plus the NLL.
 
-        So the NLL has weight alpha whatever the scales are, and both come from one pass over the head.
+        The NLL then has weight alpha whatever the scales are, and both come from one pass over the head.
         """
         preference = resolve_loss(self.loss, self.loss_options)
 
@@ -212,7 +212,7 @@ class FusedLinearTSOLoss(torch.nn.Module):
 def _mean_logits(
     hidden_SLD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean logit of the chosen and the rejected half: mean(hidden) . mean(weight) + mean(bias), the head is linear."""
+    """Mean logit of the chosen and the rejected half: mean(hidden) . mean(weight) + mean(bias), by linearity."""
     dtype = torch.promote_types(hidden_SLD.dtype, torch.float32)
     weight_D = torch.stack([rows.sum(dim=0, dtype=dtype) for rows in weight_VD.split(VOCAB)]).sum(0)
     weight_D /= weight_VD.shape[0]

@@ -1,9 +1,9 @@
-"""The chunks that a step is cut into, and the memory it takes: computed before any work, never guessed.
+"""Plans the chunks of a step and computes the memory it takes, before any work.
 
 shape of a step, budget -> limits of the backend -> groups of pairs -> chunks of rows, bytes
 
-A group is a number of pairs whose loss is computed together. If its rows fit into one chunk, their exponentials are
-kept until the gradient; a longer group goes over several chunks twice, which costs a fifth matrix product.
+A group is a set of pairs whose loss is computed together. If its rows fit into one chunk, their exponentials are kept
+for the gradient; otherwise its chunks are computed twice, which costs a fifth matrix product.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Protocol
 import torch
 
 MIB = 2**20
-# On a GPU a step of Llama-3-8B's head stays under 2 GiB beside its inputs and gradients.
+# On a GPU this keeps a step of Llama-3-8B's head below 2 GiB, in addition to inputs and gradients.
 _DEFAULT_BUDGET_MIB = {"cpu": 64.0, "cuda": 1920.0}
 _budget_mib: dict[str, float] = {}
 
 
 def memory_budget_mib(device_type: str) -> float:
-    """Memory of a step beside its inputs and gradients, MiB: what ``set_memory_budget_mib`` was given, else the
-    environment variable ``TSO_FAST_MEMORY_BUDGET_MIB``, else 64 on CPUs and 1920 on GPUs."""
+    """Memory budget of a step in addition to its inputs and gradients, MiB: set by ``set_memory_budget_mib``, else by
+    the environment variable ``TSO_FAST_MEMORY_BUDGET_MIB``, else 64 on CPUs and 1920 on GPUs."""
     if device_type in _budget_mib:
         return _budget_mib[device_type]
     if given := os.environ.get("TSO_FAST_MEMORY_BUDGET_MIB"):
@@ -33,10 +33,10 @@ def memory_budget_mib(device_type: str) -> float:
 
 
 def set_memory_budget_mib(mib: float | None, device_type: str) -> None:
-    """Sets the memory of a step on ``cpu`` or ``cuda``; None: the default again.
+    """Sets the memory budget of a step on ``cpu`` or ``cuda``; None restores the default.
 
-    Larger chunks are faster on a GPU: fewer passes over the gradient of the output head. A pair whose rows don't fit is
-    computed twice (five products instead of four).
+    Larger chunks are faster on a GPU, since they need fewer passes over the gradient of the output head. A pair whose
+    rows don't fit is computed twice (five products instead of four).
     """
     if mib is None:
         _budget_mib.pop(device_type, None)
@@ -56,22 +56,22 @@ def _checked_budget(mib: float | str) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What decides the memory of a step: the head, the rows, and what is wanted of them."""
+    """Everything that determines the memory of a step: the head, the rows and the gradients needed."""
 
     backend: Planner
     dim: int
     vocab: int
-    """Rows of the whole head, on however many ranks they lie."""
+    """Rows of the whole head, over all ranks."""
     dtype: torch.dtype
     component_rows: Sequence[int]
-    """Rows of every component: the sequences of pairs that share one."""
+    """Rows of every component; pairs that share a sequence are in the same component."""
     can_split: bool = True
     """Whether the loss of a component depends on that component alone."""
     needs_dweight: bool = True
     is_gathered: bool = True
-    """Whether rows are picked out of the input, as prompts lie between them; otherwise they are used in place."""
+    """Whether rows are copied out of the input because prompts lie between them; otherwise they are used in place."""
     num_ranks: int = 1
-    """Ranks that the head's rows lie on."""
+    """Number of ranks over which the head is split."""
     device_type: str = "cuda"
 
     @property
@@ -81,7 +81,8 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Rows that fit: all of a step in a single chunk; components that are put together; one component."""
+    """Numbers of rows that fit: ``single``, a whole step in one chunk; ``group``, several components together;
+    ``rows``, one component."""
 
     single: int
     group: int
@@ -89,13 +90,13 @@ class Limits:
 
 
 class Planner(Protocol):
-    """The part of a backend that knows what it takes."""
+    """The part of a backend that knows its memory use."""
 
     def limits(self, shape: Shape, budget: int) -> Limits:
-        """Rows that a budget of so many bytes holds."""
+        """Numbers of rows that fit into ``budget`` bytes."""
 
     def memory(self, shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
-        """Bytes of each part of a step whose largest of ``num_chunks`` chunks has ``num_rows`` rows."""
+        """Bytes of each part of a step of ``num_chunks`` chunks, the largest with ``num_rows`` rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ class Group:
     components: list[int]
     num_rows: int
     chunk_rows: int
-    """Largest number of rows that are computed at once."""
+    """Maximum number of rows computed at once."""
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
@@ -114,7 +115,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The groups of a step in order, and the bytes that it takes beside its inputs and gradients."""
+    """The groups of a step in order, and the bytes it takes in addition to inputs and gradients."""
 
     groups: list[Group]
     bytes: dict[str, int]
@@ -130,14 +131,14 @@ class Plan:
 
 
 def plan(shape: Shape, budget_mib: float | None = None) -> Plan:
-    """The chunks of a step of ``preference_loss`` and its memory.
+    """The chunks and the memory of a step of ``preference_loss``.
 
-    ``linear_logprobs`` goes in the same chunks; with a frozen head it also keeps a float32 gradient of every row.
+    ``linear_logprobs`` uses the same chunks; with a frozen head it also keeps a float32 gradient of every row.
 
     Args:
-        shape: head, rows and wishes.
-        budget_mib: memory beside inputs and gradients, MiB; None: that of the device, see ``memory_budget_mib``. A
-            component is never cut for it into fewer than 16 rows.
+        shape: head, rows and needed gradients.
+        budget_mib: memory in addition to inputs and gradients, MiB; None: the device's ``memory_budget_mib``. Chunks of
+            a component always have at least 16 rows, even if that exceeds the budget.
     """
     budget = memory_budget_mib(shape.device_type) if budget_mib is None else _checked_budget(budget_mib)
     limits = shape.backend.limits(shape, int(budget * MIB))
@@ -157,19 +158,19 @@ def plan(shape: Shape, budget_mib: float | None = None) -> Plan:
 
 
 def tiles(size: int, step: int) -> list[tuple[int, int]]:
-    """[start, end) of the parts of ``size`` that are ``step`` long, the last one shorter."""
+    """Ranges [start, end) that split ``size`` into steps of ``step``; the last one may be shorter."""
     return [(start, min(start + step, size)) for start in range(0, size, max(step, 1))]
 
 
 def _balanced(rows: Sequence[int], limit: int) -> list[list[int]]:
-    """Components in order, in as few parts of at most ``limit`` rows as can be, the largest as small as can be."""
+    """Components in order, split into the fewest parts of at most ``limit`` rows, with the largest part minimal."""
     fewest = len(_packed(rows, limit))
     capacity = bisect.bisect_left(range(limit + 1), True, key=lambda cap: len(_packed(rows, cap)) <= fewest)
     return _packed(rows, capacity)
 
 
 def _packed(rows: Sequence[int], limit: int) -> list[list[int]]:
-    """Components in order, as many to a part as ``limit`` rows hold, but at least one."""
+    """Components in order, split greedily into parts of at most ``limit`` rows, or of one larger component."""
     parts: list[list[int]] = []
     filled = 0
     for component, count in enumerate(rows):

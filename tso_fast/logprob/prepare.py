@@ -1,4 +1,4 @@
-"""A call of ``preference_loss`` from its arguments to what the passes take: checked on the host, before any work."""
+"""Prepares a call of ``preference_loss``: checks arguments on the host, before any work, and lays out the batch."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class Call:
     """Whether hidden, weight and bias need gradients."""
 
     def reward_options(self) -> dict[str, Any]:
-        """Options that the reported rewards and clips depend on; a loss without ``beta`` reports rewards at 0.1."""
+        """Options that determine the reported rewards and clips; a loss without ``beta`` reports rewards at 0.1."""
         return {"beta": 0.1, **loss_options(self.loss), **self.loss_options}
 
     def with_reference_head(self) -> Call:
-        """The call with the reference's head filled in: the policy's where none is given."""
+        """The call with the reference's head filled in; default: the policy's head."""
         if self.ref_hidden is None or self.ref_weight is not None:
             return self
         ref_bias = self.bias if self.ref_bias is None else self.ref_bias
@@ -57,23 +57,23 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the passes take."""
+    """Inputs of the passes."""
 
     hidden_TD: torch.Tensor
     reference: fused.Reference
     batch: fused.Batch
     head: fused.Head
     pairs_N2: torch.Tensor
-    """on the device"""
+    """Pairs on the device."""
     num_tokens_S: torch.Tensor
-    """on the device, of all ranks"""
+    """Completion tokens over all ranks, on the device."""
 
 
 def prepare(call: Call) -> Prepared:
     """Checks a call and lays out its batch; on a GPU this waits once for the device.
 
     Raises:
-        ValueError: arguments that do not fit, see ``tso_fast.preference_loss``.
+        ValueError: arguments do not fit, see ``tso_fast.preference_loss``.
     """
     call = call.with_reference_head()
     loss = resolve_loss(call.loss, call.loss_options)
@@ -107,7 +107,7 @@ def prepare(call: Call) -> Prepared:
 
 
 def _reference(call: Call, num_sequences: int) -> fused.Reference:
-    """The reference's sums or what they are computed from; NaN for a loss that looks at none and was given none."""
+    """The reference; its log-probs are NaN if none was given and the loss needs none."""
     logprob_S = _upload(call.ref_logprobs, call.hidden.device)
     if logprob_S is None and call.ref_hidden is None:
         logprob_S = torch.full((num_sequences,), math.nan, device=call.hidden.device)
@@ -119,7 +119,7 @@ def _token_counts(
     call: Call, layout: checks.Layout, targets: torch.Tensor, scalars: list[torch.Tensor | None],
     shard: VocabShard | None, sequence_shard: SequenceShard | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The most completion tokens of each sequence that a rank has, and those of all ranks, which must agree first."""
+    """Maximum and sum over ranks of each sequence's completion tokens, after checking that the ranks agree."""
     device, mine = call.hidden.device, torch.tensor(layout.num_tokens)
     if shard is not None:
         rows = {"the hidden dimension": call.hidden.shape[-1], "targets": _checksum(targets)}
@@ -134,7 +134,7 @@ def _token_counts(
 def _check_numbers(
     call: Call, layout: checks.Layout, scalars: list[torch.Tensor | None], num_tokens_S: torch.Tensor
 ) -> None:
-    """What only the numbers show, on the host."""
+    """Checks the values of the arguments, on the host."""
     checks.check_no_empty_sequence(num_tokens_S, layout.pairs, call.ignore_index)
     for name, values, high in zip(("scale", "soft_label", "margin"), scalars, (None, 1.0, None), strict=True):
         checks.check_pair_scalars(name, values, layout.pairs.shape[0], 0.0, high)
@@ -144,7 +144,7 @@ def _check_numbers(
 
 
 def _batch(call: Call, layout: checks.Layout, loss: Loss, sequence_shard: SequenceShard | None) -> fused.Batch:
-    """The batch of this rank alone."""
+    """The batch of this rank."""
     device = call.hidden.device
     return fused.Batch(
         targets_T=call.targets.reshape(-1),
@@ -169,7 +169,7 @@ def _upload(values: torch.Tensor | None, device: torch.device) -> torch.Tensor |
 
 
 def _check_tensors(call: Call, loss: Loss) -> None:
-    """Shapes, dtypes and devices."""
+    """Checks shapes, dtypes and devices."""
     hidden, weight, device = call.hidden, call.weight, call.hidden.device
     checks.check_head(hidden, weight, call.bias)
     checks.check_scalars(call.softcap, call.temperature)
@@ -206,7 +206,7 @@ def _is_vocab_shared(call: Call) -> bool:
 
 
 def _vocab(call: Call) -> int:
-    """Classes that policy and reference both have."""
+    """Number of classes that policy and reference both have."""
     vocab: int = call.weight.shape[0]
     return vocab if call.ref_weight is None else min(vocab, call.ref_weight.shape[0])
 
@@ -216,7 +216,7 @@ def _checksum(values: torch.Tensor | None) -> int:
 
 
 def _facts(call: Call, layout: checks.Layout, scalars: list[torch.Tensor | None]) -> dict[str, int]:
-    """What all ranks of a group must have in common, as numbers."""
+    """Facts that must agree on all ranks of a group, as numbers."""
     names = "scale", "soft_label", "margin"
     loss = resolve_loss(call.loss, call.loss_options)
     head = loss.title, sorted(loss_options(loss).items()), call.softcap, call.temperature

@@ -1,8 +1,8 @@
-"""Plain torch log-probs of targets under a linear head, tile by tile: the definition of correct, on any device.
+"""Log-probs of targets under a linear head in plain torch, tile by tile: the definition of correct, on any device.
 
 Logits exist one tile [ROWS, VOCAB] at a time, in float32 from the float32 product of the inputs (in float64 for
-float64 inputs), so they are never rounded to bf16 on their way into the log-sum-exp. The backward pass computes
-the tiles again. A backend of ``tso_fast.logprob.fused`` that stores no exponentials.
+float64 inputs), so they are never rounded to bf16 before the log-sum-exp. The backward pass recomputes the tiles: this
+backend of ``tso_fast.logprob.fused`` stores no exponentials.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from tso_fast.logprob.rows import repeated
 ROWS, VOCAB = 1024, 8192  # one float32 tile is at most 32 MiB
 DEVICES: tuple[str, ...] = ()
 DTYPES: tuple[torch.dtype, ...] = ()
-"""Both empty: any."""
+"""Supported devices and dtypes; empty: any."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A forward pass, ready for its gradient."""
+    """State of a forward pass for its gradient."""
 
     hidden_TD: torch.Tensor
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
     targets_T: torch.Tensor
-    """rows of ``weight_VD``; -1 where another rank has the target"""
+    """Rows of ``weight_VD``; -1 if another rank has the target."""
     lse_T: torch.Tensor
     softcap: float | None
     scale: float
-    """1 / temperature"""
+    """1 / temperature."""
 
 
 def check_available() -> None:
-    """Nothing: plain torch is always there."""
+    """Does nothing, since plain torch is always available."""
 
 
 def limits(shape: Shape, budget: int) -> Limits:
-    """No limits, as nothing is kept; see ``plan.Planner``."""
+    """No limits, since nothing is kept; see ``plan.Planner``."""
     every = max(1, shape.num_rows)
     return Limits(single=every, group=every, rows=every)
 
@@ -54,7 +54,7 @@ def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
 
 
 def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Nothing, as no exponentials are stored."""
+    """An empty tensor, since no exponentials are stored."""
     return weight_VD.new_empty(0)
 
 
@@ -66,7 +66,7 @@ def _logits(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, softcap: float | None, scale: float
 ) -> torch.Tensor:
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-    with torch.autocast(hidden_TD.device.type, enabled=False):  # it would round the product to its own dtype
+    with torch.autocast(hidden_TD.device.type, enabled=False):  # autocast would round the product to its dtype
         logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
     if bias_V is not None:
         logits_TV += bias_V.to(dtype)
@@ -76,7 +76,7 @@ def _logits(
 
 
 def _here(targets_T: torch.Tensor, rows: slice, vocab: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which targets of some rows lie in a slice of the vocabulary, and where in it."""
+    """Mask of the targets of some rows that lie in a slice of the vocabulary, and their positions in it."""
     local = targets_T[rows] - vocab.start
     return (local >= 0) & (local < vocab.stop - vocab.start), local
 
@@ -92,12 +92,12 @@ def forward(
     room: torch.Tensor | None,
     shard: VocabShard | None = None,
 ) -> tuple[torch.Tensor, Saved]:
-    """log softmax(softcap(hidden @ weight.T + bias) / temperature)[targets], [T], and what ``backward`` needs."""
+    """log softmax(softcap(hidden @ weight.T + bias) / temperature)[targets], [T], and the state for ``backward``."""
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
     T, V = hidden_TD.shape[0], weight_VD.shape[0]
     if shard is not None:
         targets_T = shard.local_targets(targets_T)
-    # Not -inf: the difference of two of them is NaN, and a bias may mask out a whole tile.
+    # Not -inf: a bias may mask out a whole tile, and -inf - -inf is NaN.
     max_T = hidden_TD.new_full((T,), torch.finfo(dtype).min, dtype=dtype)
     sumexp_T = hidden_TD.new_zeros(T, dtype=dtype)
     target_logit_T = hidden_TD.new_zeros(T, dtype=dtype)
@@ -114,7 +114,7 @@ def forward(
             target_logit_T[rows] = torch.where(is_here, picked, target_logit_T[rows])
     if shard is not None:
         max_RT, sumexp_RT, target_RT = shard.gather(torch.stack([max_T, sumexp_T, target_logit_T])).unbind(1)
-        max_T, target_logit_T = max_RT.amax(0), target_RT.sum(0)  # all but one rank have a target's logit of 0
+        max_T, target_logit_T = max_RT.amax(0), target_RT.sum(0)  # the target's logit is 0 on all ranks but one
         sumexp_T = (sumexp_RT * torch.exp(max_RT - max_T)).sum(0)
     lse_T = max_T + sumexp_T.log()
     saved = Saved(
@@ -136,7 +136,7 @@ def backward(
     is_last: bool,
     may_skip: bool = True,
 ) -> None:
-    """Writes the gradients; see ``backend.Backend``. Rows without a gradient are left out."""
+    """Writes the gradients; see ``backend.Backend``. Skips rows without a gradient."""
     dtype = saved.lse_T.dtype
     assert is_first
     assert is_last
@@ -162,7 +162,7 @@ def backward(
 
 
 def _dlogits(saved: Saved, weight: torch.Tensor, dlogprobs_T: torch.Tensor, rows: slice, vocab: slice) -> torch.Tensor:
-    """The gradient by a tile of h W^T + b, whose rows of W are given in the dtype of logits."""
+    """The gradient by a tile of h W^T + b; ``weight`` holds the tile's rows of W in the dtype of logits."""
     bias = None if saved.bias_V is None else saved.bias_V[vocab]
     logits = _logits(saved.hidden_TD[rows], weight, bias, saved.softcap, saved.scale)
     dlogits = -torch.exp(logits - saved.lse_T[rows, None])
@@ -176,7 +176,7 @@ def _dlogits(saved: Saved, weight: torch.Tensor, dlogprobs_T: torch.Tensor, rows
 
 
 def scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiplies a gradient by a scalar tensor, in place and in the gradient's accumulator type."""
+    """Multiplies a gradient by a scalar tensor in place, computing in float32 or better."""
     gradient.copy_(gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor)
 
 

@@ -1,4 +1,4 @@
-"""Some rows of tensors, taken and put back without a copy where they are adjacent."""
+"""Subsets of rows, read and written without a copy if they are adjacent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 
 def bits(values: torch.Tensor) -> Any:
-    """The tensor's own memory as a numpy array; numpy has no bfloat16, whose bits pass as int16."""
+    """The tensor's own memory as a numpy array; bfloat16, which numpy lacks, appears as int16."""
     values = values.detach()
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def repeated(values_S: torch.Tensor, counts_S: torch.Tensor, total: int) -> torch.Tensor:
-    """Every value as often as its count says, [total], without waiting for a GPU.
+    """Every value repeated ``counts_S`` times, [total], without waiting for a GPU.
 
-    On a CPU by numpy: torch would start its threads for it, which go on spinning beside those of the op.
+    On a CPU this uses numpy: torch would start its threads, which keep spinning next to those of the op.
     """
     if values_S.device.type == "cpu":
         return torch.from_numpy(np.repeat(values_S.numpy(), counts_S.numpy()))
@@ -25,25 +25,25 @@ def repeated(values_S: torch.Tensor, counts_S: torch.Tensor, total: int) -> torc
 
 
 class Rows:
-    """Some rows of [T, D] tensors: an index, and where the rows are adjacent their span as well."""
+    """Some rows of [T, D] tensors: an index and, if the rows are adjacent, their span."""
 
     def __init__(self, index: torch.Tensor, span: tuple[int, int] | None) -> None:
         self.index, self.span = index, span
 
     def part(self, start: int, end: int) -> Rows:
-        """The rows of these from ``start`` to ``end``."""
+        """The subset of these rows from ``start`` to ``end``."""
         span = None if self.span is None else (self.span[0] + start, self.span[0] + end)
         return Rows(self.index[start:end], span)
 
     def take(self, values: torch.Tensor) -> torch.Tensor:
         if self.span is not None:
             return values[self.span[0] : self.span[1]].contiguous()
-        if values.device.type == "cpu":  # not by threads of torch, which would go on spinning beside those of the op
+        if values.device.type == "cpu":  # avoids torch's threads, which would keep spinning next to those of the op
             return torch.from_numpy(bits(values)[self.index.numpy()]).view(values.dtype)
         return values.index_select(0, self.index)
 
     def put(self, values: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes the rows back to where they were taken from."""
+        """Writes the rows back into ``out``, where they were taken from."""
         if self.span is not None:
             out[self.span[0] : self.span[1]] = values
         elif values.device.type == "cpu":

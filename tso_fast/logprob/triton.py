@@ -1,4 +1,4 @@
-"""The op on CUDA tensors, by the kernels in ``tso_fast.kernels``: a backend of ``tso_fast.logprob.fused``."""
+"""The op on CUDA tensors, using the kernels in ``tso_fast.kernels``: a backend of ``tso_fast.logprob.fused``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true"
 
 DEVICES = ("cuda", "cpu") if IS_INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ROW_STATISTICS = 4  # float32 that a row keeps beside its exponentials: their sum, offset, target's logit and slope
+_ROW_STATISTICS = 4  # float32 values kept per row besides exponentials: their sum, offset, target's logit and slope
 _NARROWEST, _WIDEST = 128, 256  # columns of a tile of logits on a GPU
 
 
 def check_available() -> None:
-    """Raises ValueError when triton or a device is missing, or is not one that the kernels are written for."""
+    """Raises ValueError if triton or a device is missing, or the kernels do not support it."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError("impl='triton' is not available: triton is not installed; pip install triton (CUDA builds of "
                          "torch bring it), or use impl='auto'")  # fmt: skip
@@ -42,12 +42,12 @@ def check_available() -> None:
 
 
 def bytes_per_row(weight_VD: torch.Tensor) -> int:
-    """Bytes that a row keeps, at most."""
+    """Maximum bytes kept per row."""
     return _columns(weight_VD) * weight_VD.element_size() + _ROW_STATISTICS * 4
 
 
 def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
-    """Bytes of each part of a step, at most; see ``plan.Planner``."""
+    """Maximum bytes of each part of a step; see ``plan.Planner``."""
     size, columns = shape.dtype.itemsize, -(-shape.vocab // _WIDEST) * _WIDEST // shape.num_ranks
     row = shape.dim * size
     is_summed = shape.needs_dweight and num_chunks > 1 and size == 2
@@ -63,7 +63,7 @@ def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
 
 
 def limits(shape: Shape, budget: int) -> Limits:
-    """Rows that a budget of so many bytes holds, as many as on one rank; see ``plan.Planner``."""
+    """Numbers of rows that fit into ``budget`` bytes, the same as on one rank; see ``plan.Planner``."""
     shape = dataclasses.replace(shape, num_ranks=1)
 
     def rows(num_chunks: int) -> int:
@@ -75,7 +75,7 @@ def limits(shape: Shape, budget: int) -> Limits:
 
 
 def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Memory for the exponentials of up to so many rows."""
+    """Memory for the exponentials of up to ``num_rows`` rows."""
     return weight_VD.new_empty(num_rows * _columns(weight_VD))
 
 
@@ -90,10 +90,10 @@ def forward(
     room: torch.Tensor | None,
     shard: VocabShard | None = None,
 ) -> tuple[torch.Tensor, Any]:
-    """Log-probs [T] float32, and with ``room`` what ``backward`` needs; T > 0.
+    """Log-probs [T] float32, T > 0, and, with ``room``, the state for ``backward``.
 
     Raises:
-        ValueError: a dtype that is not in ``DTYPES``.
+        ValueError: the dtype is not in ``DTYPES``.
     """
     if hidden_TD.dtype not in DTYPES:
         raise ValueError(f"impl='triton' has no {hidden_TD.dtype}; use impl='reference'")
@@ -119,7 +119,7 @@ def backward(
     is_last: bool,
     may_skip: bool = True,
 ) -> None:
-    """Writes the gradients of one chunk; ``saved`` is used up. See ``backend.Backend``."""
+    """Writes the gradients of one chunk and uses up ``saved``; see ``backend.Backend``."""
     with torch.cuda.device_of(dlogprob_T):
         _kernels("linear_logprob_backward").linear_logprob_backward(
             saved,
