@@ -149,11 +149,11 @@ def score(config: ScoreConfig) -> None:
         verdicts, costs = panel.ask(judges, candidates, bench)
     write_jsonl(file, map(verdict_row, verdicts))
     if any(isinstance(v, Verdict) for v in verdicts):
-        stdout.print(scores_table(candidates, [v for v in verdicts if isinstance(v, Verdict)]))
+        stdout.print(scores_table(candidates, [v for v in verdicts if isinstance(v, Verdict)]), "")
     if comparisons := [v for v in verdicts if isinstance(v, Comparison)]:
-        stdout.print(comparisons_table(comparisons))
+        stdout.print(comparisons_table(comparisons), "")
     if costs:
-        stdout.print(make_table("What judges that are models took", COST_COLUMNS, cost_rows(costs)))
+        stdout.print(make_table("What judges that are models took", COST_COLUMNS, cost_rows(costs)), "")
     _finish(file, f"{len(verdicts)} verdicts", bad)
 
 
@@ -184,11 +184,11 @@ def pairs(config: PairsConfig) -> None:
     oracle = None if config.oracle is None else make_oracle(config.oracle, candidates)
     made, info = make_pairs(candidates, verdicts, config, config, config.seed, oracle)
     write_jsonl(file, map(pair_row, made))
-    stdout.print(decisions_table(info["decisions"]))
+    stdout.print(decisions_table(info["decisions"]), "")
     if info["errors"] is not None:
-        stdout.print(errors_table(info["errors"], config.oracle or ""))
+        stdout.print(errors_table(info["errors"], config.oracle or ""), "")
     if config.evidence == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
-        stdout.print(make_table("Evidence", JUDGE_COLUMNS, judge_rows(info["judges"])))
+        stdout.print(make_table("Evidence", JUDGE_COLUMNS, judge_rows(info["judges"])), "")
     reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
     stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)
     stdout.print(
@@ -245,7 +245,7 @@ def evaluate(config: EvalConfig) -> None:
         for info in results
     )
     title = f"{len(candidates)} prompts, verifier {config.verifier}"
-    stdout.print(make_table(title, ("model", "accuracy", "95 % interval", "tokens"), rows))
+    stdout.print(make_table(title, ("model", "accuracy", "95 % interval", "tokens"), rows), "")
     if file is not None:
         write_json(file, results)
     _finish(file, "accuracies", bad)
