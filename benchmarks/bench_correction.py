@@ -1,13 +1,14 @@
-"""How often pairs are in the wrong order: the prior's, corrected ones, and the least that is possible.
+"""Error rates of the order of pairs: of the prior, after correction, and the smallest possible.
 
     python benchmarks/bench_correction.py                     tables, results/correction.json, docs/correction.png
     python benchmarks/bench_correction.py --write_verdicts FILE   the simulated judges, for `tso-fast pairs --verdicts`
 
-GSM8K: 660 questions, each answered by a real 2 x 2 matrix of GPT-3, `is_correct` known. Judges are simulated: each is
-right on a pair with its own probability, independently; nobody is told these. The Bayes limit decides with the true
-reliabilities and the true accuracy of the prior order of every two models, counted in the file. PandaLM: 500 pairs with
-the votes of three people; two of them and a judge that takes the longer response are the judges, the third person is
-the truth, in turn. Correction is the package's own (`correction.evidence_of`, `combined`).
+GSM8K: 660 questions, each answered by a real 2 x 2 matrix of GPT-3 models, with `is_correct` known. Judges are
+simulated: each is right on a pair with its own probability, independently, and these probabilities are hidden from the
+correction. The Bayes limit decides with the true reliabilities and the true accuracy of the prior order of every two
+models, counted in the file. PandaLM: 500 pairs with the votes of three people. Each person in turn is the truth; the
+other two, and a judge that prefers the longer response, are the judges. Correction is the package's own
+(`correction.evidence.evidence_of`, `correction.beliefs.combined`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ GOALS = {
 
 
 class Matrix:
-    """The pairs of a real model matrix, flat, with the truth."""
+    """All pairs of a real model matrix in one list, with the truth."""
 
     def __init__(self, file: Path) -> None:
         rows = read_candidates(file, BadRows())
@@ -75,7 +76,7 @@ class Matrix:
         self.prior_error = float((self.prior != self.truth)[self.is_measured].mean())
 
     def simulate(self, accuracies: Sequence[float], seed: int, undecided: bool) -> np.ndarray:
-        """[N, J] votes; 0 stands for no vote, on pairs that are both right or both wrong, unless those are guessed."""
+        """Votes [N, J]; pairs that are both right or both wrong get 0, no vote, or with ``undecided`` a guess."""
         rng = np.random.default_rng(seed)
         right = rng.random((len(self.truth), len(accuracies))) < np.array(accuracies)
         votes = np.where(right, self.truth[:, None], -self.truth[:, None])
@@ -83,7 +84,7 @@ class Matrix:
         return np.where((self.truth == 0)[:, None], guesses if undecided else 0, votes)
 
     def with_votes(self, votes_NJ: np.ndarray) -> Evidence:
-        """Evidence of the pairs that somebody voted on."""
+        """Evidence on the pairs that have a vote."""
         out: list[list[PairEvidence]] = []
         n = 0
         for pairs in self.evidence:
@@ -95,12 +96,12 @@ class Matrix:
         return out
 
     def corrected(self, votes_NJ: np.ndarray) -> np.ndarray:
-        """Log-odds of the first response, by the package."""
+        """Log-odds that the first response is better, according to the package."""
         found = combined(self.candidates, self.with_votes(votes_NJ), {})
         return np.log(found.probabilities[:, 0] + 1e-13) - np.log(found.probabilities[:, 1] + 1e-13)
 
     def bayes(self, votes_NJ: np.ndarray, accuracies: Sequence[float]) -> np.ndarray:
-        """Log-odds with everything known."""
+        """Log-odds that the first response is better, with all reliabilities known."""
         q = np.array(accuracies)
         out = votes_NJ @ np.log(q / (1 - q))
         for kind in np.unique(self.kind):
@@ -113,7 +114,7 @@ class Matrix:
 
 
 def risk(log_odds: np.ndarray, truth: np.ndarray, coverage: float) -> float:
-    """Error of the most certain share of pairs; pairs that are equally certain count in proportion."""
+    """Error rate of the most certain share of pairs; equally certain pairs at the edge count in proportion."""
     wrong = np.where(log_odds == 0, 0.5, np.sign(log_odds) != truth)
     _, level = np.unique(-np.abs(log_odds).round(9), return_inverse=True)
     num, errors = np.bincount(level), np.bincount(level, wrong)
@@ -144,7 +145,7 @@ def gsm8k(matrix: Matrix, undecided: bool) -> dict[str, Any]:
 
 
 def _ratio(rows: list[dict[str, Any]], k: int, base: float | None) -> tuple[float, float, float]:
-    """Of the means, and the lowest and highest of a seed."""
+    """Ratio of the means over seeds, and the lowest and highest ratio of a seed."""
     ours = np.array([row["corrected"][k] for row in rows])
     limit = np.array([row["bayes"][k] for row in rows]) if base is None else np.full(len(rows), base)
     return float(ours.mean() / limit.mean()), float((ours / limit).min()), float((ours / limit).max())
@@ -180,7 +181,8 @@ def show_gsm8k(found: dict[str, Any], prior: float) -> str:
 
 
 def dependent(matrix: Matrix, num_labels: int = 200) -> dict[str, float]:
-    """Two of three judges copy each other nine times out of ten; then people label some pairs of other prompts."""
+    """Error rates when two of three judges copy each other nine times out of ten, without and with human labels on some
+    pairs of other prompts."""
     on = matrix.is_measured
     config = EvidenceConfig(evidence="calibrated")
     rows = []
@@ -220,7 +222,7 @@ def dependent(matrix: Matrix, num_labels: int = 200) -> dict[str, float]:
 
 
 def pandalm(file: Path) -> list[dict[str, Any]]:
-    """Each person in turn is the truth, the others and the length of the responses are the judges."""
+    """Results with each person in turn as the truth, and the others and the longer response as judges."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     candidates = [
@@ -288,7 +290,7 @@ def show_pandalm(found: list[dict[str, Any]]) -> str:
 
 
 def draw(matrix: Matrix, file: Path) -> None:
-    """Risk-coverage: the error of the pairs kept, over the share kept, mean of the seeds."""
+    """Draws risk over coverage: the error rate of the pairs kept against the share kept, mean over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -319,7 +321,7 @@ def draw(matrix: Matrix, file: Path) -> None:
 
 
 def write_verdicts(matrix: Matrix, file: Path, accuracies: Sequence[float], seed: int) -> None:
-    """Comparisons of simulated judges on every pair; where both responses are right or both wrong they guess."""
+    """Writes comparisons by simulated judges on every pair; if both responses are right or both wrong, judges guess."""
     votes = matrix.simulate(accuracies, seed, True)
     flat = [pair for pairs in matrix.evidence for pair in pairs]
     write_jsonl(

@@ -1,12 +1,12 @@
-"""Distances of responses by shared n-grams: ours against Python sets.
+"""Distances between responses by shared n-grams: ours against Python sets.
 
     python benchmarks/bench_diversity.py                       a minute or two on two cores
     python benchmarks/bench_diversity.py --prompts 500 --rounds 3 --out trial.json
 
-10 000 prompts x 16 responses x about 300 tokens, Zipf-like over 32 000, with stretches that responses of a prompt
-share. Python sets are timed on some of the prompts and scaled to all; each of their rounds takes other prompts. Times
-are medians of interleaved rounds with quartiles, ratios those of a round. Correctness comes first: on a sample ours
-must equal Python sets bit for bit, else nothing is timed and the exit status is 1.
+The data are 10 000 prompts x 16 responses x about 300 tokens, Zipf-like over 32 000, with stretches that responses of a
+prompt share. Python sets are timed on some of the prompts and scaled to all; each of their rounds uses other prompts.
+Times are medians of interleaved rounds with quartiles, and ratios are taken within a round. Correctness comes first: on
+a sample ours must equal Python sets bit for bit, otherwise nothing is timed and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Texts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def make(num_prompts: int, responses: int, length: int, seed: int = 0) -> Texts:
-    """Each prompt has a pool of stretches of 5 to 40 tokens; responses are made of pool (60 %) and own stretches."""
+    """Random texts: responses consist of stretches of 5 to 40 tokens, 60 % of them from a pool per prompt."""
     rng = np.random.default_rng(seed)
     shares = 1 / np.arange(1, VOCABULARY + 1)
     cumulative = np.cumsum(shares / shares.sum())
@@ -68,7 +68,7 @@ def some(texts: Texts, first: int, last: int) -> Texts:
 
 
 def python_sets(responses: list[list[list[int]]], n: int) -> list[list[float]]:
-    """What a person would write: each pair of a prompt once."""
+    """The obvious implementation: computes each pair of a prompt once."""
     blocks = []
     for prompt in responses:
         sets = [set(zip(*(response[i:] for i in range(n)), strict=False)) for response in prompt]

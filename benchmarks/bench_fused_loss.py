@@ -7,10 +7,10 @@
 
 A step is the loss and its backward, from hidden states to the gradients of hidden states and head, everything
 included. The floor is its matrix products alone, `torch.mm` on the completion rows: policy, reference, dhidden,
-dweight (fewer for a frozen head, a cached reference or clipped sequences). Times are medians of interleaved rounds; a
-ratio is that of a round, shown as median and quartiles. Errors are against float64 on the same rounded inputs, and
-come first: an error of ours beyond its goal is marked in the table and makes the exit status 1. Extra memory is the
-peak resident size over inputs and returned gradients, in a fresh process.
+dweight (fewer for a frozen head, a cached reference or clipped sequences). Times are medians of interleaved rounds;
+ratios are taken within a round and shown as median and quartiles. Errors are against float64 on the same rounded
+inputs, and come first: an error of ours beyond its goal is marked in the table and makes the exit status 1. Extra
+memory is the peak resident size minus inputs and returned gradients, in a fresh process.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ CASES = {
     ]
 }
 TIME_GOALS = dict.fromkeys(["C1", "frozen", "C2", "C3", "half_prompt", "float32"], 1.1)
-"""Step over floor."""
+"""Largest allowed ratio of step to floor."""
 MEMORY_GOALS = {"C1": 112, "frozen": 48}
-"""Extra MiB."""
+"""Largest allowed extra memory, MiB."""
 
 # A first run fits in 15 minutes: all peers on C1; on the other cases the quickest three, on all threads only.
 ALL_PEERS = ["naive", "liger", "liger_compiled", "cce_compile", "trl", "torch_lce"]
@@ -112,7 +112,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def isa_used() -> dict[str, str]:
-    """What computes each dtype: the machine's best, AMX before AVX512, or what TSO_FAST_CPU_ISA names."""
+    """Instruction set by dtype: TSO_FAST_CPU_ISA, or the machine's best, AMX before AVX512."""
     try:
         known = {dtype: cpu.isas(dtype) for dtype in (torch.bfloat16, torch.float32)}
     except ImportError:  # the extension is not built
@@ -130,7 +130,7 @@ def tiny(case: Case) -> Case:
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and CPU seconds; what the call returns is freed after the clock stopped."""
+    """Wall and CPU seconds of a call, whose result is freed after the clock stops."""
     cpu, wall = time.process_time(), time.perf_counter()
     result = call()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -139,7 +139,7 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def measure(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each number of threads."""
+    """Results of a case, one row per number of threads."""
     torch.set_num_threads(max(arguments.threads))
     problem, truth = solve(make(case))
     small = make(tiny(case))
@@ -217,7 +217,7 @@ def ratios(calls: dict[str, Callable[[], Any]], rounds: dict[str, int], floor: l
 
 
 def memory(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every provider of a case in a process of its own."""
+    """Memory of every provider of a case, each in its own process."""
     (case,) = [case for case in cases(arguments) if case.name == name]
     threads = max(arguments.threads)
     rows = []
@@ -236,7 +236,7 @@ def memory(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def memory_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """In the child process."""
+    """Memory of one provider, measured in the child process."""
     name, key = arguments.memory_of
     (case,) = [case for case in cases(arguments) if case.name == name]
     provider = ours(key.removeprefix("tso-fast ")) if key.startswith("tso-fast ") else PEERS[key]
@@ -260,7 +260,7 @@ def memory_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def resident(problem: Problem) -> float:
-    """MiB now, with every input paged in; the peak starts again from here."""
+    """Resident MiB with every input paged in; also resets the peak."""
     for tensor in (problem.hidden, problem.weight, problem.ref_hidden, problem.ref_weight):
         tensor.sum()
     Path("/proc/self/clear_refs").write_text("5")
@@ -281,7 +281,7 @@ def ratio_text(entry: dict[str, Any]) -> str:
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """Everything of some rows."""
+    """All results of some rows as text."""
     lines = []
     for row in rows:
         case, floor = row["case"], row["floor"]

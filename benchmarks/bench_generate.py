@@ -1,4 +1,4 @@
-"""Generation through tso-fast against what it is built on, side by side in one run, as ratios.
+"""Generation through tso-fast against the libraries it uses, side by side in one run, as ratios.
 
     python benchmarks/bench_generate.py [--only vllm hf store flips] [--rounds 5] [--out results.json]
 
@@ -42,14 +42,14 @@ from tso_fast.seeds import seed_of
 GOALS = {"vllm": ">= 0.97", "hf": ">= 1.5", "store_us": "<= 20", "store_bytes": "<= 1024", "store_open_s": "<= 5"}
 VOCAB, MOST_TOKENS = 32000, 128
 ENDS = [2, *range(1000, 1500)]
-"""1/64 of a random model's probability: responses end by themselves after 1 to 128 tokens, 50 in the mean."""
+"""End tokens with 1/64 of a random model's probability: responses end after 1 to 128 tokens, 50 on average."""
 
 
 # ------------------------------------------------------------------------------------------------ models, requests
 
 
 def make_model(folder: Path, *, hidden: int, layers: int) -> Path:
-    """A random Llama with a tokenizer of as many words; every fresh response is noise, and that is enough here."""
+    """A random Llama with a matching tokenizer; its responses are noise, which is enough here."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def make_model(folder: Path, *, hidden: int, layers: int) -> Path:
 
 
 def make_requests(count: int, seed: int, longest: int = 512) -> list[Request]:
-    """Prompts of 16 to ``longest`` tokens, their logarithm uniform, in random order."""
+    """Requests with log-uniform prompt lengths from 16 to ``longest`` tokens, in random order."""
     rng = np.random.default_rng(seed)
     lengths = np.exp(rng.uniform(np.log(16), np.log(longest), count)).astype(int)
     return [
@@ -110,7 +110,7 @@ def spec_of(kind: Any, folder: Path, **options: Any) -> EngineSpec:
 def compare(
     runs: dict[str, Callable[[list[Request]], int]], requests: Callable[[int], list[Request]], rounds: int, floor: str
 ) -> dict[str, Any]:
-    """Tokens/s of each, and its ratio to ``floor``, over interleaved rounds of fresh requests, one round to warm up."""
+    """Tokens/s of each run and its ratio to ``floor``, over interleaved rounds of fresh requests after a warm-up."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(-1, rounds):
         asked = requests(number + 1)
@@ -161,7 +161,7 @@ for line in sys.stdin:
 
 @contextlib.contextmanager
 def bare_vllm(folder: Path, dtype: str) -> Iterator[Callable[[list[Request], bool], int]]:
-    """``LLM.generate`` in a process of its own; with the same options as ours or with vLLM's defaults."""
+    """``LLM.generate`` in its own process, with the same options as ours or with vLLM's defaults."""
     device = device_of(False).type
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
@@ -213,7 +213,7 @@ def bench_vllm(rounds: int, count: int) -> dict[str, Any]:
 
 
 def in_shards(engine: Any, requests: list[Request], size: int = 64) -> list[Completion]:
-    """As an executor feeds an engine: three shards ahead."""
+    """Completions of an engine that is fed like by an executor, three shards ahead."""
     shards = [requests[i : i + size] for i in range(0, len(requests), size)]
     pending, done, ahead = 0, [], 0
     while len(done) < len(requests):
@@ -283,7 +283,7 @@ def rss_bytes() -> int:
 
 
 def bench_store(total: int, num_tokens: int, samples: int = 4, shard: int = 512) -> dict[str, Any]:
-    """What a response costs besides its generation: its key, the look into the store, the write, and the read."""
+    """Cost of a response besides its generation: its key, the lookup in the store, the write and the read."""
     rng = random.Random(0)
     prompts = [tuple(rng.randrange(VOCAB) for _ in range(200)) for _ in range(1000)]
     responses = [tuple(rng.randrange(VOCAB) for _ in range(num_tokens)) for _ in range(200)]
@@ -331,7 +331,7 @@ def bench_store(total: int, num_tokens: int, samples: int = 4, shard: int = 512)
 
 
 def bench_flips(count: int) -> list[dict[str, Any]]:
-    """Same requests in batches of 1 and of 64; and twice in batches of 64, the second time backwards."""
+    """Differences between the same requests in batches of 1 and of 64, and in batches of 64 forwards and backwards."""
     out = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_model(Path(scratch) / "model", hidden=384, layers=6)

@@ -1,11 +1,11 @@
-"""A preference step whose output head lies on several processes, beside one process that has all of it, on the CPU.
+"""A preference step with the output head split over several processes, against one process with all of it, on the CPU.
 
     python benchmarks/bench_head_parts.py                 2 processes x 1 thread against 1 x 2, about 2 minutes
     python benchmarks/bench_head_parts.py --ranks 4       more parts of the head
 
-The first shape of `bench_fused_loss.py`. In each round the one process makes a step, then the parts make one together,
-so that both meet the same noise; a ratio is that of a round. Memory is the peak resident size of a process in a step
-over what it held before it made any tensor: inputs, gradients and everything else.
+It uses the first shape of `bench_fused_loss.py`. In each round the single process does a step, then the parts do one
+together, so that both see the same noise; ratios are taken within a round. Memory is the peak resident size of a
+process during a step minus its size before it made any tensor: inputs, gradients and everything else.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIME_GOAL, MEMORY_GOAL = 1.1, 0.55
 
 
 def process(case: Case, rank: int, ranks: int, threads: int, store: str, pipe: Any) -> None:
-    """One of ``ranks`` processes: says its memory, then makes a step each time it is asked and says its seconds."""
+    """One of ``ranks`` processes: reports its memory, then does a step on each request and reports its seconds."""
     torch.set_num_threads(threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     group = None
@@ -70,7 +70,7 @@ def process(case: Case, rank: int, ranks: int, threads: int, store: str, pipe: A
 
 
 def inputs(case: Case, store: str, ranks: int) -> None:
-    """A file of tensors for each process of a world."""
+    """Writes a file of tensors for each process of a world."""
     problem = make(case)
     parts = [x.tensor_split(ranks) for x in (problem.weight, problem.ref_weight)]
     for rank in range(ranks):
@@ -85,7 +85,7 @@ def inputs(case: Case, store: str, ranks: int) -> None:
 
 
 class World:
-    """The processes that make a step together."""
+    """The processes that do a step together."""
 
     def __init__(self, case: Case, ranks: int, threads: int, store: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -100,7 +100,7 @@ class World:
         self.facts = [pipe.recv() for pipe in self.pipes]
 
     def step(self) -> float:
-        """Seconds of the slowest process."""
+        """Does a step; returns the seconds of the slowest process."""
         for pipe in self.pipes:
             pipe.send("step")
         return max(pipe.recv() for pipe in self.pipes)

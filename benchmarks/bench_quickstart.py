@@ -1,4 +1,4 @@
-"""The quickstart over several seeds, beside plain DPO and chosen-only NLL at equal budget.
+"""The quickstart over several seeds, against plain DPO and chosen-only NLL at equal budget.
 
     python benchmarks/bench_quickstart.py                          the README's table: seeds 0 1 2, held-out prompts
     python benchmarks/bench_quickstart.py --eval_set development   to choose settings; never the held-out prompts
@@ -30,7 +30,7 @@ LOSSES = {"dual_clip": "dual clip (TSO)", "dpo": "plain DPO", "sft": "chosen-onl
 
 
 def run_one(seed: int, eval_set: str, folder: str, settings: list[str]) -> None:
-    """In the child process: one seed, all losses; prints one JSON line."""
+    """Runs one seed with all losses in the child process; prints one JSON line."""
     from tso_fast.cli import quickstart_config
     from tso_fast.files.run import read_run
     from tso_fast.commands import train_and_compare

@@ -1,14 +1,14 @@
-"""Consensus, pairs and agreement over a million prompts: ours, a copy of the scores, vectorised peers, a loop.
+"""Consensus, pairs and agreement over a million prompts: ours, a plain copy of the scores, vectorised peers, a loop.
 
     python benchmarks/bench_scoring.py                      1,000,000 prompts x 8 responses x 9 scorers
     python benchmarks/bench_scoring.py --prompts 20000 --rounds 3 --out trial.json
 
-Results are compared with the numpy reference first; a row that differs makes the exit status 1. Times are medians of
-interleaved rounds; a ratio is that of a round, shown as median and quartiles. The floor is a copy of the scores to a
-buffer that is paged in already, by as many threads as ours (torch's `copy_`; `np.copyto`, one thread, is timed
-beside it). The vectorised peers get the scores as [P, 8, 9], which ragged prompts would not fit; the loop is numpy
-calls prompt after prompt, timed over a part of the prompts. Extra memory is the peak resident size over the inputs,
-outputs included, in a fresh process. Distances of n-grams follow, as by bench_diversity.py.
+Results are first compared with the numpy reference; a row that differs makes the exit status 1. Times are medians of
+interleaved rounds; ratios are taken within a round and shown as median and quartiles. The floor is a copy of the scores
+to a buffer that is already paged in, with as many threads as ours (torch's `copy_`; `np.copyto`, one thread, is also
+timed). The vectorised peers get the scores as [P, 8, 9], which ragged prompts would not fit; the loop calls numpy
+prompt by prompt, and is timed on a part of the prompts. Extra memory is the peak resident size minus the inputs,
+outputs included, in a fresh process. Distances of n-grams follow, as in bench_diversity.py.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def whole(problem: Problem, method: str, normalize: str, threads: int) -> Any:
 
 
 def numpy_vectorised(problem: Problem) -> np.ndarray:
-    """Single precision and in place where it can be; NaN-aware only when something is missing, which it looks for."""
+    """Consensus in numpy, in single precision and in place where possible; NaN-aware only if a score is missing."""
     x = problem.scores_RM.reshape(-1, NUM_RESPONSES, NUM_SCORERS)
     weights = problem.weights_M.astype(np.float32)
     if not np.isnan(x.sum()):
@@ -132,7 +132,7 @@ def torch_vectorised(problem: Problem) -> np.ndarray:
 
 
 def vectorised_pairs(values_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Looks for missing scores, and for prompts without a pair, before it spends anything on them."""
+    """Best-worst pairs, checking first whether any score is missing or any prompt has no pair."""
     values = torch.from_numpy(values_R).view(-1, NUM_RESPONSES)
     is_whole = not torch.isnan(values.sum())
     best = (values if is_whole else values.nan_to_num(-torch.inf)).max(dim=1)
@@ -147,7 +147,7 @@ def vectorised_pairs(values_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def numpy_loop(problem: Problem) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """As a script would: a response without scores is not looked for when pairs are made."""
+    """Consensus and pairs as a script would compute them; does not check for responses without scores."""
     weights = problem.weights_M
     values_R, pairs = np.empty(len(problem.scores_RM), np.float32), []
     with np.errstate(invalid="ignore"):
@@ -175,7 +175,7 @@ PEERS = {"numpy vectorised": numpy_vectorised, "torch vectorised": torch_vectori
 
 
 def wrong_rows(problem: Problem, threads: int) -> list[str]:
-    """What differs from the reference, on the first prompts."""
+    """Names of results that differ from the reference on the first prompts."""
     small, found = problem.head(CHECKED_PROMPTS), []
     truth: dict[tuple[str, str], np.ndarray] = {}
     for method, normalize in METHODS:
@@ -206,7 +206,7 @@ def wrong_rows(problem: Problem, threads: int) -> list[str]:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """What the call returns is freed after the clock stopped."""
+    """Seconds of a call, whose result is freed after the clock stops."""
     start = time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
@@ -254,7 +254,7 @@ def measure(problem: Problem, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def memory(arguments: argparse.Namespace, missing: float) -> dict[str, Any]:
-    """Memory that the goal row takes, measured in a process of its own."""
+    """Memory of the row that has a goal, measured in its own process."""
     command = [
         sys.executable,
         __file__,

@@ -1,10 +1,10 @@
-"""A 2-base x 3-version matrix, full weights and LoRA, by `tso-fast generate` with hf, vllm, openai; each part killed.
+"""Checks `tso-fast generate` on 2 bases x 3 versions, full weights and LoRA, with hf, vllm and openai, under kill -9.
 
     python benchmarks/check_matrix.py [--only hf vllm openai] [--keep FOLDER]
 
-The same command but for one key answers greedily by every generator: the answers must agree. Then sampled, with a
-kill -9 of the engine, of the driver and of a server at work: the same command must finish, and ask for nothing that was
-stored. Needs vLLM and some minutes on two cores.
+First every generator answers greedily, by a command that differs only in one key: the answers must agree. Then answers
+are sampled while the engine, the driver or a server is killed: the same command must finish afterwards, without
+generating stored answers again. It needs vLLM and some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLI = [sys.executable, "-P", "-m", "tso_fast.cli"]
 
 
 def make_matrix(folder: Path) -> None:
-    """Bases `s` and `m`; versions 1 and 3 of `s` are full weights, its 2 and both later ones of `m` adapters."""
+    """Makes bases `s` and `m`; s.v1, s.v3 and m.v1 are full weights, s.v2, m.v2 and m.v3 are adapters."""
     tokenizer = make_tokenizer(TEXTS, Recipe(seed=0))
     for name, layers, seed in (("s.v1", 1, 0), ("s.v3", 1, 1), ("m.v1", 2, 2)):
         torch.manual_seed(seed)
@@ -70,7 +70,7 @@ def make_matrix(folder: Path) -> None:
 
 
 SERVERS = {"s.v1": ["s.v2"], "s.v3": [], "m.v1": ["m.v2", "m.v3"]}
-"""Full weights, each on a server of its own, and the adapters beside them."""
+"""Cells of full weights, each with its own server, and the adapters on the same server."""
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def read(output: Path) -> dict[tuple[str, str, int], tuple[int, ...]]:
 
 
 def stored(output: Path) -> int:
-    """Rows that are committed; read from a copy, as the store is locked while it is used."""
+    """Number of committed rows, read from a copy, since the store is locked while in use."""
     folder = Path(f"{output}.responses")
     with tempfile.TemporaryDirectory() as copy:
         for file in folder.glob("responses.sqlite3*"):
@@ -209,7 +209,7 @@ def stored(output: Path) -> int:
 
 
 def kill_while_working(arguments: list[Any], victim: str, servers: dict[str, Any]) -> dict[str, Any]:
-    """Starts the command, kills a part of it once something is stored, and lets it end; then again until it is done."""
+    """Starts the command, kills a part of it once something is stored, and runs it again until it finishes."""
     output: Path = arguments[2]
     process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 300
@@ -249,7 +249,7 @@ def kill_while_working(arguments: list[Any], victim: str, servers: dict[str, Any
 
 
 def count_orphans(children: list[psutil.Process], timeout_s: float = 10) -> int:
-    """What outlives its driver."""
+    """Number of processes that outlive their driver."""
     return len(psutil.wait_procs(children, timeout=timeout_s)[1])
 
 

@@ -1,32 +1,31 @@
-"""What a step at Llama-3-8B's head should take on a GPU, computed from a card's constants: nothing is measured.
+"""Expected time of a step at Llama-3-8B's head on a GPU, computed from the card's constants; nothing is measured.
 
     python benchmarks/expected_gpu.py                    the step, product by product, as markdown tables
     python benchmarks/expected_gpu.py --card H100        on another card
     python benchmarks/expected_gpu.py --emulate          rounding errors, emulated on the CPU, in half a minute
     python benchmarks/expected_gpu.py --draw             the pictures of docs/kernels.md
 
-It needs no GPU and compiles nothing. Chunks and bytes are those of `tso_fast.logprob.fused.plan`, tiles those of
-`kernels/tiles.py` for a compute capability of 9.0 before anything was timed there. 16384 completion tokens, D 4096,
-V 128256. What is assumed:
+It needs no GPU and compiles nothing. Chunks and bytes come from `tso_fast.logprob.plan`, tiles from the defaults in
+`kernels/tiles.py` for compute capability 9.0. The step has 16384 completion tokens, D 4096, V 128256. Assumptions:
 
-1. A multiprocessor that computes does so at its share of the matrix rate that torch reaches on random data. That rate
-   is set by the card's power: on zeros it is 13 % higher. So a stall is partly free, and a time is a range. *low*:
-   clocks rise into the stalls up to the rate on zeros, as long as the step as a whole stays at the rate on random data.
+1. While a multiprocessor computes, it reaches its share of the matrix rate that torch reaches on random data. The
+   card's power limits that rate: on zeros it is 13 % higher. A stall is therefore partly free, and a time is a range.
+   *low*: after stalls clocks rise up to the rate on zeros, as long as the whole step stays at the rate on random data.
    *high*: they don't.
-2. A tile of 128 x 256 or more has a multiprocessor to itself, as its stages take more than half of shared memory; then
-   nothing hides its start and its end. Of smaller tiles two run side by side, and one hides the other's.
-3. A start costs START_US: launch, descriptors, the first stage on its way. An end costs OPS[kernel] instructions an
-   element on 128 lanes, exponentials at 16 a clock, and its loads and stores: in *low* at 64 bytes a clock, a
-   multiprocessor's port to the L2 cache, in *high* at its share of the memory's bandwidth.
-4. Tiles run in whole waves, a tile to each place; the last one counts whole. Operands come from memory once a wave,
-   and not at all where the wave before had them and its operands fit into 3/4 of the L2 cache. Memory works beside the
-   products, so that only a product with more bytes than FLOP is limited by it.
-5. torch's product runs at the matrix rate, in *high* with tiles of 128 x 256 in whole waves.
-6. Whether the L2 cache delivers what a product asks for at that rate is not known: a column says what that is, and a
-   table what the step takes when tiles compute more slowly.
-7. Small kernels take SMALL_US, guesses that are latencies above all, in *low* half of it. The host is ahead of the
-   device but for the check of the arguments, CHECK_MS, while the device waits.
-8. float32 has no tensor cores here: the rate is that of the lanes, of which torch reaches 85 % and tiles 50-75 %.
+2. A tile of 128 x 256 or more has a multiprocessor to itself, since its stages take more than half of shared memory;
+   nothing then hides its start and its end. Smaller tiles run in pairs, and each hides the other's.
+3. A start costs START_US: launch, descriptors and the latency of the first stage. An end costs OPS[kernel] instructions
+   per element on 128 lanes, exponentials at 16 per clock, and its loads and stores: in *low* at 64 bytes per clock, the
+   multiprocessor's port to the L2 cache, in *high* at its share of memory bandwidth.
+4. Tiles run in whole waves, one tile per place; the last wave counts in full. A wave reads its operands from memory
+   once, and not at all if the previous wave had them and its operands fit into 3/4 of the L2 cache. Memory works in
+   parallel with products, so it limits only products with more bytes than FLOP.
+5. torch's product runs at the matrix rate; in *high*, with tiles of 128 x 256 in whole waves.
+6. It is unknown whether the L2 cache can deliver a product's operands at that rate: a column shows the required rate,
+   and a table shows the step's time if tiles compute more slowly.
+7. Small kernels take SMALL_US, estimates that are mostly latency; in *low*, half of that. The host is ahead of the
+   device except while it checks the arguments, CHECK_MS, when the device waits.
+8. float32 uses no tensor cores: the rate is that of the lanes, of which torch reaches 85 % and tiles 50-75 %.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ from tso_fast.logprob.plan import Shape
 DIM, VOCAB, ROWS_OF_PAIR, PAIRS = 4096, 128256, 2048, 8
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GOAL = 1.2
-"""Step over floor."""
+"""Largest allowed ratio of step to floor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """Rates and bandwidth as measured by torch on such a card, on random data; the others from its data sheet."""
+    """Constants of a card: rates and bandwidth measured with torch on random data, the others from its data sheet."""
 
     name: str
     multiprocessors: int
@@ -65,9 +64,9 @@ class Card:
     l2_mb: float
     ghz: float = 1.7  # under such a load; between 1.5 and 1.98
     on_zeros: float = 894 / 788
-    """The matrix rate on zeros over that on random data, H200; the H100's is assumed to be the same."""
+    """Ratio of the matrix rate on zeros to that on random data, measured on an H200 and assumed for the H100."""
     tile_tflops: float | None = None
-    """What tiles reach while they compute, if it is not the matrix rate; of *high*."""
+    """Rate of tiles while they compute, in *high*; None: the matrix rate."""
 
     @property
     def lane_tflops(self) -> float:
@@ -95,7 +94,7 @@ CHECK_MS = 1.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """One row of the table: a kernel in one chunk or, added up, in all."""
+    """One row of the table: a kernel in one chunk, or summed over all chunks."""
 
     name: str
     flop: float = 0.0
@@ -110,7 +109,7 @@ class Work:
 
     @property
     def efficiency(self) -> float:
-        """Share of the places of all waves that have a tile."""
+        """Share of places that have a tile, over all waves."""
         return self.tiles / (self.waves * self.places) if self.waves else math.nan
 
 
@@ -126,7 +125,7 @@ def total(name: str, works: Iterable[Work]) -> Work:
 
 @functools.cache
 def operand_bytes(num_rows: int, num_cols: int, tile: Tile, inner: int, size: int, places: int, l2: float) -> float:
-    """Bytes that the operands of a product bring from memory, in the order of ``kernels/blocks.py: tile_of``."""
+    """Bytes of operands that a product reads from memory, in the tile order of ``kernels/blocks.py: tile_of``."""
     pid = np.arange(num_rows * num_cols)
     first = pid // (tile.group * num_cols) * tile.group
     group = np.minimum(num_rows - first, tile.group)
@@ -155,8 +154,8 @@ def product(
     exps: int = 0,
     share: float = 1,
 ) -> Work:
-    """A product by tiles, [rows, inner] x [inner, cols]. read, written: bytes an element beside the operands; exps: of
-    an element; share: of the rows, or of what is summed over, that has a gradient."""
+    """A tiled product, [rows, inner] x [inner, cols]. read, written: bytes per element besides the operands; exps:
+    exponentials per element; share: share of the rows, or of the inner dimension, that has a gradient."""
     rows, cols, inner = shape
     num_rows, num_cols = math.ceil(rows / tile.rows), math.ceil(cols / tile.cols)
     programs = 1 if tile.rows * tile.cols >= 128 * 256 else 2
@@ -196,7 +195,7 @@ def product(
 
 
 def rates(card: Card, dtype: torch.dtype) -> tuple[float, float, float]:
-    """TFLOP/s of tiles that compute, in low and high, and of a whole product at best."""
+    """TFLOP/s of tiles while they compute, in low and high, and of a whole product at best."""
     if dtype == torch.float32:
         return 0.75 * card.lane_tflops, 0.5 * card.lane_tflops, 0.75 * card.lane_tflops
     return card.tflops * card.on_zeros, card.tile_tflops or card.tflops, card.tflops
@@ -207,7 +206,7 @@ def torch_rate(card: Card, dtype: torch.dtype) -> float:
 
 
 def torch_dhidden(card: Card, rows: int, dtype: torch.dtype) -> Work:
-    """dhidden by torch's product, in slices."""
+    """dhidden computed by torch's product, in slices."""
     slices = []
     for start in range(0, rows, DHIDDEN_ROWS):
         count = min(DHIDDEN_ROWS, rows - start)
@@ -243,16 +242,16 @@ def small(name: str, times: float, bytes_read: float = 0.0, bytes_written: float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """A case and how it is computed."""
+    """A case and the way it is computed."""
 
     name: str
     dtype: torch.dtype = torch.bfloat16
     is_cached: bool = False
     needs_dweight: bool = True
     share: float = 1.0
-    """of the rows that have a gradient; less than 1: dual clip, whose dhidden is made by tiles"""
+    """Share of rows that have a gradient; less than 1: dual clip, whose dhidden uses tiles."""
     old_rows: int | None = None
-    """The plan before: chunks of so many rows, a sum of 32 bits, dhidden by tiles, gradients scaled in bf16."""
+    """Rows per chunk of the old plan, which has a 32-bit sum, dhidden by tiles and gradients scaled in bf16."""
 
     @property
     def shape(self) -> Shape:
@@ -291,7 +290,7 @@ STEPS = [
 
 
 def chunk(card: Card, step: Step, rows: int, number: int, num_chunks: int) -> list[Work]:
-    """Every kernel of a chunk."""
+    """All kernels of a chunk."""
     dtype, size = step.dtype, step.dtype.itemsize
     tiles = default_tiles(DIM, dtype, (9, 0))
     row, logits = DIM * size, (rows, VOCAB, DIM)
@@ -342,7 +341,7 @@ def chunk(card: Card, step: Step, rows: int, number: int, num_chunks: int) -> li
 
 
 def around(card: Card, step: Step) -> list[Work]:
-    """What is done once a step."""
+    """Work that is done once per step."""
     rows, row = PAIRS * ROWS_OF_PAIR, DIM * step.dtype.itemsize
     elements = rows * DIM + (VOCAB * DIM if step.needs_dweight else 0)
     moved = rows * row * (2 * (2 - step.is_cached) + 3)  # taken: read and written; dhidden: zeroed, read and written
@@ -359,7 +358,7 @@ def around(card: Card, step: Step) -> list[Work]:
 
 
 def expected(card: Card, step: Step) -> list[Work]:
-    """The kernels of a step, each summed over its chunks; those that make no product are one row, the last."""
+    """The kernels of a step, each summed over its chunks; the last row is the sum of those without a product."""
     by_name: dict[str, list[Work]] = {}
     for number, rows in enumerate(step.chunks):
         for work in chunk(card, step, rows, number, len(step.chunks)):
@@ -445,13 +444,13 @@ def relative(got: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def to_24_bits(x: torch.Tensor) -> torch.Tensor:
-    """float32 with the lowest 8 bits rounded away, to nearest even, as ``dweight_kernel`` leaves it."""
+    """float32 rounded to its upper 24 bits, to nearest even, as ``dweight_kernel`` does."""
     bits = x.view(torch.int32)
     return (((bits + 0x7F + ((bits >> 8) & 1)) >> 8) << 8).view(torch.float32)
 
 
 def gradient_errors(num_chunks: int = 4, T: int = 4096, D: int = 256, V: int = 4096) -> dict[str, float]:
-    """Relative Frobenius errors against float64 of the formulas as they are rounded, in bf16."""
+    """Relative Frobenius errors of the formulas, rounded as in bf16 kernels, against float64."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(T, D, generator=g).bfloat16()
     weight = (torch.randn(V, D, generator=g) * 2.5 * D**-0.5).bfloat16()
@@ -485,7 +484,7 @@ def gradient_errors(num_chunks: int = 4, T: int = 4096, D: int = 256, V: int = 4
 
 
 def truncation_errors(T: int = 128, V: int = 2048, D: int = 4096, logit: float = 20.0) -> dict[str, float]:
-    """Confident tokens, whose logits are summed 16 terms at a time and cut off to float32, toward zero."""
+    """Errors for confident tokens if logits are summed 16 terms at a time and truncated to float32, toward zero."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(V, D, generator=g) * D**-0.5
     targets = torch.randint(V, (T,), generator=g)
@@ -558,7 +557,7 @@ def size_of(num_bytes: float) -> str:
 
 
 def draw_chunk() -> None:
-    """The kernels of one chunk in order, with what each reads and writes."""
+    """Draws the kernels of one chunk in order, with their reads and writes."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyBboxPatch
 
@@ -674,7 +673,7 @@ def draw_chunk() -> None:
 
 
 def draw_memory() -> None:
-    """Bytes of a step beside inputs and gradients, by the plan."""
+    """Draws the planned bytes of a step in addition to inputs and gradients."""
     import matplotlib.pyplot as plt
 
     rows = [ROWS_OF_PAIR] * PAIRS
@@ -711,7 +710,7 @@ def draw_memory() -> None:
 
 
 def draw_sum() -> None:
-    """The 24-bit sum of dweight: its bits, and what it costs."""
+    """Draws the 24-bit sum of dweight: its bits and its cost."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
@@ -766,7 +765,7 @@ def draw_sum() -> None:
 
 
 def draw_times(card: Card) -> None:
-    """What is expected of every case, over its floor."""
+    """Draws the expected time of every case relative to its floor."""
     import matplotlib.pyplot as plt
 
     parts = {

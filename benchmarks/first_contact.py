@@ -1,16 +1,16 @@
-"""The first minutes on a GPU: each product of the op beside cuBLAS, the candidate tiles, and what only hardware knows.
+"""The first minutes on a GPU: each product of the op against cuBLAS, candidate tiles, and facts only hardware can tell.
 
     python benchmarks/first_contact.py                      under 4 minutes on an H200
     python benchmarks/first_contact.py --out contact.jsonl  the results too, a line each
     python benchmarks/first_contact.py --only tiles         some groups
     python benchmarks/first_contact.py --dry_run            the same code at tiny shapes, in Triton's interpreter
 
-It runs from a plain copy of the repository as `gpu_suite.py` does. A line of JSON for each result as it comes, and at
-the end what to choose, in words, with the line that the cache file of `kernels/tiles.py` takes. Times are medians of
-CUDA events with the L2 cache overwritten in between, on random data of a model's size: Llama-3-8B's head in bfloat16.
+It runs from a plain copy of the repository, as `gpu_suite.py` does. It prints each result at once as a line of JSON,
+and at the end the recommended choices in words, with the entry for the cache file of `kernels/tiles.py`. Times are
+medians of CUDA events with the L2 cache overwritten in between, on random data for Llama-3-8B's head in bfloat16.
 
-Each group of measurements runs in a process of its own. One that hangs, crashes or loses the device is a line like any
-other; another process then goes on behind it.
+Each group of measurements runs in its own process. A measurement that hangs, crashes or loses the device becomes a line
+like any other; a new process then continues after it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tso_fast.kernels.blocks import load_tile, operand
 
 SPEED_GOAL, MEMORY_GOAL_MIB = 1.2, 2048
 LOGITS_GOAL_TFLOPS = 640
-"""Below it cuBLAS and a pass over its float32 logits are as fast."""
+"""Below this rate, cuBLAS and a pass over its float32 logits are as fast."""
 WORKERS = 12
 
 Measurement = Callable[[], dict[str, Any]]
@@ -58,7 +58,7 @@ HEAD: dict[str, Any] = {"softcap": None, "temperature": 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Lab:
-    """Where and at which sizes."""
+    """The device and the sizes to measure."""
 
     device: Device
     dim: int
@@ -73,19 +73,19 @@ class Lab:
 
     @property
     def middle(self) -> int:
-        """Rows of a chunk at the default memory."""
+        """Rows of a chunk at the default memory budget."""
         return self.rows[len(self.rows) // 2]
 
     def tflops(self, rows: int, ms: float) -> float:
         return 2 * rows * self.dim * self.vocab / ms / 1e9
 
     def small(self) -> Lab:
-        """One whose kernels are the same binaries, as they depend on no size but on what 16 divides."""
+        """A smaller lab with the same kernel binaries, which depend only on whether 16 divides the sizes."""
         return self if self.device.name == "cpu" else replace(self, vocab=1280, rows=(256,))
 
 
 class Operands:
-    """Of the products of T rows."""
+    """Operands of the products of T rows."""
 
     def __init__(self, lab: Lab, rows: int) -> None:
         g = torch.Generator(lab.where).manual_seed(0)
@@ -131,7 +131,7 @@ def about(lab: Lab) -> Iterator[tuple[str, Measurement]]:
 
 
 def power(lab: Lab) -> dict[str, Any]:
-    """While cuBLAS makes logits for some seconds."""
+    """Power and clocks while cuBLAS computes logits for some seconds."""
     x = Operands(lab, lab.middle)
     out = torch.empty(lab.middle, lab.vocab, dtype=lab.dtype, device=lab.where)
     samples = lab.device.watch(lambda: torch.mm(x.hidden, x.weight.T, out=out), seconds=4)
@@ -149,7 +149,7 @@ def questions(lab: Lab) -> Iterator[tuple[str, Measurement]]:
 
 
 def same_bits(lab: Lab) -> dict[str, Any]:
-    """A bias leaves the target alone in the sum of a row, exp(x[y] - k): exactly 1 if k has the product's bits."""
+    """Whether k has the product's bits: a bias leaves only the target in a row's sum, exp(x[y] - k), so it is 1."""
     x = Operands(lab, lab.rows[0])
     sums = []
     for target in (0, lab.vocab // 2, lab.vocab - 1):
@@ -169,7 +169,7 @@ def same_bits(lab: Lab) -> dict[str, Any]:
 
 
 def accumulation(lab: Lab) -> dict[str, Any]:
-    """Mean error of logits toward zero, over their mean size: negative where sums are truncated."""
+    """Mean error of logits toward zero, relative to their mean size; negative if sums are truncated."""
     x = Operands(lab, lab.rows[0])
     exact = (x.hidden.double() * x.weight[x.targets].double()).sum(-1)
     by_torch = lab.device.float32_product(x.hidden, x.weight.T).gather(1, x.targets[:, None])[:, 0]
@@ -186,7 +186,7 @@ def accumulation(lab: Lab) -> dict[str, Any]:
 
 @triton.jit
 def copy_tile_kernel(source, out_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One tile, fetched by TMA, to memory."""
+    """Copies one tile, fetched by TMA, to memory."""
     tile = load_tile(source, 0, 0, ROWS, COLS, COLS, ROWS, COLS, True)
     offs = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     tl.store(out_ptr + offs, tile)
@@ -203,7 +203,7 @@ def stride_zero(lab: Lab) -> dict[str, Any]:
 
 
 def products(lab: Lab) -> Iterator[tuple[str, Measurement]]:
-    """cuBLAS and ours on the same operands. ``of`` is cuBLAS's, from the same number of rows."""
+    """Measurements of cuBLAS and ours on the same operands; ``of`` is cuBLAS's result for the same number of rows."""
     for rows in lab.rows:
         x = Operands(lab, rows)
         calls = {f"cublas {name}": (call, None) for name, call in by_cublas(lab, x).items()} | by_ours(lab, x)
@@ -255,7 +255,7 @@ def by_ours(lab: Lab, x: Operands) -> dict[str, tuple[Callable[[], Any], str | N
 
 
 class DweightSum:
-    """One chunk's part of dweight, added to 24 bits of a float32."""
+    """Adds one chunk's part of dweight to a 24-bit sum."""
 
     def __init__(self, lab: Lab, x: Operands) -> None:
         self.x, self.total = x, torch.zeros_like(x.weight)
@@ -283,7 +283,7 @@ def bandwidth(lab: Lab) -> Iterator[tuple[str, Measurement]]:
 
 
 def sum_bandwidth(lab: Lab) -> dict[str, Any]:
-    """What reading the past sum costs a chunk, beside a copy that moves as many bytes."""
+    """Cost per chunk of reading the past sum, against a copy that moves as many bytes."""
     x = Operands(lab, lab.middle)
     add = DweightSum(lab, x)
     first, middle = (
@@ -309,7 +309,7 @@ def compiled(lab: Lab) -> Iterator[tuple[str, Measurement]]:
 
 
 def compile_in_parallel(lab: Lab) -> dict[str, Any]:
-    """Fills Triton's cache from many processes at once; this one has not touched the GPU yet."""
+    """Fills Triton's cache from many processes at once; this process must not have used the GPU yet."""
     num_workers = min(WORKERS, os.cpu_count() or 1)
     pids = []
     for worker in range(num_workers):
@@ -350,7 +350,7 @@ def label(tile: tiles.Tile | None) -> str:
 
 
 def steps(lab: Lab) -> Iterator[tuple[str, Measurement]]:
-    """The headline by ours and by plain torch, each beside the floor, from its own inputs."""
+    """The headline step of ours and of plain torch, each against the floor, on its own inputs."""
     for name, provider in ((OURS, ours("triton")), (NAIVE, PEERS[NAIVE])):
         yield f"step {name}", functools.partial(step_of, lab, provider)
 
@@ -375,7 +375,7 @@ GROUPS: dict[str, Callable[[Lab], Iterator[tuple[str, Measurement]]]] = {
 
 
 class Findings:
-    """What was found, by name; each is a line on stdout, and in a file, at once."""
+    """Results by name; each is written at once as a line on stdout and to a file."""
 
     def __init__(self, out: Path | None) -> None:
         self.by_name: dict[str, dict[str, Any]] = {}
@@ -393,7 +393,7 @@ class Findings:
 
 
 def rounded(value: Any) -> Any:
-    """Four digits are more than a measurement has."""
+    """The value with floats rounded to four digits, which is more than measurements have."""
     if isinstance(value, dict):
         return {name: rounded(x) for name, x in value.items()}
     if isinstance(value, list):
@@ -402,7 +402,7 @@ def rounded(value: Any) -> Any:
 
 
 def run_group(lab: Lab, group: str, findings: Findings, end: float, quiet_s: float) -> None:
-    """Every measurement of a group, in as many processes as it takes: what kills one costs that measurement alone."""
+    """Runs every measurement of a group in as many processes as needed, so that a crash costs one measurement only."""
     done: set[str] = set()
     while (left_s := end - time.monotonic()) > 1:
         begun: str | None = None
@@ -431,11 +431,11 @@ MORE = "Lost: the device"
 
 
 class Lost(Exception):  # noqa: N818 - an event, whose words are MORE
-    """The device answers no more; what failed was said already."""
+    """The device no longer answers; the failure has already been reported."""
 
 
 def work(lab: Lab, group: str, done: Iterable[str], say: Say) -> None:
-    """In a child: the measurements of a group that are not done."""
+    """Runs the measurements of a group that are not done, in a child process."""
     before = set(done)
     for name, measurement in GROUPS[group](lab):
         if name in before:
@@ -459,7 +459,7 @@ def work(lab: Lab, group: str, done: Iterable[str], say: Say) -> None:
 
 
 def decisions(found: dict[str, dict[str, Any]], middle: int) -> list[str]:
-    """What to choose, a sentence each."""
+    """Recommended choices, one sentence each."""
     return [
         dhidden_choice(found, middle),
         logits_choice(found, middle),
@@ -470,13 +470,13 @@ def decisions(found: dict[str, dict[str, Any]], middle: int) -> list[str]:
 
 
 def best(found: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """The fastest of the tiles of a product, cuBLAS left out."""
+    """The fastest tile of a product, excluding cuBLAS."""
     timed = [x for x in found.values() if x.get("product") == name and x["tile"] != tiles.CUBLAS]
     return min(timed, key=lambda x: x["ms"], default=None)
 
 
 def ms_of(found: dict[str, dict[str, Any]], *names: str) -> float:
-    """The fastest of some findings; infinity if there is none."""
+    """Time of the fastest of some results; infinity if there are none."""
     return min((found[name]["ms"] for name in names if "ms" in found.get(name, {})), default=math.inf)
 
 
@@ -558,7 +558,7 @@ def step_results(found: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def tile_lines(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The entry of this head for the cache file, which is a JSON object of such entries."""
+    """This head's entry for the cache file, which is a JSON object of such entries."""
     chosen = {name: best(found, name) for name in ("logits", "dhidden", "dweight")}
     if "key" not in found.get("device", {}) or None in chosen.values():
         yield "tiles: not all measured."

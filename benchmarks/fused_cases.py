@@ -1,6 +1,6 @@
-"""One preference step at the output head: problems, float64 truth, the matmul floor, ours, the peers, and the device.
+"""One preference step at the output head: problems, float64 truth, the matmul floor, ours, the peers, the device.
 
-A step goes from hidden states to the loss and, by ``loss.backward()``, to the gradients of hidden states and head.
+A step goes from hidden states to the loss and, through ``loss.backward()``, to the gradients of hidden states and head.
 Sequences are stacked [chosen; rejected]. S sequences, L positions, D hidden, V vocabulary, T completion tokens.
 """
 
@@ -28,9 +28,9 @@ LOGIT_STD = 2.5
 REF_HIDDEN_STD, REF_WEIGHT_STD, REF_LENGTH = 0.1, 0.02, 256
 
 GOALS = {"margin_nat": 1e-3, "dhidden": 3e-3, "dweight": 3e-3}
-"""Largest error that passes, see ``errors``."""
+"""Largest allowed errors, see ``errors``."""
 GPU_GOALS = GOALS | {"dweight": 3.5e-3}
-"""On a GPU the sum of dweight is a product of two rounded factors, rounded again: 2.9e-3 when emulated."""
+"""Goals on a GPU, where dweight is a product of two rounded factors, rounded again: 2.9e-3 in emulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,20 +39,20 @@ class Case:
     what: str
     pairs: int
     length: int
-    """Positions of a sequence, prompt included."""
+    """Positions per sequence, prompt included."""
     dim: int
     vocab: int
     dtype: str = "bfloat16"
     prompt_share: float = 0.0
-    """Part of every sequence that is prompt: ignored targets."""
+    """Share of every sequence that is prompt, where targets are ignored."""
     is_head_trained: bool = True
     is_head_shared: bool = False
-    """The reference has the policy's head."""
+    """Whether the reference has the policy's head."""
     is_ref_cached: bool = False
-    """Reference log-probs are given; otherwise they are computed in the step from the reference's hidden states."""
+    """Whether reference log-probs are given; otherwise the step computes them from the reference's hidden states."""
     loss: str = "dpo"
     is_half_clipped: bool = False
-    """One side of every pair is at its bound: half of the sequences have zero gradient."""
+    """Whether one side of every pair is at its bound, so that half of the sequences have zero gradient."""
     softcap: float | None = None
 
     @property
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def products(self) -> float:
-        """[T, D] x [D, V] products that a step cannot do without: policy, reference, dhidden, dweight."""
+        """Number of [T, D] x [D, V] products that a step needs: policy, reference, dhidden, dweight."""
         backward = (1 + self.is_head_trained) * (0.5 if self.is_half_clipped else 1)
         return 1 + (not self.is_ref_cached) + backward
 
@@ -82,7 +82,7 @@ class Problem:
     targets: torch.Tensor
     """[S, L] int64, -100 in the prompt."""
     ref_logprobs: torch.Tensor | None = None
-    """[S] float32, when they are cached."""
+    """[S] float32; None: not cached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Result:
     dhidden: torch.Tensor
     """[S, L, D]"""
     dweight: torch.Tensor | None
-    """[V, D], None for a frozen head."""
+    """[V, D]; None: frozen head."""
 
     @property
     def grad_bytes(self) -> int:
@@ -102,7 +102,8 @@ class Result:
 
 
 def make(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
-    """Logits of standard deviation 2.5, targets drawn from the policy's softmax, so that -log p is a model's."""
+    """A random problem: logits of standard deviation 2.5, targets drawn from the policy's softmax, so that -log p is
+    realistic."""
     g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
@@ -136,7 +137,7 @@ def make(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
 
 
 def _sample(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, g: torch.Generator) -> torch.Tensor:
-    """Gumbel-max, some rows at a time."""
+    """Targets sampled by Gumbel-max, some rows at a time."""
     targets = []
     for rows in hidden.flatten(0, 1).split(256):
         logits = _cap((rows @ weight.T).float(), softcap)
@@ -146,8 +147,8 @@ def _sample(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, g
 
 
 def _away_from_targets(targets_SL: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-    """Moves the reference's target logits so far that one side of every pair is clipped: in even pairs the chosen one
-    (the reference likes it less), in odd pairs the rejected one (the reference likes it more)."""
+    """Shift of the reference's hidden states that clips one side of every pair: in even pairs the chosen side (less
+    likely under the reference), in odd pairs the rejected side (more likely under the reference)."""
     weight_SLD = weight_VD[targets_SL].float()
     chosen, rejected = torch.arange(targets_SL.shape[0], device=targets_SL.device).chunk(2)
     sign_S = targets_SL.new_zeros(targets_SL.shape[0], dtype=torch.float32)
@@ -165,21 +166,21 @@ def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """Float64."""
+    """The exact results, float64."""
 
     loss: torch.Tensor
     logprobs: torch.Tensor
     """[S]"""
     ref_logprobs: torch.Tensor
     dlogprobs: torch.Tensor
-    """[S] gradient of the loss by a sequence's log-prob."""
+    """[S] gradient of the loss by each sequence's log-prob."""
     dhidden: torch.Tensor
     """[S, L, D]"""
     dweight: torch.Tensor | None
 
 
 def solve(problem: Problem, block: int = 512) -> tuple[Problem, Truth]:
-    """The analytic answer in float64 from the rounded inputs, and the problem with the cached log-probs it asks for."""
+    """The problem, with cached log-probs if its case has them, and its analytic float64 result for rounded inputs."""
     case = problem.case
     is_valid = problem.targets != -100
     sequence_T = is_valid.nonzero()[:, 0]
@@ -246,8 +247,8 @@ def _mean_loss(case: Case, logprobs_S: torch.Tensor, ref_logprobs_S: torch.Tenso
 
 
 def errors(result: Result, truth: Truth) -> dict[str, float]:
-    """``loss``: relative. ``dhidden``, ``dweight``: relative, Frobenius. ``margin_nat``: largest over pairs of the
-    difference between the chosen and the rejected log-ratio to the reference. ``logprob_nat``: largest over sequences.
+    """Errors by name. ``loss``: relative. ``dhidden``, ``dweight``: relative, Frobenius. ``margin_nat``: largest error
+    over pairs of the chosen minus the rejected log-ratio to the reference. ``logprob_nat``: largest over sequences.
     """
 
     def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -270,12 +271,12 @@ def errors(result: Result, truth: Truth) -> dict[str, float]:
 
 
 def misses(found: dict[str, float], goals: dict[str, float] = GOALS) -> list[str]:
-    """Errors beyond their goal; NaN is beyond."""
+    """Errors beyond their goal, including NaN."""
     return [f"{name} {found[name]:.1e} > {goal:g}" for name, goal in goals.items() if not found.get(name, 0) <= goal]
 
 
 def error_cells(entry: dict[str, Any]) -> list[str]:
-    """Margin and larger gradient error of a provider's entry, for a table; ours are marked beyond their goal."""
+    """Table cells with the margin error and the larger gradient error of a provider; ours are marked beyond a goal."""
     found = entry["errors"]
     gradient = max((found[name] for name in ("dhidden", "dweight") if name in found), key=lambda x: (x != x, x))
     is_missed = [any(miss.startswith(start) for miss in entry.get("misses", [])) for start in ("margin_nat", "d")]
@@ -289,9 +290,9 @@ def error_cells(entry: dict[str, Any]) -> list[str]:
 
 
 class Floor:
-    """The products alone: ``torch.mm`` into preallocated outputs, completion rows only, ``rows`` at a time.
+    """Only the products: ``torch.mm`` into preallocated outputs, completion rows only, ``rows`` at a time.
 
-    Sequences with zero gradient are left out of dhidden and dweight, as a perfect op would.
+    dhidden and dweight skip sequences with zero gradient, as a perfect op would.
     """
 
     def __init__(self, problem: Problem, truth: Truth, rows: int) -> None:
@@ -326,7 +327,7 @@ class Floor:
 
 
 def floors(problem: Problem, truth: Truth) -> dict[str, Floor]:
-    """All rows at once, and a pair at a time; the faster one counts."""
+    """Floors with all rows at once, and with a pair at a time; the faster one counts."""
     case = problem.case
     return {
         "floor": Floor(problem, truth, 2 * case.pairs * case.completion),
@@ -342,7 +343,7 @@ class Provider:
     label: str
     run: Callable[[Problem], Result]
     package: str | None = None
-    """The module that must be there, where it is none of torch's."""
+    """Module that must be installed; None: torch is enough."""
     unsupported: Callable[[Case], str | None] = lambda case: None
     is_compiled: bool = False
     is_ours: bool = False
@@ -377,7 +378,7 @@ def ours(impl: str) -> Provider:
 def per_token(
     label: str, logprobs: Callable[[Problem, torch.Tensor, torch.Tensor], torch.Tensor], **options: Any
 ) -> Provider:
-    """A peer that gives log-probs of tokens, [S, L] and 0 where ignored; the loss on top is a few torch calls."""
+    """A peer that computes log-probs of tokens, [S, L] and 0 where ignored; a few torch calls add the loss."""
 
     def run(problem: Problem) -> Result:
         hidden, weight = _leaves(problem)
@@ -394,7 +395,7 @@ def per_token(
 
 
 def _leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh, without gradients."""
+    """Fresh leaf tensors for hidden states and head, without gradients."""
     weight = problem.weight.detach().requires_grad_(problem.case.is_head_trained)
     return problem.hidden.detach().requires_grad_(), weight
 
@@ -462,7 +463,7 @@ def _cce(impl: str) -> Callable[[Problem, torch.Tensor, torch.Tensor], torch.Ten
 
 
 def _trl(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As TRL's fused head calls it, less the entropy and other metrics that its trainer also computes."""
+    """Log-probs as TRL's fused head computes them, without the entropy and other metrics of its trainer."""
     from trl.kernels import ChunkedLogProbFunction
 
     targets = problem.targets
@@ -479,7 +480,8 @@ def _trl(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.
 
 
 def _torch_lce(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """With the fastest of the options tried; its automatic chunks are several times slower."""
+    """Log-probs by torch's linear cross-entropy, with the fastest of the options tried; automatic chunks are several
+    times slower."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"torch {torch.__version__} has no fused linear_cross_entropy")
     targets = problem.targets
@@ -489,7 +491,7 @@ def _torch_lce(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> 
 
 
 def _quack(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Its chunked head gives means and sums only; log-probs of tokens come from the one that holds the logits."""
+    """Log-probs by quack's head that keeps the logits, since its chunked head returns only means and sums."""
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
     targets = problem.targets
@@ -518,7 +520,7 @@ PEERS: dict[str, Provider] = {
 
 
 def attempt(provider: Provider, problem: Problem, device: Device | None = None) -> Result | str:
-    """The result, or in a few words why there is none. What goes wrong on a GPU after the call went out counts too."""
+    """The result, or a short reason why there is none; waits for the device, so that GPU errors count too."""
     if reason := provider.unsupported(problem.case):
         return reason
     device = device or device_of(problem.hidden)
@@ -545,18 +547,18 @@ def attempt(provider: Provider, problem: Problem, device: Device | None = None) 
 
 
 class Device:
-    """The CPU: what measuring asks of a device. Nothing here is looked at before it is called."""
+    """The operations that measuring needs from a device; this class is the CPU."""
 
     name = "cpu"
 
     def synchronize(self) -> None:
-        """Waits until all is done; raises what went wrong meanwhile."""
+        """Waits until all work is done; raises errors that occurred meanwhile."""
 
     def empty_cache(self) -> None:
         gc.collect()
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """Of one call, host time included; what it returns is freed after the clock stopped."""
+        """Seconds of one call, host time included; its result is freed after the clock stops."""
         before = time.perf_counter()
         result = call()
         after = time.perf_counter()
@@ -564,15 +566,15 @@ class Device:
         return after - before
 
     def ms(self, call: Callable[[], Any], repeat: int = 1) -> float:
-        """Median milliseconds of a kernel's call, once warm."""
+        """Median milliseconds of a kernel's call, after warm-up."""
         return 1e3 * self.seconds(call)
 
     def peak_bytes(self, call: Callable[[], Any]) -> tuple[Any, int | None]:
-        """The call's result, and how far memory rose above where it was; None: unknown."""
+        """The call's result, and the rise of memory during the call; None: unknown."""
         return call(), None
 
     def float32_product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Of 16-bit matrices, not rounded to 16 bits."""
+        """Product of 16-bit matrices, not rounded to 16 bits."""
         return a.float() @ b.float()
 
     def facts(self) -> dict[str, Any]:
@@ -589,7 +591,7 @@ class Cuda(Device):
 
     name = "cuda"
     l2_bytes = 256 * 2**20
-    """Written before every measured call: several times the largest L2 cache."""
+    """Bytes written before every measured call: several times the largest L2 cache."""
 
     def __init__(self) -> None:
         self.l2: torch.Tensor | None = None

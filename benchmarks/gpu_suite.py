@@ -7,23 +7,23 @@
     python benchmarks/gpu_suite.py --dry_run                 the same code at tiny shapes, in Triton's interpreter
     python benchmarks/gpu_suite.py --readme                  the README's tables from the last results
 
-From a plain copy of the repository, where nothing can be installed, compiled or downloaded (it needs torch, triton and
-numpy; a peer is measured if its folder can be imported):
+It also runs from a plain copy of the repository, where nothing can be installed, compiled or downloaded (it needs
+torch, triton and numpy; a peer is measured if its folder can be imported):
 
     ln -sfn ../kernels tso_fast/kernels
     PYTHONPATH=. python benchmarks/gpu_suite.py
 
-On a fresh machine `first_contact.py` first: it fills Triton's cache from many processes at once.
+On a fresh machine run `first_contact.py` first: it fills Triton's cache from many processes at once.
 
 A step is the loss and its backward, from hidden states to the gradients of hidden states and head, host time
 included. The floor is its matrix products alone, `torch.mm` on the completion rows. Times are CUDA events around
-interleaved steps with the L2 cache overwritten in between; a ratio is that of a round, shown as median and quartiles.
-Errors are against float64 on the same inputs, and come first. Extra memory is the peak of allocated memory over inputs
-and returned gradients.
+interleaved steps with the L2 cache overwritten in between; ratios are taken within a round and shown as median and
+quartiles. Errors are against float64 on the same inputs, and come first. Extra memory is the peak of allocated memory
+minus inputs and returned gradients.
 
-Every provider of a case runs in a process of its own, a fork of this one, which never touches the GPU: a crash, a hang
-or a lost device is a row's entry like any other. Results are written after each, and what a process had found before
-it died is kept.
+Every provider of a case runs in its own process, a fork of this one, which never touches the GPU: a crash, a hang or a
+lost device becomes a row's entry like any other. Results are written after each provider, and partial results of a
+process that died are kept.
 """
 
 from __future__ import annotations
@@ -129,14 +129,14 @@ TINY = {"pairs": 1, "length": 16, "dim": 24, "vocab": 67}
 OURS, NAIVE = "tso-fast", "naive"
 PEER_NAMES = ["trl", "liger_scaled", "cce", "liger_compiled", "quack", "cce_kahan", "liger", "torch_lce"]
 LEAST_S = 15
-"""What an item needs where everything is compiled: nothing starts with less time left."""
+"""Seconds that an item needs once everything is compiled; no item starts with less time left."""
 
 
 # ------------------------------------------------------------------------------------------------------ one process
 
 
 def measure(case: Case, provider: Provider, device: Device, rounds: int, limit_s: float, say: Say) -> None:
-    """Says what is found of a provider as soon as it is: errors, then memory, then times beside the floor's."""
+    """Measures a provider and reports each result at once: errors, then memory, then times against the floor."""
     start = time.monotonic()
     problem, truth = solve(make(case, device.name), block=1024)
     device.synchronize()
@@ -190,7 +190,7 @@ def times(provider: Provider, problem: Problem, floor: dict[str, Any], device: D
 
 
 class LostDevice(Device):
-    """One on which a kernel fails after its launch, and which then answers nothing any more."""
+    """A device on which a kernel fails after its launch, and which then never answers again."""
 
     is_lost = False
 
@@ -230,7 +230,7 @@ FAULTS = {
     "late_error": Provider(label="an error after the launch", run=_lose),
     "oom": Provider(label="out of memory", run=_run_out),
 }
-"""Providers for the test of this script: whatever they do, the others are measured."""
+"""Faulty providers for the test of this script; the others must still be measured."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the suite
@@ -248,7 +248,7 @@ class Item:
 
 
 def items(arguments: argparse.Namespace) -> Iterator[Item]:
-    """The first case with all providers, then ours on the others, then what is left of them."""
+    """The first case with all providers, then ours on the other cases, then the other providers."""
     known = {OURS: ours("triton" if arguments.dry_run else arguments.impl), **PEERS, **FAULTS}
     wanted = [OURS, NAIVE] if arguments.smoke else arguments.providers
     names = [HEADLINE] if arguments.smoke else arguments.only or list(CASES)
@@ -261,7 +261,7 @@ def items(arguments: argparse.Namespace) -> Iterator[Item]:
 
 
 def run(item: Item, device: Device, rounds: int, limit_s: float) -> dict[str, Any]:
-    """An item's entry, from a process of its own."""
+    """An item's entry, measured in its own process."""
     entry: dict[str, Any] = {"label": item.provider.label, "status": "no result"}
     package = item.provider.package
     if reason := item.provider.unsupported(item.case):
@@ -280,7 +280,7 @@ def run(item: Item, device: Device, rounds: int, limit_s: float) -> dict[str, An
 
 
 def facts_of(device: Device) -> dict[str, Any]:
-    """Of the GPU, asked in a child; empty where there is none."""
+    """Facts about the GPU, found in a child process; empty: no GPU."""
     found: dict[str, Any] = {}
 
     def ask(say: Say) -> None:
@@ -293,7 +293,7 @@ def facts_of(device: Device) -> dict[str, Any]:
 
 
 def preload() -> None:
-    """Imports the kernels once for all children. What is wrong with them shows there."""
+    """Imports the kernels once for all children, where errors will show."""
     with contextlib.suppress(Exception):
         importlib.import_module("tso_fast.kernels.linear_logprob_backward")
         importlib.import_module("tso_fast.kernels.pair_loss")
@@ -346,7 +346,7 @@ def tflop(case: Case) -> float:
 
 
 def run_all(arguments: argparse.Namespace, record: Record, device: Device) -> None:
-    """Every item that is not done, those that failed before last; none that could end after the budget."""
+    """Runs every item that is not done, previously failed ones last, and none that could exceed the budget."""
     todo = []
     for item in items(arguments):
         earlier = record.entry(item)
@@ -378,7 +378,7 @@ def line(item: Item, entry: dict[str, Any]) -> str:
 
 
 def cells(entry: dict[str, Any]) -> list[str]:
-    """ms, ratio, extra MiB, errors."""
+    """Table cells of an entry: ms, ratio, extra MiB, errors."""
     if entry["status"] != "ok":
         found = error_cells(entry) if "errors" in entry else ["", ""]
         return [entry["status"][:80], "", f"{entry['extra_mib']:,.0f}" if "extra_mib" in entry else "", *found]
@@ -392,7 +392,7 @@ def cells(entry: dict[str, Any]) -> list[str]:
 
 
 def floor_s(row: dict[str, Any]) -> float:
-    """Median of the floor beside ours, or where ours has none beside the first that has; NaN: nobody has."""
+    """Median of the floor measured with ours, or with the first provider that has one; NaN: there is none."""
     found = [row["providers"].get(OURS, {}), *row["providers"].values()]
     floor = next((entry["floor"] for entry in found if "floor" in entry), None)
     return math.nan if floor is None else float(floor[floor["best"]]["median"])

@@ -1,4 +1,4 @@
-"""What the benchmarks share: facts about the machine, rounds and their spread, child processes, files and tables."""
+"""Code that the benchmarks share: facts about the machine, rounds and their spread, child processes, files, tables."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def machine() -> dict[str, Any]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """Of the first core."""
+    """Fields of /proc/cpuinfo for the first core."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().split("\n\n")[0].splitlines() if file.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -56,7 +56,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash, marked when tracked files differ from it; ``unknown`` outside a repository."""
+    """Short commit hash, marked if tracked files differ from it; ``unknown`` outside a repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -69,9 +69,9 @@ def commit() -> str:
 
 
 def interleave(calls: Mapping[str, Callable[[], float]], rounds: Mapping[str, int]) -> dict[str, list[float]]:
-    """Seconds of every call in every round. Each round starts with another call, so that none always follows the same.
+    """Seconds of every call in every round. Each round starts with another call, to vary which call follows which.
 
-    A call whose ``rounds`` are fewer sits out the later ones: its n-th time belongs to the n-th round.
+    A call with fewer ``rounds`` skips the later ones, so its n-th time belongs to the n-th round.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -84,7 +84,7 @@ def interleave(calls: Mapping[str, Callable[[], float]], rounds: Mapping[str, in
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles; those of a single value are the value."""
+    """Median and quartiles of values; for a single value, all are that value."""
     q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": statistics.median(values), "q1": q1, "q3": q3}
 
@@ -95,15 +95,15 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def in_child(work: Callable[[Say], None], hear: Say, *, limit_s: float, quiet_s: float | None = None) -> str | None:
-    """Runs ``work(say)`` in a fork of this process. What it says reaches ``hear`` at once, whatever happens later.
+    """Runs ``work(say)`` in a fork of this process. Each record passed to ``say`` reaches ``hear`` at once.
 
-    A fork has every import of this process and starts in milliseconds; in exchange this one must not have used CUDA or
-    started threads that it waits for. The child and all it started are killed after ``limit_s`` seconds, or
-    ``quiet_s`` after it last said something.
+    A fork has every import of this process and starts in milliseconds; in exchange this process must not have used CUDA
+    or started threads that it waits for. The child and all it started are killed after ``limit_s`` seconds, or
+    ``quiet_s`` seconds after its last record.
 
     Returns:
-        None when ``work`` returned, else how it ended in a few words: an exception, a signal, an exit status, or the
-        limit with the line that it was at.
+        None if ``work`` returned, else a short description of how it ended: an exception, a signal, an exit status, or
+        the limit with the line it was at.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -131,11 +131,11 @@ def in_child(work: Callable[[Say], None], hear: Say, *, limit_s: float, quiet_s:
 
 
 ENDED = "ended in child"
-"""Key of a child's last record: None when it returned, else what it raised. One that exits otherwise says nothing."""
+"""Key of a child's last record: None if it returned, else the exception. A child that exits otherwise sends none."""
 
 
 def _live(work: Callable[[Say], None], writer: int, log: int, limit_s: float, quiet_s: float | None) -> NoReturn:
-    """The child. Its stack is written shortly before it is killed."""
+    """Runs the child; its stack is written shortly before it is killed."""
     end = time.monotonic() + limit_s
     with contextlib.suppress(BaseException):
         os.setsid()  # a group of its own, which is killed with what else it starts, such as compilers
@@ -171,8 +171,8 @@ def brief(error: BaseException) -> str:
 
 
 def _listen(pid: int, reader: int, hear: Say, limit_s: float, quiet_s: float | None) -> bool:
-    """Whether the child ended by itself. It has ended when the pipe is at its end, or, as a process that it started may
-    hold the pipe, when it is dead and the pipe empty."""
+    """Passes on records until the child ends; returns whether it ended by itself. It has ended if the pipe is closed
+    or, since processes it started may hold the pipe, if it is dead and the pipe is empty."""
     start = last = time.monotonic()
     is_dead, rest = False, b""
     while time.monotonic() < min(start + limit_s, last + (quiet_s or limit_s)):
@@ -192,8 +192,8 @@ def _listen(pid: int, reader: int, hear: Say, limit_s: float, quiet_s: float | N
 
 
 def _end(pid: int) -> int | None:
-    """The exit status of a child, negative for a signal; what still runs of its group is killed. None: it does not die,
-    as when a driver hangs."""
+    """The exit status of a child, negative for a signal, after killing the rest of its group. None: the child does not
+    die, e.g. because a driver hangs."""
     for is_killed in (False, *[True] * 100):
         if is_killed:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -218,7 +218,8 @@ def _how_it_ended(code: int | None, is_late: bool, log: str) -> str:
 
 
 def _last_frames(log: str) -> str:
-    """Where a child was, from what faulthandler wrote: the thread that failed, else the main one, which comes last."""
+    """The position of a child in faulthandler's output: that of the thread that failed, else of the main thread, which
+    comes last."""
     blocks = re.split(r"\n(?=Current thread |Thread )", "\n" + log)[1:]
     failed = [block for block in blocks if block.startswith("Current thread ")]
     frames = re.findall(r'File "([^"]*)", line (\d+) in (\S+)', (failed or blocks or [""])[-1])
@@ -239,7 +240,7 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Markdown."""
+    """A table in markdown."""
     header = list(header)
     lines = [header, ["---"] * len(header), *map(list, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
