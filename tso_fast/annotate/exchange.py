@@ -271,7 +271,7 @@ def _from_label_studio(task: Any, where: str, items: Mapping[str, Candidates], a
 
 
 def _from_argilla(record: Any, where: str, items: Mapping[str, Candidates], annotator: str | None) -> list[Label]:
-    """Labels of a record as Argilla's ``records.to_json`` writes it, or as our first release's exports do."""
+    """Labels of a record as Argilla's ``records.to_json`` writes it, or as exports of Argilla 1 do."""
     fields = _field(record, "fields", where, dict, "the texts that were shown")
     item, left, right = _pair(record.get("metadata"), fields, where, items)
     responses = record.get("responses") or {}

@@ -62,7 +62,7 @@ def combined(
     Args:
         given: fixed accuracies that are not estimated, by judge or ``prior: RULE``.
         labelled: pairs whose labels may be used.
-        learn_from: see ``reliability.combine``.
+        learn_from: see ``correction.reliability.combine``.
     """
     flat = [(item, pair) for item, pairs in zip(candidates, evidence, strict=True) for pair in pairs]
     judges = sorted({name for _, pair in flat for name in pair.votes})

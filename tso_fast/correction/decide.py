@@ -1,7 +1,7 @@
 """Decisions: keep, swap or drop, with a reason for every pair.
 
 A human label decides; otherwise the judges do, by the gap of their consensus scores or by the probability from
-``reliability.combine``.
+``correction.reliability.combine``.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class FusedLinearTSOLoss(torch.nn.Module):
         discopop_tau: no effect.
         loss: a name in ``LOSSES`` or a function from ``PairLogprobs`` to [N] losses.
         clip_chosen: reward at which a chosen response is no longer pushed up; inf: no clip; None: the loss's default.
-        clip_rejected: negated reward at which a rejected response is no longer pushed down; likewise.
+        clip_rejected: the same for the negated reward at which a rejected response is no longer pushed down.
         softcap: logits become ``softcap * tanh(logits / softcap)``; None: no softcap.
         temperature: divides the logits, after the softcap.
         impl: ``reference``, ``cpu``, ``triton`` or ``auto``, as in ``preference_loss``.
