@@ -7,6 +7,7 @@ seconds, so every boundary can be tried.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -18,14 +19,13 @@ from pathlib import Path
 import torch
 
 from tso_fast.config.settings import CellConfig, TrainConfig
-from tso_fast.files import run
 from tso_fast.files.responses import ResponseStore, Row
 from tso_fast.quickstart.build import Recipe, Size, build
 from tso_fast.trainer import train
 
 SMALL = Recipe(
     seed=0,
-    sizes={"s": Size(hidden=32, layers=1, ffn=64, steps=120), "m": Size(hidden=32, layers=2, ffn=64, steps=120)},
+    sizes={"s": Size(hidden=32, layers=1, ffn=64, steps=30), "m": Size(hidden=32, layers=2, ffn=64, steps=30)},
     versions=(0.5, 1.0),
     demonstrations=200,
     prompts=24,
@@ -80,7 +80,7 @@ def killing_replace(seen_file: Path, moment: str) -> None:
         rows = list(rows)
         dies("add " + min(row[0] for row in rows).hex(), lambda: add(self, rows))
 
-    run.os.replace = patched_replace
+    os.replace = patched_replace
     ResponseStore.add = patched_add
 
 
@@ -102,6 +102,9 @@ def run_child(output_dir: Path, seen_file: Path | None, moment: str) -> int:
 
 
 def main(folder: Path) -> None:
+    # Collections in the children, of which training has several, would walk all that was imported.
+    gc.collect()
+    gc.freeze()
     kills = {}
     if (status := run_child(folder / "whole", None, "")) != 0:
         sys.exit(f"the uninterrupted run ended with status {status}")
