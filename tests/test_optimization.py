@@ -78,9 +78,7 @@ def settings(folder: Path | str = "", **changes: Any) -> TrainConfig:
         prompts="-",
         cells=[cell],
         use_cpu=True,
-        learning_rate=1e-2,
-        adam_epsilon=1e-6,
-        **changes,
+        **{"learning_rate": 1e-2, "adam_epsilon": 1e-6, **changes},
     )
 
 
@@ -288,6 +286,41 @@ def test_a_wrong_reduction_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     )
     with pytest.raises(TrainingError, match="the first step has loss 4"):
         trained(tmp_path, [dataclasses.replace(pair, margin=0.0) for pair in encoded(4)])
+
+
+def test_settings_of_the_optimiser_are_really_used(tmp_path: Path) -> None:
+    """Turning a setting changes the weights, or for those that must not, leaves them as they are."""
+    pairs = encoded(12)
+    common: dict[str, Any] = {"per_device_train_batch_size": 2}
+
+    def weights(name: str, **changes: Any) -> list[torch.Tensor]:
+        return trained(tmp_path / name, pairs, **{**common, **changes})[0]
+
+    before = weights("base")
+    changing = {
+        "beta": 0.5,
+        "clip_chosen": 0.0,
+        "clip_rejected": 0.0,
+        "loss_args": {"clip_chosen": 0.0},
+        "loss_type": "sft",
+        "loss_weights": [0.5],
+        "learning_rate": 2e-3,
+        "weight_decay": 0.5,
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.9,
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 0.01,
+        "warmup_steps": 3,
+        "lr_scheduler_type": "constant",
+        "num_train_epochs": 2,
+        "seed": 1,
+        "impl": "reference",
+    }
+    unchanged = {"gradient_checkpointing": True, "logging_steps": 7, "save_steps": 4}
+    for name, value in {**changing, **unchanged}.items():
+        after = weights(name, **{name: value})
+        is_same = all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert is_same == (name in unchanged), name
 
 
 # ---- the loss, the reference, the tracker

@@ -7,9 +7,11 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from tso_fast.cli import main
 from tso_fast.commands import train_and_compare
 from tso_fast.config.settings import CellConfig, JudgeConfig, TrainConfig
+from tso_fast.correction.make_pairs import make_pairs
 from tso_fast.errors import InputError, Paused, TrainingError
 from tso_fast.files.labels import LabelFile, make_label
-from tso_fast.files.rows import BadRows, read_candidates
+from tso_fast.files.rows import BadRows, pair_row, read_candidates, read_verdicts
 from tso_fast.files.run import LABELS_FILE, read_run
 from tso_fast.judges import implicit
 from tso_fast.quickstart.build import make_tokenizer
@@ -37,7 +40,19 @@ def rows_of(file: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    return dataclasses.replace(config(tmp_path_factory.mktemp("trainer") / "run"), save_steps=0, reference="previous")
+    """Runs of this module share a store: what the same cells answer to the same prompts is generated once."""
+    folder = tmp_path_factory.mktemp("trainer")
+    return dataclasses.replace(
+        config(folder / "run"), save_steps=0, reference="previous", response_store=str(folder / "store")
+    )
+
+
+@pytest.fixture(scope="module")
+def few(base: TrainConfig) -> TrainConfig:
+    """One iteration over a third of the prompts."""
+    file = Path(base.output_dir).with_name("few.jsonl")
+    write_rows(file, rows_of(Path(base.prompts))[:8])
+    return dataclasses.replace(base, prompts=str(file), num_iterations=1, eval_prompts=None)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +124,8 @@ def test_metrics_carry_trl_names_and_a_first_loss_of_ln_2(run: Path) -> None:
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(run: Path, base: TrainConfig, tmp_path: Path) -> None:
-    train(dataclasses.replace(base, output_dir=str(tmp_path / "again")))
-    train(dataclasses.replace(base, output_dir=str(tmp_path / "other"), seed=1))
+    train(dataclasses.replace(base, output_dir=str(tmp_path / "again"), response_store=None))
+    train(dataclasses.replace(base, output_dir=str(tmp_path / "other"), seed=1, num_iterations=1))
     weights = [(folder / "model.safetensors").read_bytes() for folder in (run, tmp_path / "again", tmp_path / "other")]
     assert weights[0] == weights[1] != weights[2]
 
@@ -211,28 +226,31 @@ def test_accumulation_gives_the_trajectory_of_one_batch(base: TrainConfig, tmp_p
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
-def test_two_processes_give_the_trajectory_of_one(base: TrainConfig, tmp_path: Path) -> None:
+def test_two_processes_give_the_trajectory_of_one(few: TrainConfig, tmp_path: Path) -> None:
     """Torch's own launcher, gloo, DDP: the same pairs in a step, the same loss, gradient and metrics."""
+    settings = dataclasses.replace(few, scale_by="gap", num_train_epochs=3)
+    train(dataclasses.replace(settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=4))
+    two = dataclasses.replace(settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2)
+    (tmp_path / "settings.pickle").write_bytes(pickle.dumps(two))
     script = tmp_path / "train.py"
     script.write_text(
-        "import dataclasses, sys, torch\nfrom pathlib import Path\nfrom resume_chain import config\n"
-        "from tso_fast.trainer import train\ntorch.set_num_threads(1)\n"
-        "size = int(sys.argv[2])\ntrain(dataclasses.replace(config(Path(sys.argv[1])), save_steps=0, scale_by='gap',"
-        "num_train_epochs=3, num_iterations=1, per_device_train_batch_size=size))\n"
+        "import pickle, sys\nfrom pathlib import Path\nfrom tso_fast.trainer import train\n"
+        "train(pickle.loads(Path(sys.argv[1]).read_bytes()))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    for launcher, name, size in (([], "one", "4"), (["-m", "torch.distributed.run", "--nproc_per_node=2"], "two", "2")):
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), str(tmp_path / name), size],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) > 2
-    for a, b in zip(one, two, strict=True):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(str(script), str(tmp_path / "settings.pickle")),
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(ours) == len(theirs) > 2
+    for a, b in zip(ours, theirs, strict=True):
         for key in ("loss", "rewards/margins", "grad_norm", "logps/chosen", "clip/rejected"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
@@ -388,48 +406,45 @@ def test_an_adapter_can_be_the_policy(base: TrainConfig, tmp_path: Path) -> None
         assert {r["model"] for r in responses} >= {"lora", "tso-1"}
 
 
-def test_config_fields_are_really_used_by_training(base: TrainConfig, run: Path, tmp_path: Path) -> None:
-    """Turning a field changes the weights, or for those that must not, leaves them as they are."""
-    weights = (run / "model.safetensors").read_bytes()
+def test_settings_of_generation_are_really_used(few: TrainConfig, tmp_path: Path) -> None:
+    """Each changes what the cells answer; those of the optimiser are turned in test_optimise."""
     changing = {
-        "beta": 0.5,
-        "learning_rate": 2e-3,
-        "weight_decay": 0.5,
-        "adam_beta1": 0.5,
-        "adam_beta2": 0.9,
-        "adam_epsilon": 1e-3,
-        "max_grad_norm": 0.01,
-        "warmup_steps": 3,
-        "lr_scheduler_type": "constant",
-        "num_train_epochs": 2,
         "temperature": 0.5,
         "top_k": 3,
         "top_p": 0.5,
-        "max_pairs": 2,
-        "scale_by": "gap",
-        "margin_weight": 1.0,
-        "soft_label_kappa": 1.0,
         "num_generations": 3,
-        "policy_num_generations": 3,
-        "pair_strategy": "best_worst",
-        "score_normalize": "z",
-        "max_versions": 1,
-        "clip_rejected": 0.0,
-        "clip_chosen": 0.0,
+        "policy_num_generations": 0,
         "policy": "m.v1",
-        "impl": "reference",
+        "generation_batch_size": 3,
     }
-    unchanged = {"generation_batch_size": 3, "gradient_checkpointing": True, "logging_steps": 7}
-    same = {"score_normalize": "scale_by", "max_versions": None}
-    for name, value in {**changing, **unchanged}.items():
-        extra = {"scale_by": "gap"} if same.get(name) == "scale_by" else {}
-        folder = tmp_path / name
-        train(dataclasses.replace(base, output_dir=str(folder), eval_prompts=None, **{name: value}, **extra))
-        got = (folder / "model.safetensors").read_bytes()
-        if name == "max_versions":  # takes effect once two versions were trained
-            assert got == weights
-        else:
-            assert (got != weights) == (name in changing), name
+    own_store = dataclasses.replace(few, response_store=None)
+    train(dataclasses.replace(own_store, output_dir=str(tmp_path / "base")))
+    before = (tmp_path / "base/model.safetensors").read_bytes()
+    for name, value in changing.items():
+        train(dataclasses.replace(own_store, output_dir=str(tmp_path / name), **{name: value}))
+        after = (tmp_path / name / "model.safetensors").read_bytes()
+        assert (after != before) == (name != "generation_batch_size"), name
+
+
+def test_settings_of_pairing_are_really_used(base: TrainConfig, run: Path) -> None:
+    candidates = read_candidates(run / "iter-1/responses.jsonl", BadRows())
+    verdicts = read_verdicts(run / "iter-1/verdicts.jsonl", candidates, BadRows())
+
+    def made(**changes: Any) -> list[dict]:
+        settings = dataclasses.replace(base, **changes)
+        return [pair_row(pair) for pair in make_pairs(candidates, verdicts, settings, settings, settings.seed)[0]]
+
+    gap, before = made(scale_by="gap"), made()
+    for changes in (
+        {"max_pairs": 2},
+        {"scale_by": "gap"},
+        {"margin_weight": 1.0},
+        {"soft_label_kappa": 1.0},
+        {"pair_strategy": "best_worst"},
+        {"seed": 1},
+    ):
+        assert made(**changes) != before, changes
+    assert made(scale_by="gap", score_normalize="z") != gap
 
 
 # ---- judges and people in the loop
@@ -482,7 +497,7 @@ def test_every_kind_of_judge_in_the_loop(base: TrainConfig, tmp_path: Path, monk
     assert "<td>prior: newer</td>" in page
     assert "First shown" in page
     # What was judged once is in the store.
-    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"), response_store=config.output_dir)
+    again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
     train(again)
     info = {stage["name"]: stage["info"] for stage in read_run(tmp_path / "again")["stages"]}
     assert info["iter-1/score"]["costs"]["llm"]["new_requests"] == 0
