@@ -290,7 +290,7 @@ def test_a_wrong_reduction_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_settings_of_the_optimiser_are_really_used(tmp_path: Path) -> None:
     """Turning a setting changes the weights, or for those that must not, leaves them as they are."""
-    pairs = encoded(12)
+    pairs = encoded(6)
     common: dict[str, Any] = {"per_device_train_batch_size": 2}
 
     def weights(name: str, **changes: Any) -> list[torch.Tensor]:

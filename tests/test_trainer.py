@@ -413,17 +413,20 @@ def test_settings_of_generation_are_really_used(few: TrainConfig, tmp_path: Path
         "top_k": 3,
         "top_p": 0.5,
         "num_generations": 3,
-        "policy_num_generations": 0,
+        "policy_num_generations": 3,
         "policy": "m.v1",
         "generation_batch_size": 3,
     }
     own_store = dataclasses.replace(few, response_store=None)
-    train(dataclasses.replace(own_store, output_dir=str(tmp_path / "base")))
-    before = (tmp_path / "base/model.safetensors").read_bytes()
+
+    def made(name: str, **changes: Any) -> list[bytes]:
+        folder = tmp_path / name
+        train(dataclasses.replace(own_store, output_dir=str(folder), **changes))
+        return [(folder / file).read_bytes() for file in ("iter-1/responses.jsonl", "model.safetensors")]
+
+    before = made("base")
     for name, value in changing.items():
-        train(dataclasses.replace(own_store, output_dir=str(tmp_path / name), **{name: value}))
-        after = (tmp_path / name / "model.safetensors").read_bytes()
-        assert (after != before) == (name != "generation_batch_size"), name
+        assert (made(name, **{name: value}) != before) == (name != "generation_batch_size"), name
 
 
 def test_settings_of_pairing_are_really_used(base: TrainConfig, run: Path) -> None:
