@@ -300,6 +300,7 @@ def engine_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "tso_fast.generators.process" in p.cmdline()]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_responses_and_are_gone_after(
     setup: Any, prompts: list[Candidates], tmp_path: Path
 ) -> None:
@@ -310,6 +311,7 @@ def test_two_processes_give_the_same_responses_and_are_gone_after(
     assert {"engine-1.log", "engine-2.log"} <= {p.name for p in (tmp_path / "two" / "logs").iterdir()}
 
 
+@pytest.mark.slow
 def test_killed_engines_cost_a_retry_each(
     setup: Any, prompts: list[Candidates], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -342,6 +344,7 @@ def test_killed_engines_cost_a_retry_each(
     assert "SIGKILL" in caplog.text
 
 
+@pytest.mark.slow
 def test_engines_that_cannot_start_stop_the_run_with_their_words(
     setup: Any, prompts: list[Candidates], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,7 +356,7 @@ def test_engines_that_cannot_start_stop_the_run_with_their_words(
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"2 engines died over one shard; stopped(?s:.*)the driver is too old"):
         answers(setup("s.v1", num_engines=2, max_shard_retries=1), prompts, tmp_path)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300  # half of what an engine may take to start
 
 
 # ---- which engine

@@ -134,6 +134,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 # ---------------------------------------------------------------------------------------------------- one response
 
 
+@pytest.mark.slow
 def test_a_response_depends_on_its_request_alone(model: Any, way: str) -> None:
     asked = requests(24)
     want = complete(model, asked)
@@ -162,6 +163,7 @@ def test_longer_limit_only_goes_on(model: Any, way: str) -> None:
     [Sampling(), Sampling(temperature=0.5), Sampling(temperature=1.7, top_k=9), Sampling(top_p=0.6)],
     ids=str,
 )
+@pytest.mark.slow
 def test_tokens_follow_the_distribution(model: Any, sampling: Sampling) -> None:
     asked = same_prompt(6000)
     sampled = [c.token_ids for c in complete(model, asked, dataclasses.replace(sampling, max_tokens=2), batch_size=500)]
@@ -397,6 +399,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.slow
 def test_rows_that_join_and_leave_are_answered_as_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls, fields, is_plain = ARCHITECTURES[name]
     torch.manual_seed(0)
@@ -450,6 +453,7 @@ def byte_tokenizer() -> Any:
 STOPS = [("é",), ("b", "èé"), ("é a", "a é"), (" é", "é ", "aé"), ("aa",), ("abb", "baa", "éé")]
 
 
+@pytest.mark.slow
 def test_a_row_ends_with_the_token_that_completes_a_stop_string(way: str) -> None:
     tokenizer = byte_tokenizer()
     model = llama(vocab_size=8)
@@ -553,6 +557,7 @@ def test_every_step_and_every_model_is_a_sign_of_life(folder: Path) -> None:
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_shard_done_again_alone_gives_the_same_bytes(folder: Path) -> None:
     shards = [shard("x", n=5), shard("y"), [*shard("z", "b"), *requests(7, "z2", Sampling(temperature=0.5, top_k=5))]]
     engine = open_engine(spec(folder))
@@ -597,6 +602,7 @@ def test_one_model_is_in_memory_and_loaded_as_seldom_as_can_be(folder: Path, mon
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")
+@pytest.mark.slow
 def test_close_gives_the_memory_back(tmp_path: Path) -> None:
     def resident() -> int:
         gc.collect()

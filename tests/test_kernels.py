@@ -196,6 +196,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(keep: bool) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("head", ["plain", "both"])
+@pytest.mark.slow
 def test_targets_out_of_reach(dtype: torch.dtype, head: str) -> None:
     """Exponentials are relative to the target's logit; rows where that is too low are done again, and no others."""
     p = problem(37, 131, 72, dtype, bias=True)
@@ -232,6 +233,7 @@ def test_float16_logits_of_10_000_and_upstream_gradients_of_1e_9() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.slow
 def test_chunks_add_up(dtype: torch.dtype) -> None:
     p = problem(50, 131, 40, dtype, bias=True)
     exact = plain(p, F64, **HEADS["both"])
@@ -258,6 +260,7 @@ def test_chunks_add_up(dtype: torch.dtype) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(("value", "head"), [(1e4, "plain"), (math.inf, "both"), (math.nan, "plain")])
+@pytest.mark.slow
 def test_rows_without_a_gradient_add_nothing_whatever_they_hold(value: float, head: str) -> None:
     p = problem(64, 131, 40)  # three rows in a block, and a whole block
     idle = torch.tensor([3, 5, 60, *range(16, 32)])
@@ -366,6 +369,7 @@ def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.slow
 def test_dhidden_by_torch_is_that_by_tiles(dtype: torch.dtype) -> None:
     p = problem(50, 131, 40, dtype)
     p.hidden[7] = math.inf  # without a gradient, so it must not show
@@ -389,6 +393,7 @@ def test_dhidden_by_torch_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.slow
 def test_a_sum_of_24_bits(dtype: torch.dtype) -> None:
     """Eight chunks of 16 rows: as good as a float32 sum, which bf16 alone is not; a NaN stays one."""
     p = problem(128, 67, 24, dtype)
@@ -766,6 +771,7 @@ def budget_mib(weight: torch.Tensor, rows: int) -> float:
 @needs_kernels
 @pytest.mark.parametrize("loss", ["dual_clip", "dpo"])
 @pytest.mark.parametrize("rows", [1000, 40, 16])
+@pytest.mark.slow
 def test_the_ops_agree_with_the_reference(loss: str, rows: int) -> None:
     """In one chunk, in chunks of pairs, and with pairs that fit into none."""
     g = torch.Generator().manual_seed(0)

@@ -392,6 +392,7 @@ def test_an_error_on_the_way_to_the_other_ranks() -> None:
         _C.logprob_forward(*head, reduce)
 
 
+@pytest.mark.slow
 def test_memory_that_malloc_filled(tmp_path: Any) -> None:
     """glibc fills what it hands out with 0x7f, huge numbers in every dtype: nothing reads what was not written."""
     tests = [f"{__file__}::{test}" for test in ("test_chunks_add_up", "test_rows_without_a_gradient_enter_no_product")]

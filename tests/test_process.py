@@ -209,6 +209,7 @@ def broken_package(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_real_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same answers as without the process, nothing left of it, and no packages from the folder it was started in."""
     path, log = tmp_path / "tiny", tmp_path / "logs" / "engine.log"
@@ -336,6 +337,7 @@ def test_a_death_is_seen_though_a_child_holds_the_connection(start: Callable[...
     assert not alive(group_of(engine))
 
 
+@pytest.mark.slow
 def test_a_death_within_the_engine_is_seen_though_it_waits(start: Callable[..., EngineProcess]) -> None:
     engine = start(dtype="worker")
     time.sleep(1.5)
