@@ -16,7 +16,7 @@ from tso_fast.errors import InputError
 from tso_fast.files.atomic import check_writable, write_json, write_jsonl
 from tso_fast.files.rows import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
 from tso_fast.files.run import SKIPPED_FILE
-from tso_fast.progress import console, stage
+from tso_fast.progress import console, progress_bar
 from tso_fast.report.tables import comparisons_table, decisions_table, errors_table, make_table, scores_table
 from tso_fast.types import Comparison, Verdict
 
@@ -107,7 +107,7 @@ def generate(config: GenerateConfig) -> None:
     total = sum(a.num_generations for a in asked) * len(candidates)
     with (
         ResponseStore(config.response_store or f"{config.output}.responses") as store,
-        stage(f"generate: {len(asked)} cells", total) as advance,
+        progress_bar(f"generate: {len(asked)} cells", total) as advance,
     ):
         answered = answer(asked, candidates, matrix, config, store, bad, advance)
         num_responses, num_prompts = 0, 0
@@ -145,7 +145,7 @@ def score(config: ScoreConfig) -> None:
             store = stack.enter_context(ResponseStore(config.response_store or f"{config.output}.responses"))
             bench = dataclasses.replace(bench, store=store)
         if steps := panel.num_steps(judges, candidates):
-            bench = dataclasses.replace(bench, advance=stack.enter_context(stage("judge", steps)))
+            bench = dataclasses.replace(bench, advance=stack.enter_context(progress_bar("judge", steps)))
         verdicts, costs = panel.ask(judges, candidates, bench)
     write_jsonl(file, map(verdict_row, verdicts))
     if any(isinstance(v, Verdict) for v in verdicts):
@@ -232,7 +232,7 @@ def evaluate(config: EvalConfig) -> None:
     with (
         tempfile.TemporaryDirectory() as scratch,
         ResponseStore(config.response_store or (f"{config.output}.responses" if config.output else scratch)) as store,
-        stage(f"evaluate: {len(asked)} cells", total) as advance,
+        progress_bar(f"evaluate: {len(asked)} cells", total) as advance,
     ):
         results = evaluate(asked, candidates, matrix, config, store, bad, advance)
     rows = (

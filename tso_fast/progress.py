@@ -15,7 +15,7 @@ console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextlib.contextmanager
-def stage(title: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[Callable[[int], None]]:
     """Shows progress over ``total`` items; yields ``advance(n)``. ``note()`` is appended at the end."""
     start = time.perf_counter()
     if console.is_terminal and not console.quiet:

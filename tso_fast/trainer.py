@@ -49,7 +49,7 @@ from tso_fast.judges.judge import Bench, Judge
 from tso_fast.matrix import ModelMatrix, check_fits, require_weights
 from tso_fast.models.load import save_model
 from tso_fast.models.memory import free_gpu_memory
-from tso_fast.progress import console, stage
+from tso_fast.progress import console, progress_bar
 from tso_fast.training.batches import encode_pairs
 from tso_fast.training.monitors import PolicyStatistics, drift_warnings
 from tso_fast.training.optimise import make_accelerator, optimise, tracker_settings
@@ -127,7 +127,7 @@ class Loop:
             total = sum(a.num_generations for a in asked) * len(mini_batch)
             statistics = PolicyStatistics(matrix.policy.name)
             bad = BadRows(config.on_bad_row)
-            with stage(f"iteration {t}: generate, {len(asked)} cells", total) as advance, self._store() as store:
+            with progress_bar(f"iteration {t}: generate, {len(asked)} cells", total) as advance, self._store() as store:
                 answered = answer(asked, mini_batch, matrix, config, store, bad, advance)
                 write_jsonl(files.responses, map(candidates_row, statistics.watch(answered)))
             written = [files.responses, *bad.set_aside(files.refused)]
@@ -144,7 +144,7 @@ class Loop:
             candidates = read_candidates(files.responses, BadRows())
             bad = BadRows(config.on_bad_row)
             steps = panel.num_steps(self.judges, candidates) or len(candidates)
-            with stage(f"iteration {t}: judge", steps) as advance, self._store() as store:
+            with progress_bar(f"iteration {t}: judge", steps) as advance, self._store() as store:
                 bench = Bench(bad=bad, settings=config, store=store, matrix=matrix, advance=advance, impl=config.impl)
                 verdicts, costs = panel.ask(self.judges, candidates, bench)
             write_jsonl(files.verdicts, map(verdict_row, verdicts))
@@ -241,7 +241,7 @@ class Loop:
             asked = ask(matrix.policy, settings, matrix.configs.get(matrix.policy.name), is_own_sampling=False)
             bad = BadRows(config.on_bad_row)
             title = f"iteration {t}: evaluate {matrix.policy.name}"
-            with stage(title, len(held_out)) as advance, self._store() as store:
+            with progress_bar(title, len(held_out)) as advance, self._store() as store:
                 (info,) = evaluate([asked], held_out, matrix, settings, store, bad, advance)
             return [], info
 

@@ -23,7 +23,7 @@ from tso_fast.logprob import linear_logprobs
 from tso_fast.models.load import save_model
 from tso_fast.models.policy import Policy
 from tso_fast.models.tokens import IGNORE, encode_prompt, encode_response, pad_sequences
-from tso_fast.progress import console, stage
+from tso_fast.progress import console, progress_bar
 from tso_fast.quickstart.task import Task, demonstrate, make_tasks
 from tso_fast.seeds import seed_of
 from tso_fast.types import Prompt
@@ -210,7 +210,7 @@ def _train_size(name: str, size: Size, examples: list[Example], tokenizer: Any, 
     r = random.Random(f"order {recipe.seed}")
     order: list[int] = []
     title = f"model matrix: train {name} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M)"
-    with stage(title, size.steps) as advance:
+    with progress_bar(title, size.steps) as advance:
         for step in range(1, size.steps + 1):
             if len(order) < recipe.batch_size:
                 order = r.sample(range(len(examples)), len(examples))

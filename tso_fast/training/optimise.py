@@ -22,7 +22,7 @@ from tso_fast.logprob import linear_logprobs
 from tso_fast.losses import Loss, loss_options, weighted_sum
 from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy, disable_dropout
-from tso_fast.progress import stage
+from tso_fast.progress import progress_bar
 from tso_fast.seeds import seed_of
 from tso_fast.training import checkpoint
 from tso_fast.training.batches import EncodedPair, Step, collate, num_steps, plan_steps
@@ -164,7 +164,7 @@ def _reference_of(
 ) -> torch.Tensor:
     """Reference sums of all pairs, [pairs, 2]; a separate reference is loaded, asked, and given back."""
     scorer = policy if reference is None else load_reference(config, reference, accelerator.device)
-    with stage(f"iteration {iteration}: reference log-probs", len(pairs)) as advance:
+    with progress_bar(f"iteration {iteration}: reference log-probs", len(pairs)) as advance:
         logprobs = reference_logprobs(
             scorer.eval(),
             pairs,
@@ -218,7 +218,7 @@ class _Training:
         if accelerator.is_main_process:
             metrics.rewind(t, done + 1)
         self.policy.train()
-        with stage(
+        with progress_bar(
             f"iteration {t}: train", self.total_steps, lambda: f"loss {self.whole.means()['loss']:.4f}"
         ) as advance:
             advance(done)
