@@ -370,7 +370,7 @@ import os, sys
 from datetime import UTC, datetime
 sys.path.insert(0, {tests!r})
 from test_annotate import CANDIDATES, label
-from tso_fast.judges.human import LabelFile
+from tso_fast.files.labels import LabelFile
 from dataclasses import replace
 
 file = LabelFile({path!r}, CANDIDATES)
@@ -613,7 +613,7 @@ def test_what_the_command_refuses(cli: Any, tmp_path: Path) -> None:
         ([rows, "--iteration", 3], ("iteration: it has no effect",)),
         ([rows, "--verdicts", tmp_path / "none.jsonl"], ("none.jsonl: no such file",)),
         ([rows, "--port", 70000], ("port: got 70000",)),
-        ([rows, "--overlap", 2], ("overlap: got 2.0, expected a share",)),
+        ([rows, "--overlap", 2], ("overlap: got 2.0, expected a probability",)),
         ([rows, "--annotator", " "], ("annotator: got ' '",)),
         ([rows, "--max_pairs", 0], ("max_pairs: got 0",)),
         ([rows, "--format", "argilla"], ("format: 'argilla' has no effect",)),

@@ -52,6 +52,7 @@ def here() -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 def test_the_packages_of_this_process_are_what_it_names(here: dict[str, Any]) -> None:
     import torch
     import transformers
@@ -79,6 +80,7 @@ def test_the_packages_of_this_process_are_what_it_names(here: dict[str, Any]) ->
         assert parts[package.name]["state"] == ("usable" if is_here else "missing"), parts[package.name]
 
 
+@pytest.mark.slow
 def test_values_of_variables_are_no_part_of_a_bug_report(here: dict[str, Any]) -> None:
     assert here["variables"]["VLLM_API_KEY"] is None
     assert here["variables"]["TSO_FAST_SECRET"] is None
@@ -86,6 +88,7 @@ def test_values_of_variables_are_no_part_of_a_bug_report(here: dict[str, Any]) -
     assert "s3cret" not in json.dumps(here)
 
 
+@pytest.mark.slow
 def test_every_missing_part_says_what_to_install(here: dict[str, Any]) -> None:
     todos = [part["todo"] for part in here["parts"] if part["state"] == "missing"]
     todos += [environment.install(package.extra) for package in environment.PACKAGES]
@@ -102,8 +105,15 @@ def test_every_missing_part_says_what_to_install(here: dict[str, Any]) -> None:
         assert package.name in [Requirement(line).name for line in requirements]
 
 
-def test_lines_for_a_pipe(here: dict[str, Any]) -> None:
-    lines = env(VLLM_API_KEY="s3cret").splitlines()
+@pytest.mark.slow
+def test_lines_for_a_pipe(
+    here: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = Part(name="log-probs", state="usable", version="cpu")
+    monkeypatch.setattr(environment, "look", lambda: [*(Part(**part) for part in here["parts"]), chosen])
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    environment.print_environment(as_json=False)
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"tso-fast {__version__}"
     assert [line for line in lines if line.startswith("torch ")]
     assert len([line for line in lines if line.startswith("auto ")]) == 3
@@ -127,6 +137,7 @@ def test_a_table_for_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 # ---- environments that are not as they should be
 
 
+@pytest.mark.slow
 def test_a_broken_package_is_a_row(tmp_path: Path) -> None:
     (tmp_path / "ray").mkdir()
     code = "print('noise')\nraise ImportError('libfoo.so.3:\\n   undefined symbol _ZN')"
@@ -159,6 +170,7 @@ def test_a_package_that_takes_the_process_with_it(
     assert words in parts[1].note
 
 
+@pytest.mark.slow
 def test_without_torch_the_rest_is_still_told(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
     record = json.loads(env("--json", packages=tmp_path))

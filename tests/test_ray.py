@@ -22,6 +22,7 @@ from tso_fast.files.rows import BadRows
 from tso_fast.matrix import ModelMatrix
 from tso_fast.types import Candidates, Prompt, Response
 
+pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'tso-fast[ray]'")
 
 
@@ -94,7 +95,7 @@ def engines() -> list[psutil.Process]:
     return found
 
 
-def wait_until_gone(timeout_s: float = 20) -> None:
+def wait_until_gone(timeout_s: float = 90) -> None:
     end = time.monotonic() + timeout_s
     while engines() and time.monotonic() < end:
         time.sleep(0.1)
@@ -138,7 +139,7 @@ def test_a_node_killed_while_it_works_loses_nothing(
 def test_versions_as_adapters(run: Any, two_nodes: list[Any], tiny_matrix: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tiny_matrix / "s.v1", tmp_path / "lora")
     cells = [CellConfig(path=str(tiny_matrix / "s.v1")), CellConfig(path=str(adapter), version_rank=1)]
-    settings = {"max_completion_length": 5, "shard_size": 4}
+    settings = {"max_completion_length": 5, "shard_size": 64}  # one shard, for which one engine starts
     assert run("ray", cells, **settings) == run("local", cells, executor="local", ray_address=None, **settings)
     wait_until_gone()
 
@@ -149,7 +150,7 @@ def test_bad_input_arrives_as_such(run: Any, two_nodes: list[Any], tiny_matrix: 
     config = (broken / "config.json").read_text()
     (broken / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 64'))
     with pytest.raises(InputError, match="broken"):
-        run("ray", [matrix_cell])
+        run("ray", [matrix_cell], shard_size=64)
     wait_until_gone()
 
 
@@ -165,7 +166,7 @@ def test_more_gpus_than_the_cluster_has(run: Any, two_nodes: list[Any], monkeypa
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"on Ray: it did not start in 2 s; free in the cluster: .*CPU"):
         run("ray", engine_start_timeout_s=2.0, max_shard_retries=0)
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 80
 
 
 def test_no_cluster_there(run: Any) -> None:
@@ -186,7 +187,7 @@ def test_a_judge_on_the_cluster(tiny_matrix: Path, cluster: Any, two_nodes: list
     config = JudgeConfig(kind="llm", cell="policy", template=str(tmp_path / "short.txt"))
     found = []
     for executor, address in (("local", None), ("ray", cluster.address)):
-        settings = AnsweringConfig(use_cpu=True, executor=executor, ray_address=address, shard_size=6)  # type: ignore[arg-type]
+        settings = AnsweringConfig(use_cpu=True, executor=executor, ray_address=address, shard_size=64)  # type: ignore[arg-type]
         with ResponseStore(tmp_path / executor) as store:
             bench = Bench(bad=BadRows(), settings=settings, store=store, matrix=matrix)
             found.append(LlmJudge(config).judge(candidates, bench))
