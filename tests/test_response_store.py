@@ -80,7 +80,7 @@ WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from test_response_store import row
-from tso_fast.response_store import ResponseStore
+from tso_fast.files.responses import ResponseStore
 store = ResponseStore(sys.argv[1])
 for n in range(100_000):
     store.add([row(2 * n), row(2 * n + 1)])
