@@ -396,6 +396,7 @@ def writer(path: Path, name: str, labels: int, die_at: int = 0) -> subprocess.Po
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_processes_write_one_file_and_one_is_killed_in_mid_write(tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
     processes = [writer(path, "a", 150), writer(path, "b", 150), writer(path, "c", 150, die_at=50)]

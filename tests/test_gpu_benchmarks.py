@@ -87,7 +87,7 @@ def in_order(folder: Path) -> dict[str, Outcome]:
         "contact": run(CONTACT, "--dry_run", "--out", folder / "contact.jsonl"),
         "untouched": run("-c", UNTOUCHED, TRITON_INTERPRET="0"),
         "no time": run(*small, "--budget_s", "0"),
-        "faults": run(*small, "--resume", "--inject", *FAULTS, "--limit_s", "20"),
+        "faults": run(*small, "--resume", "--inject", *FAULTS, "--limit_s", "12"),
     }
     shutil.copy(folder / "small.json", folder / "faults.json")
     return found | {

@@ -294,6 +294,7 @@ def test_no_gradient_at_all() -> None:
     [(math.inf, BF16, "plain"), (-math.inf, BF16, "both"), (math.inf, F16, "both"), (math.nan, F16, "plain"),
      (math.nan, BF16, "both")],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_row_that_is_not_finite_shows_and_disturbs_no_other(value: float, dtype: torch.dtype, head: str) -> None:
     p = problem(23, 131, 40, dtype)
     p.upstream[:] = 1.0
@@ -519,6 +520,7 @@ def test_arguments_that_become_float32(monkeypatch: pytest.MonkeyPatch, has_scal
 
 @needs_kernels
 @pytest.mark.parametrize("factor", [1.0, -3.0])
+@pytest.mark.slow
 def test_gradients_are_scaled_where_they_are(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass makes no second gradient, unless the graph is kept for another walk."""
     g = torch.Generator().manual_seed(0)
@@ -572,6 +574,7 @@ def tile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_autotune_writes_a_file_that_decides(
     tile_files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -769,8 +772,7 @@ def budget_mib(weight: torch.Tensor, rows: int) -> float:
 
 
 @needs_kernels
-@pytest.mark.parametrize("loss", ["dual_clip", "dpo"])
-@pytest.mark.parametrize("rows", [1000, 40, 16])
+@pytest.mark.parametrize(("loss", "rows"), [("dual_clip", 1000), ("dual_clip", 40), ("dual_clip", 16), ("dpo", 40)])
 @pytest.mark.slow
 def test_the_ops_agree_with_the_reference(loss: str, rows: int) -> None:
     """In one chunk, in chunks of pairs, and with pairs that fit into none."""

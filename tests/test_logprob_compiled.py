@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from tso_fast import LOSSES, linear_logprobs, preference_loss
 
+pytestmark = pytest.mark.slow
 S, L, D, V = 4, 9, 16, 67
 
 
@@ -84,7 +85,6 @@ def test_a_whole_model_compiles(backend: str, dtype: torch.dtype, options: dict[
         torch.testing.assert_close(got, exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_other_shapes_and_no_gradients_compile() -> None:
     torch.compiler.reset()
     compiled = torch.compile(
