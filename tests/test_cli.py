@@ -91,6 +91,7 @@ def test_pairs_of_real_responses(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> N
     assert sorted(content(tmp_path)) == ["new folder/pairs.jsonl"]
 
 
+@pytest.mark.slow
 def test_pairs_shows_prior_corrected_and_oracle_errors(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> None:
     """Three simulated judges, 85 % right, on a real matrix; what the data know of each response is no evidence."""
     rng = np.random.default_rng(0)
@@ -305,6 +306,7 @@ def test_scores_in_the_data_named_like_a_judge(cli: Cli, tmp_path: Path) -> None
     assert_error(cli("pairs", arguments), 2, "the data have scores named 'verifier', and so has a judge of this run")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_real_process_goes_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     arguments = ["pairs", "--responses", "r.jsonl", "--output", "o.jsonl"]

@@ -361,6 +361,7 @@ def test_languages_are_those_of_the_detector() -> None:
     assert {code for code, text in LANGUAGE_SAMPLES.items() if constraints.detect_language(text) != code} == set()
 
 
+@pytest.mark.slow
 def test_the_detected_language_is_the_same_in_every_call() -> None:
     langdetect = pytest.importorskip("langdetect")
     short = ["hello", "no", "chat", "plan", "test data", "a b c", "ok va bene"]
@@ -415,6 +416,7 @@ def test_the_published_file_is_read_unchanged(ifeval: Path, tmp_path: Path) -> N
     assert [item.prompt.constraints for item in again] == [item.prompt.constraints for item in items]
 
 
+@pytest.mark.slow
 def test_any_text_is_judged(published: list[Constraint]) -> None:
     r = random.Random("constraints")
     pieces = [

@@ -181,6 +181,7 @@ def test_more_than_2_to_31_logits() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.slow
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(keep: bool) -> None:
     p = problem(37, 131, 72, bias=True)
     logprob, saved = backend.forward(*p.inputs, **HEADS["both"], room=room(p) if keep else None)
@@ -336,6 +337,7 @@ def test_probabilities_sum_to_one_and_are_at_most_one() -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_strides_and_addresses_do_not_matter() -> None:
     p = problem(23, 131, 40)
     want = fused(p, **HEADS["plain"])
@@ -348,6 +350,7 @@ def test_strides_and_addresses_do_not_matter() -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_a_frozen_head_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(23, 131, 40)
     _, dhidden, dweight = fused(p, **HEADS["plain"])
@@ -384,6 +387,7 @@ def test_dhidden_by_torch_is_that_by_tiles(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_dhidden_by_torch_goes_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(50, 131, 40)
     want = gradients(p, backend.forward(*p.inputs, **HEADS["plain"], room=room(p))[1], may_skip=False)[0]
@@ -647,6 +651,7 @@ def test_the_table_has_a_choice_for_every_architecture() -> None:
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_memory_of_a_row() -> None:
     for V, dtype in ((131, BF16), (131, F32), (64, F16)):
         p = problem(23, V, 40, dtype)

@@ -220,6 +220,7 @@ def check_good(out: list[Any], candidates: list[Candidates]) -> None:
         assert c.judge == "llm"
 
 
+@pytest.mark.slow
 def test_a_judge_whose_weights_only_the_server_has(folder: Path, server: FakeServer, tmp_path: Path) -> None:
     bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
     server.reply = answers(good)
@@ -231,6 +232,7 @@ def test_a_judge_whose_weights_only_the_server_has(folder: Path, server: FakeSer
 
 
 @pytest.mark.parametrize("say", [good, odd])
+@pytest.mark.slow
 def test_a_good_judge_is_right_whichever_side_the_answer_is_on(
     say: Say, folder: Path, server: FakeServer, tmp_path: Path
 ) -> None:
@@ -258,6 +260,7 @@ def test_a_good_judge_is_right_whichever_side_the_answer_is_on(
     }
 
 
+@pytest.mark.slow
 def test_a_verdict_after_reasons(folder: Path, server: FakeServer, tmp_path: Path) -> None:
     server.reply = answers(reasoned)
     candidates = additions(6)
@@ -273,6 +276,7 @@ def test_a_verdict_after_reasons(folder: Path, server: FakeServer, tmp_path: Pat
     assert out[0].reason.endswith(", which was cut after 30 tokens")
 
 
+@pytest.mark.slow
 def test_how_sure_a_judge_is(folder: Path, server: FakeServer, tmp_path: Path) -> None:
     server.reply = answers(lambda text: better(text) or "A", {"said": -0.2, "other": -1.8})
     out, cost = run(additions(6), llm_config(folder, server), tmp_path)
@@ -299,6 +303,7 @@ def test_how_sure_a_judge_is(folder: Path, server: FakeServer, tmp_path: Path) -
     ],
     ids=["A", "B", "A with log-probs"],
 )
+@pytest.mark.slow
 def test_a_position_bias_gives_ties_and_a_warning(
     say: Say,
     logprobs: Any,
@@ -319,6 +324,7 @@ def test_a_position_bias_gives_ties_and_a_warning(
     ) in caplog.text
 
 
+@pytest.mark.slow
 def test_a_judge_at_random(folder: Path, server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     server.reply = answers(random_label)
     out, cost = run(additions(40), llm_config(folder, server, name="coin"), tmp_path)
@@ -329,6 +335,7 @@ def test_a_judge_at_random(folder: Path, server: FakeServer, tmp_path: Path, cap
     assert {c.judge for c in out} == {"coin"}
 
 
+@pytest.mark.slow
 def test_a_judge_that_loves_length_is_consistent(
     folder: Path, server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,6 +356,7 @@ def test_a_judge_that_loves_length_is_consistent(
         ("[[A]] [[B]]", "two verdicts in '[[A]] [[B]]'"),
     ],
 )
+@pytest.mark.slow
 def test_what_says_nothing_is_an_abstention(
     said: str, reason: str, folder: Path, server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -359,6 +367,7 @@ def test_what_says_nothing_is_an_abstention(
     assert f"judge llm abstains on 9 of 9; 9 times for: {reason}" in caplog.text
 
 
+@pytest.mark.slow
 def test_log_probs_of_something_else_than_a_label_are_not_read(
     folder: Path, server: FakeServer, tmp_path: Path
 ) -> None:
@@ -380,6 +389,7 @@ def test_one_order_without_a_verdict_is_an_abstention(folder: Path, server: Fake
     assert (cost.abstentions, cost.unread) == (3, 4)
 
 
+@pytest.mark.slow
 def test_votes_are_counted(folder: Path, server: FakeServer, tmp_path: Path) -> None:
     said = {0: "A", 1: "A", 2: "hm", 3: "B"}
     seen: dict[str, int] = {}
@@ -400,6 +410,7 @@ def test_votes_are_counted(folder: Path, server: FakeServer, tmp_path: Path) -> 
     assert {(body["temperature"], body["logprobs"]) for body in server.asked} == {(0.7, 0)}
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_twice(folder: Path, server: FakeServer, tmp_path: Path) -> None:
     server.reply = answers(good)
     candidates = additions(8)
@@ -478,6 +489,7 @@ def test_ratings(folder: Path, server: FakeServer, tmp_path: Path) -> None:
         run(candidates, llm_config(folder, server, template="pointwise", pairs="baseline"), tmp_path)
 
 
+@pytest.mark.slow
 def test_its_own_answer_is_the_reference(folder: Path, server: FakeServer, tmp_path: Path) -> None:
     def say(text: str) -> str:
         if "[Response A]" not in text:
@@ -614,6 +626,7 @@ ENGINES = [
 
 
 @pytest.mark.parametrize("generator", ENGINES)
+@pytest.mark.slow
 def test_a_real_judge(generator: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     matrix = ModelMatrix([CellConfig(path=str(trained / "judge"))])
@@ -634,6 +647,7 @@ def test_a_real_judge(generator: str, trained: Path, tmp_path: Path, monkeypatch
     assert cost_again == dataclasses.replace(cost, new_requests=0)
 
 
+@pytest.mark.slow
 def test_a_judge_with_another_vocabulary(trained: Path, tiny_matrix: Path, tmp_path: Path) -> None:
     """Its digits have other ids than the matrix's."""
     matrix = ModelMatrix([CellConfig(path=str(tiny_matrix / "s.v1")), CellConfig(path=str(tiny_matrix / "m.v2"))])
@@ -693,6 +707,7 @@ t.run(t.digits(), t.JudgeConfig(kind="llm", model=t.CellConfig(path=str(folder /
 """
 
 
+@pytest.mark.slow
 def test_a_killed_judge_goes_on(trained: Path, tmp_path: Path) -> None:
     own = CellConfig(path=str(trained / "judge"))
     config = JudgeConfig(kind="llm", model=own, template=str(trained / "compare.txt"))

@@ -123,6 +123,7 @@ def gradients(
 # 8 pairs: as one batch, accumulated, shared out, both. 7 and 3: the last shares run short or are empty.
 @pytest.mark.parametrize("num_pairs", [8, 7, 3, 1])
 @pytest.mark.parametrize("loss", [{"loss_type": "dual_clip", "beta": 0.02}, {"loss_type": "sft"}], ids=str)
+@pytest.mark.slow
 def test_a_step_has_one_gradient_however_it_is_shared_out(num_pairs: int, loss: dict[str, Any]) -> None:
     pairs = encoded(num_pairs)
     reference = -torch.rand(num_pairs, 2, generator=torch.Generator().manual_seed(0)) * 40
@@ -191,6 +192,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_trajectories_do_not_depend_on_accumulation(tmp_path: Path) -> None:
     pairs = [dataclasses.replace(pair, margin=0.0) for pair in encoded(19)]
     common = {"logging_steps": 1, "num_train_epochs": 2, "warmup_steps": 2, "weight_decay": 0.1}
@@ -288,6 +290,7 @@ def test_a_wrong_reduction_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mon
         trained(tmp_path, [dataclasses.replace(pair, margin=0.0) for pair in encoded(4)])
 
 
+@pytest.mark.slow
 def test_settings_of_the_optimiser_are_really_used(tmp_path: Path) -> None:
     """Turning a setting changes the weights, or for those that must not, leaves them as they are."""
     pairs = encoded(6)

@@ -62,7 +62,7 @@ def run(tiny_matrix: Path, tmp_path: Path, cluster: Any) -> Any:
 
     def start(name: str, cells: list[CellConfig] | None = None, **settings: Any) -> list[Candidates]:
         values = {
-            "max_completion_length": 400,
+            "max_completion_length": 200,
             "top_k": 40,
             "num_generations": 4,
             "use_cpu": True,

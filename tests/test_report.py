@@ -269,11 +269,13 @@ def test_page_needs_nothing_else_and_escapes(tmp_path):
     assert not list(run.glob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_page_is_the_same_each_time(tmp_path):
     run = make_run(tmp_path / "run")
     assert page(run)[1] == page(run)[1]
 
 
+@pytest.mark.slow
 def test_comparison_runs(tmp_path):
     run = make_run(tmp_path / "run")
     make_run(run / "compare-other", titled("another loss"))
@@ -291,6 +293,7 @@ INCOMPLETE = [[], *(until(name) for name, _ in STAGES[:-1]), without_eval(), wit
 
 
 @pytest.mark.parametrize("stages", INCOMPLETE, ids=lambda stages: stages[-1][0] if stages else "nothing")
+@pytest.mark.slow
 def test_incomplete_runs(tmp_path, stages, capsys):
     run = make_run(tmp_path / "run", stages)
     found, _ = page(run)

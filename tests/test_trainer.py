@@ -33,6 +33,8 @@ from tso_fast.quickstart.build import make_tokenizer
 from tso_fast.report import write_report
 from tso_fast.trainer import train
 
+pytestmark = pytest.mark.slow
+
 
 def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
