@@ -32,8 +32,8 @@ LOSSES = {"dual_clip": "dual clip (TSO)", "dpo": "plain DPO", "sft": "chosen-onl
 def run_one(seed: int, eval_set: str, folder: str, settings: list[str]) -> None:
     """Runs one seed with all losses in the child process; prints one JSON line."""
     from tso_fast.cli import quickstart_config
-    from tso_fast.files.run import read_run
     from tso_fast.commands import train_and_compare
+    from tso_fast.files.run import read_run
 
     start = time.perf_counter()
     output = f"{folder}/run"

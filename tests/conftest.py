@@ -54,7 +54,7 @@ SLOWEST = {
     "test_annotate_page": 60,
     "test_resume": 50,
     "test_answering": 50,
-    "test_optimization": 30,
+    "test_optimise": 30,
     "test_report": 25,
     "test_cli": 20,
     "test_environment": 20,

@@ -48,9 +48,15 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def truth(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None = None,
-    softcap: float | None = None, temperature: float = 1.0, ignore_index: int = IGNORE, dtype: torch.dtype = F64,
-) -> torch.Tensor:  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = IGNORE,
+    dtype: torch.dtype = F64,
+) -> torch.Tensor:
     """Log-probs of the targets from full logits, computed in ``dtype``; 0 where ignored."""
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
@@ -64,9 +70,15 @@ def truth(
 
 
 def inputs(
-    *shape: int, vocab: int = 67, dim: int = 13, dtype: torch.dtype = F64, bias: bool = False, seed: int = 0,
-    ignored: float = 0.3, **head: Any,
-) -> tuple[list[torch.Tensor], dict[str, Any]]:  # fmt: skip
+    *shape: int,
+    vocab: int = 67,
+    dim: int = 13,
+    dtype: torch.dtype = F64,
+    bias: bool = False,
+    seed: int = 0,
+    ignored: float = 0.3,
+    **head: Any,
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """hidden, weight, targets and the keywords of a head; logits have a standard deviation of about 2."""
     g = torch.Generator().manual_seed(seed)
 
@@ -214,8 +226,11 @@ def test_gradcheck(head: str) -> None:
 
 def test_non_contiguous_inputs() -> None:
     (hidden, weight, targets), kw = inputs(6, 4, bias=True)
-    views = [hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
-             weight.detach().T.contiguous().T.requires_grad_(), targets.T.contiguous().T]  # fmt: skip
+    views = [
+        hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(),
+        weight.detach().T.contiguous().T.requires_grad_(),
+        targets.T.contiguous().T,
+    ]
     assert not any(view.is_contiguous() for view in views)
     strided = {"bias": kw["bias"].detach().repeat_interleave(2)[::2].requires_grad_()}
     out, again = linear_logprobs(hidden, weight, targets, **kw), linear_logprobs(*views, **strided)
@@ -265,8 +280,9 @@ def test_no_grad_and_frozen_parts() -> None:
     hidden, weight, targets = args
     with torch.no_grad():
         assert not linear_logprobs(*args, **kw).requires_grad
-        assert not preference_loss(hidden[None].expand(2, -1, -1), weight, targets.expand(2, -1),
-                                   ref_logprobs=torch.zeros(2)).loss.requires_grad  # fmt: skip
+        assert not preference_loss(
+            hidden[None].expand(2, -1, -1), weight, targets.expand(2, -1), ref_logprobs=torch.zeros(2)
+        ).loss.requires_grad
     full = gradients(linear_logprobs(*args, **kw), args, kw)
     upstream = torch.randn(6, generator=torch.Generator().manual_seed(9), dtype=F64)
     for frozen in ([0], [1], [2], [0, 1], [0, 2], [1, 2]):
@@ -336,10 +352,18 @@ def batch(dtype: torch.dtype = F64, **options: Any) -> tuple[list[torch.Tensor],
 
 
 def expected_loss(
-    args: list[torch.Tensor], head: dict[str, Any], ref: torch.Tensor, *, loss: str = "dual_clip",
-    pairs: Any = ((0, 3), (1, 4), (2, 5)), scale: Any = None, soft_label: Any = None, margin: Any = None,
-    token_weights: Any = None, **options: Any,
-) -> torch.Tensor:  # fmt: skip
+    args: list[torch.Tensor],
+    head: dict[str, Any],
+    ref: torch.Tensor,
+    *,
+    loss: str = "dual_clip",
+    pairs: Any = ((0, 3), (1, 4), (2, 5)),
+    scale: Any = None,
+    soft_label: Any = None,
+    margin: Any = None,
+    token_weights: Any = None,
+    **options: Any,
+) -> torch.Tensor:
     """The loss in float64 from full logits."""
     weights = 1.0 if token_weights is None else token_weights.to(F64)
     sums = (truth(*args, **head) * weights).sum(1)
@@ -430,12 +454,21 @@ def test_packed_equals_padded(dtype: torch.dtype) -> None:
     weights = torch.rand(6, 9, generator=torch.Generator().manual_seed(1))
     padded = preference_loss(hidden, weight, targets, ref_logprobs=ref, token_weights=weights, **kw, **SCALARS)
     for integer in (torch.int32, torch.int64):
-        packed = preference_loss(hidden[keep], weight, targets[keep], cu_seqlens=cu_seqlens.to(integer),
-                                 ref_logprobs=ref, token_weights=weights[keep], **kw, **SCALARS)  # fmt: skip
+        packed = preference_loss(
+            hidden[keep],
+            weight,
+            targets[keep],
+            cu_seqlens=cu_seqlens.to(integer),
+            ref_logprobs=ref,
+            token_weights=weights[keep],
+            **kw,
+            **SCALARS,
+        )
         for name, value in vars(padded).items():
             torch.testing.assert_close(getattr(packed, name), value, rtol=1e-6, atol=1e-6)
-        for a, b in zip(gradients(packed.loss, [hidden, weight], kw), gradients(padded.loss, [hidden, weight], kw),
-                        strict=True):  # fmt: skip
+        for a, b in zip(
+            gradients(packed.loss, [hidden, weight], kw), gradients(padded.loss, [hidden, weight], kw), strict=True
+        ):
             torch.testing.assert_close(a, b)
 
 
@@ -477,8 +510,15 @@ def test_token_weights_enter_policy_and_reference() -> None:
     weights = torch.rand(6, 9, generator=torch.Generator().manual_seed(2), dtype=F64)
     ref_args, ref_kw = inputs(6, 9, dim=5, seed=4, bias=True)
     ref = (truth(*ref_args[:2], args[2], **ref_kw) * weights).sum(1).detach()
-    out = preference_loss(*args, **kw, token_weights=weights, ref_hidden=ref_args[0].detach(), ref_weight=ref_args[1],
-                          ref_bias=ref_kw["bias"], loss="dpo")  # fmt: skip
+    out = preference_loss(
+        *args,
+        **kw,
+        token_weights=weights,
+        ref_hidden=ref_args[0].detach(),
+        ref_weight=ref_args[1],
+        ref_bias=ref_kw["bias"],
+        loss="dpo",
+    )
     torch.testing.assert_close(out.ref_logprobs, ref)
     want = expected_loss(args, kw, ref, token_weights=weights, loss="dpo")
     torch.testing.assert_close(out.loss, want)
@@ -514,11 +554,19 @@ def test_a_loss_may_be_a_function() -> None:
         assert out.clipped[:, 0].tolist() == (beta * log_ratio[:3] >= 0.3).tolist()
     assert gradients(out.loss, args, kw)[0].any()
     # The function behind a name gives what the name gives, figures included.
-    for a, b in zip(*(vars(preference_loss(*args, ref_logprobs=ref, loss=loss)).values() for loss in ("dual_clip",
-                    LOSSES["dual_clip"])), strict=True):  # fmt: skip
+    for a, b in zip(
+        *(
+            vars(preference_loss(*args, ref_logprobs=ref, loss=loss)).values()
+            for loss in ("dual_clip", LOSSES["dual_clip"])
+        ),
+        strict=True,
+    ):
         assert torch.equal(a, b)
-    mean = preference_loss(*args, ref_logprobs=ref, loss=lambda pairs: pairs.chosen / pairs.num_chosen_tokens
-                           - pairs.rejected / pairs.num_rejected_tokens)  # fmt: skip
+    mean = preference_loss(
+        *args,
+        ref_logprobs=ref,
+        loss=lambda pairs: pairs.chosen / pairs.num_chosen_tokens - pairs.rejected / pairs.num_rejected_tokens,
+    )
     means = mean.logprobs / (args[2] != IGNORE).sum(1)
     torch.testing.assert_close(mean.losses, means[:3] - means[3:])
     with pytest.raises(ValueError, match=r"one value a pair, \[3\], got \(\)"):

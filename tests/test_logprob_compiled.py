@@ -23,7 +23,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         "weight": (torch.randn(V, D, generator=g) / 2).to(dtype).requires_grad_(),
         "targets": targets,
         "bias": torch.randn(V, generator=g).to(dtype).requires_grad_(),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -89,8 +89,10 @@ def test_other_shapes_and_no_gradients_compile() -> None:
     torch.compiler.reset()
     compiled = torch.compile(
         lambda hidden, weight, targets: preference_loss(hidden, weight, targets, ref_logprobs=hidden.new_zeros(S)).loss,
-        fullgraph=True, backend="aot_eager", dynamic=True,
-    )  # fmt: skip
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
     given = inputs()
     for length in (9, 7, 5):
         cut = given["hidden"][:, :length], given["weight"], given["targets"][:, :length]

@@ -50,9 +50,13 @@ def make(
 
 
 def plain(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, softcap: float | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
     temperature: float,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -244,11 +248,26 @@ def weight_gradients(dtype: torch.dtype, upstream: torch.Tensor, sums: list[tupl
     """Adds the gradient of 40 rows to every sum, with those values of is_first and is_last."""
     hidden, weight, targets, _ = make(40, 64, 300, dtype)
     for total, is_first, is_last in sums:
-        _, saved = cpu.forward(hidden.detach(), weight.detach(), None, targets, softcap=None, temperature=1.0,
-                               room=cpu.make_room(40, weight))  # fmt: skip
+        _, saved = cpu.forward(
+            hidden.detach(),
+            weight.detach(),
+            None,
+            targets,
+            softcap=None,
+            temperature=1.0,
+            room=cpu.make_room(40, weight),
+        )
         assert saved is not None
-        cpu.backward(saved, upstream, dhidden_TD=None, dweight_VD=total.total_VD, dweight_rest_VD=total.rest_VD,
-                     dbias_V=None, is_first=is_first, is_last=is_last)  # fmt: skip
+        cpu.backward(
+            saved,
+            upstream,
+            dhidden_TD=None,
+            dweight_VD=total.total_VD,
+            dweight_rest_VD=total.rest_VD,
+            dbias_V=None,
+            is_first=is_first,
+            is_last=is_last,
+        )
 
 
 def test_a_sum_over_chunks_is_rounded_once(dtype: torch.dtype) -> None:
@@ -313,9 +332,14 @@ class Rank:
 
 
 def on_ranks(
-    sizes: list[int], hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
-    upstream: torch.Tensor, options: dict[str, Any],
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    sizes: list[int],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    upstream: torch.Tensor,
+    options: dict[str, Any],
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Log-probs on each rank; dhidden as the sum over ranks, dweight and dbias of the whole head."""
     barrier, given = threading.Barrier(len(sizes), timeout=60), [torch.empty(0)] * len(sizes)
 
@@ -324,16 +348,32 @@ def on_ranks(
         rows = slice(shard.first, shard.first + shard.size)
         part, part_bias = weight[rows], None if bias is None else bias[rows]
         try:
-            logprobs, saved = cpu.forward(hidden, part, part_bias, targets, **options, shard=shard,  # type: ignore[arg-type]
-                                          room=cpu.make_room(len(targets), part))  # fmt: skip
+            logprobs, saved = cpu.forward(
+                hidden,
+                part,
+                part_bias,
+                targets,
+                **options,
+                shard=shard,  # type: ignore[arg-type]
+                room=cpu.make_room(len(targets), part),
+            )
         except BaseException:
             barrier.abort()
             raise
         dhidden = torch.empty_like(hidden, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         dweight, dbias = torch.empty_like(part), torch.empty(len(part), dtype=torch.float64)
         assert saved is not None
-        cpu.backward(saved, upstream, dhidden_TD=dhidden, dweight_VD=dweight, dweight_rest_VD=None, dbias_V=dbias,
-                     is_first=True, is_last=True, may_skip=True)  # fmt: skip
+        cpu.backward(
+            saved,
+            upstream,
+            dhidden_TD=dhidden,
+            dweight_VD=dweight,
+            dweight_rest_VD=None,
+            dbias_V=dbias,
+            is_first=True,
+            is_last=True,
+            may_skip=True,
+        )
         return [logprobs, dhidden, dweight, dbias]
 
     with ThreadPoolExecutor(len(sizes)) as pool:
@@ -409,12 +449,21 @@ def tiles(isa: str, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     for rows, dim, vocab in SHAPES:
         hidden, weight, targets, _ = make(rows, dim, vocab, torch.bfloat16)
         upstream = torch.randn(rows, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        logprobs, saved = cpu.forward(hidden, weight, None, targets, softcap=None, temperature=1.0,
-                                      room=cpu.make_room(rows, weight))  # fmt: skip
+        logprobs, saved = cpu.forward(
+            hidden, weight, None, targets, softcap=None, temperature=1.0, room=cpu.make_room(rows, weight)
+        )
         dhidden, dweight = torch.empty(rows, dim), torch.empty_like(weight)
         assert saved is not None
-        cpu.backward(saved, upstream, dhidden_TD=dhidden, dweight_VD=dweight, dweight_rest_VD=None, dbias_V=None,
-                     is_first=True, is_last=True)  # fmt: skip
+        cpu.backward(
+            saved,
+            upstream,
+            dhidden_TD=dhidden,
+            dweight_VD=dweight,
+            dweight_rest_VD=None,
+            dbias_V=None,
+            is_first=True,
+            is_last=True,
+        )
         results += [logprobs, dhidden, dweight]
     return results
 

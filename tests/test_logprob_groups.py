@@ -45,9 +45,15 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     targets[2, 1] = (hidden[2, 1].double() @ weight.double().T).argmin()
     targets[3, 2:] = -100
     return {
-        "hidden": hidden, "weight": weight, "targets": targets, "bias": normal(V), "pairs": PAIRS,
-        "ref_hidden": hidden + 0.1 * normal(S, L, D), "ref_weight": weight + 0.1 * normal(V, D), "ref_bias": normal(V),
-    }  # fmt: skip
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "bias": normal(V),
+        "pairs": PAIRS,
+        "ref_hidden": hidden + 0.1 * normal(S, L, D),
+        "ref_weight": weight + 0.1 * normal(V, D),
+        "ref_bias": normal(V),
+    }
 
 
 def mean_margin(pairs: PairLogprobs) -> torch.Tensor:
@@ -55,18 +61,27 @@ def mean_margin(pairs: PairLogprobs) -> torch.Tensor:
     return pairs.rejected / pairs.num_rejected_tokens - pairs.chosen / pairs.num_chosen_tokens
 
 
-SCALARS = {"scale": torch.tensor([1.0, 0.0, 2.0, 0.5]), "soft_label": torch.tensor([1.0, 0.9, 0.8, 0.7]),
-           "margin": torch.tensor([0.0, 0.1, 0.2, 0.0])}  # fmt: skip
+SCALARS = {
+    "scale": torch.tensor([1.0, 0.0, 2.0, 0.5]),
+    "soft_label": torch.tensor([1.0, 0.9, 0.8, 0.7]),
+    "margin": torch.tensor([0.0, 0.1, 0.2, 0.0]),
+}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"loss": "dpo"},
     "bfloat16": {"dtype": torch.bfloat16, "loss": "dpo"},
-    "everything": {"clip_chosen": 0.05, "clip_rejected": 0.02, "softcap": 6.0, "temperature": 1.3, **SCALARS,
-                   "token_weights": torch.linspace(0.5, 1.5, S * L).view(S, L)},
+    "everything": {
+        "clip_chosen": 0.05,
+        "clip_rejected": 0.02,
+        "softcap": 6.0,
+        "temperature": 1.3,
+        **SCALARS,
+        "token_weights": torch.linspace(0.5, 1.5, S * L).view(S, L),
+    },
     "chunks": {"loss": "dpo", "rows": 16},
     "cached": {"loss": mean_margin, "ref_logprobs": torch.linspace(-30, -20, S)},
     "frozen": {"loss": "dpo", "frozen": ["weight", "bias"]},
     "head only": {"loss": "dpo", "frozen": ["hidden"]},
-}  # fmt: skip
+}
 
 
 INTERPRETED = {2: ("bfloat16", "everything", "chunks"), 4: ("everything",)}
@@ -170,8 +185,13 @@ def child(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
-                                timeout=datetime.timedelta(seconds=180))  # fmt: skip
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=ranks,
+            timeout=datetime.timedelta(seconds=180),
+        )
         found: dict[str, Any] = work(rank, ranks, folder)
     except BaseException:
         found = {"error": traceback.format_exc()}

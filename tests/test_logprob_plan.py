@@ -25,9 +25,14 @@ def llama3_8b(**change: object) -> plan.Shape:
 @pytest.mark.parametrize("is_gathered", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "needs_dweight", "chunks"),
-    [(BF16, True, [4096] * 4), (F16, True, [4096] * 4), (F32, True, [2048] * 8), (BF16, False, [6144, 6144, 4096]),
-     (F32, False, [2048] * 8)],
-)  # fmt: skip
+    [
+        (BF16, True, [4096] * 4),
+        (F16, True, [4096] * 4),
+        (F32, True, [2048] * 8),
+        (BF16, False, [6144, 6144, 4096]),
+        (F32, False, [2048] * 8),
+    ],
+)
 def test_llama3_8b_stays_under_2_gib(
     dtype: torch.dtype, needs_dweight: bool, chunks: list[int], is_gathered: bool
 ) -> None:
@@ -99,8 +104,11 @@ def test_the_plan_is_what_a_step_takes() -> None:
             preference_loss(
                 hidden, weight, targets, ref_logprobs=torch.zeros(8), loss="dpo", impl="cpu"
             ).loss.backward()
-        made = fused.plan(plan.Shape(backend=impls.backend("cpu"), dim=16, vocab=4000, dtype=BF16,
-                                     component_rows=[80] * 4, device_type="cpu"))  # fmt: skip
+        made = fused.plan(
+            plan.Shape(
+                backend=impls.backend("cpu"), dim=16, vocab=4000, dtype=BF16, component_rows=[80] * 4, device_type="cpu"
+            )
+        )
     finally:
         plan.set_memory_budget_mib(None, "cpu")
     assert made.chunks == [80] * 4

@@ -20,16 +20,20 @@ def check_plain(name: str, tensor: torch.Tensor) -> None:
     """
     is_packed = hasattr(tensor, "quant_state") or hasattr(tensor, "SCB") or tensor.dtype.itemsize == 1
     if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
-        raise ValueError(f"{name} is a DTensor, of which this rank holds a part; gather it once a step with "
-                         f"{name}.full_tensor(), or, where its rows are sharded, give {name}.to_local() and "
-                         "vocab_group=the group of that mesh dimension")  # fmt: skip
+        raise ValueError(
+            f"{name} is a DTensor, of which this rank holds a part; gather it once a step with "
+            f"{name}.full_tensor(), or, where its rows are sharded, give {name}.to_local() and "
+            "vocab_group=the group of that mesh dimension"
+        )
     if is_packed or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         kind = type(tensor).__name__ if type(tensor) not in (torch.Tensor, torch.nn.Parameter) else str(tensor.dtype)
         if name.endswith("hidden"):
             raise ValueError(f"{name} must be a plain floating-point tensor, got {kind}")
-        raise ValueError(f"{name} is quantised ({kind}), and the op reads float16, bfloat16, float32 or float64; leave "
-                         "the output head out of the quantisation (llm_int8_skip_modules=['lm_head'] of bitsandbytes, "
-                         "filter_fn of torchao), or give its dequantised weight")  # fmt: skip
+        raise ValueError(
+            f"{name} is quantised ({kind}), and the op reads float16, bfloat16, float32 or float64; leave "
+            "the output head out of the quantisation (llm_int8_skip_modules=['lm_head'] of bitsandbytes, "
+            "filter_fn of torchao), or give its dequantised weight"
+        )
     if tensor.is_meta and name.endswith("weight"):
         raise ValueError(f"{name} is on the meta device and holds no numbers; load the weights before the step")
 
@@ -46,8 +50,10 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
             f"as in {prefix}hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
     if not weight.shape[0]:
-        raise ValueError(f"{prefix}weight has no rows; is it a parameter that is sharded or offloaded at this moment? "
-                         "Gather it, or call the op where its module's forward runs")  # fmt: skip
+        raise ValueError(
+            f"{prefix}weight has no rows; is it a parameter that is sharded or offloaded at this moment? "
+            "Gather it, or call the op where its module's forward runs"
+        )
     if weight.dtype != hidden.dtype:
         raise ValueError(f"{prefix}weight is {weight.dtype} but {prefix}hidden is {hidden.dtype}; cast one of them")
     if weight.device != hidden.device:
@@ -72,8 +78,10 @@ def check_targets(targets: torch.Tensor, hidden: torch.Tensor) -> None:
     if targets.device != hidden.device:
         raise ValueError(f"targets are on {targets.device} but hidden is on {hidden.device}")
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets must be {tuple(hidden.shape[:-1])} as hidden without its last dimension, "
-                         f"got {tuple(targets.shape)}")  # fmt: skip
+        raise ValueError(
+            f"targets must be {tuple(hidden.shape[:-1])} as hidden without its last dimension, "
+            f"got {tuple(targets.shape)}"
+        )
 
 
 def valid_targets(targets: torch.Tensor, vocab: int, ignore_index: int) -> torch.Tensor:
@@ -141,32 +149,39 @@ def check_no_empty_sequence(num_tokens_S: torch.Tensor, pairs_N2: torch.Tensor, 
     """Raises ValueError if a sequence of a pair has no completion token."""
     if (is_empty := num_tokens_S[pairs_N2.reshape(-1)] == 0).any():
         empty = pairs_N2.reshape(-1)[is_empty][0].item()
-        raise ValueError(f"sequence {empty} belongs to a pair but has no completion token: "
-                         f"every target is ignore_index ({ignore_index})")  # fmt: skip
+        raise ValueError(
+            f"sequence {empty} belongs to a pair but has no completion token: "
+            f"every target is ignore_index ({ignore_index})"
+        )
 
 
 def _lengths(targets: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
     """Number of positions of every sequence, [S] int64."""
     if cu_seqlens is None:
         if targets.dim() != 2:
-            raise ValueError(f"padded input needs hidden [S, L, D] and targets [S, L], got targets "
-                             f"{tuple(targets.shape)}; packed input needs cu_seqlens")  # fmt: skip
+            raise ValueError(
+                f"padded input needs hidden [S, L, D] and targets [S, L], got targets "
+                f"{tuple(targets.shape)}; packed input needs cu_seqlens"
+            )
         return torch.full((targets.shape[0],), targets.shape[1])
     if targets.dim() != 1:
         raise ValueError(f"cu_seqlens goes with packed targets [T], got {tuple(targets.shape)}")
     is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2 and not cu_seqlens.is_floating_point()
     lengths = cu_seqlens.diff() if is_list else None
     if lengths is None or (lengths < 0).any() or cu_seqlens[0] != 0 or cu_seqlens[-1] != targets.shape[0]:
-        raise ValueError(f"cu_seqlens must be [S+1] integers that rise from 0 to T = {targets.shape[0]}, "
-                         f"got {cu_seqlens.tolist()}")  # fmt: skip
+        raise ValueError(
+            f"cu_seqlens must be [S+1] integers that rise from 0 to T = {targets.shape[0]}, got {cu_seqlens.tolist()}"
+        )
     return lengths.to(torch.int64)
 
 
 def _pairs(pairs: torch.Tensor | None, num_sequences: int) -> torch.Tensor:
     if pairs is None:
         if num_sequences % 2 or not num_sequences:
-            raise ValueError(f"without pairs the sequences are halved into chosen and rejected; {num_sequences} are "
-                             "no even, positive number")  # fmt: skip
+            raise ValueError(
+                f"without pairs the sequences are halved into chosen and rejected; {num_sequences} are "
+                "no even, positive number"
+            )
         return torch.arange(num_sequences).view(2, -1).T
     if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.shape[0] == 0 or pairs.dtype != torch.int64:
         raise ValueError(f"pairs must be [N, 2] int64 with N > 0, got {tuple(pairs.shape)} {pairs.dtype}")

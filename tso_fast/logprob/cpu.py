@@ -38,8 +38,10 @@ def check_available() -> None:
     try:
         extension = _extension()
     except ImportError as error:
-        raise ValueError(f"impl='cpu' is not available: the C++ extension is not built ({error}); reinstall tso-fast "
-                         "with a C++17 compiler, or use impl='reference'") from error  # fmt: skip
+        raise ValueError(
+            f"impl='cpu' is not available: the C++ extension is not built ({error}); reinstall tso-fast "
+            "with a C++17 compiler, or use impl='reference'"
+        ) from error
     if ISA and ISA not in (known := extension.logprob_isas("bfloat16")):
         raise ValueError(f"TSO_FAST_CPU_ISA={ISA!r} is not available on this machine; it has {', '.join(known)}")
 

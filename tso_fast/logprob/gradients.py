@@ -46,9 +46,15 @@ class Gradients:
     """Those gradients of hidden, weight and bias that are needed."""
 
     def __init__(
-        self, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, needs: Sequence[bool],
-        num_chunks: int, covers_all_rows: bool, head: Head,
-    ) -> None:  # fmt: skip
+        self,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        needs: Sequence[bool],
+        num_chunks: int,
+        covers_all_rows: bool,
+        head: Head,
+    ) -> None:
         need_dhidden, need_dweight, need_dbias = needs
         make = torch.empty_like if covers_all_rows else torch.zeros_like
         self.dhidden_TD = make(hidden_TD, memory_format=torch.contiguous_format) if need_dhidden else None

@@ -75,6 +75,8 @@ def is_shared(group: Any, name: str) -> bool:
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"this rank is not in {name}; call the op on its members only")
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"{name} must be a torch.distributed process group, got {type(group).__name__}; of a "
-                         "DeviceMesh take mesh.get_group(name of the dimension)")  # fmt: skip
+        raise ValueError(
+            f"{name} must be a torch.distributed process group, got {type(group).__name__}; of a "
+            "DeviceMesh take mesh.get_group(name of the dimension)"
+        )
     return dist.get_world_size(group) > 1

@@ -32,8 +32,7 @@ def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Any:
         raise ValueError(f"unknown impl {impl!r}; known: auto, {', '.join(IMPLS)}")
     found = backend(impl)
     if found.DEVICES and device.type not in found.DEVICES:
-        raise ValueError(f"impl={impl!r} is for tensors on {found.DEVICES[0]}, got hidden on {device}; "
-                         "use impl='auto'")  # fmt: skip
+        raise ValueError(f"impl={impl!r} is for tensors on {found.DEVICES[0]}, got hidden on {device}; use impl='auto'")
     if found.DTYPES and dtype not in found.DTYPES:
         raise ValueError(f"impl={impl!r} has no {dtype}; use impl='reference'")
     return found

@@ -143,8 +143,10 @@ class FusedLinearTSOLoss(torch.nn.Module):
             token_weights = weights if token_weights is None else weights * token_weights
             if ref_logprobs is not None:
                 if ref_logprobs.shape != per_token.shape:
-                    raise ValueError(f"ref_logprobs must be {tuple(per_token.shape)}, one sum a sequence, "
-                                     f"got {tuple(ref_logprobs.shape)}")  # fmt: skip
+                    raise ValueError(
+                        f"ref_logprobs must be {tuple(per_token.shape)}, one sum a sequence, "
+                        f"got {tuple(ref_logprobs.shape)}"
+                    )
                 ref_logprobs = ref_logprobs * per_token
         loss: str | Loss | LossFunction = self.loss
         options = self.loss_options

@@ -49,8 +49,10 @@ def limits(shape: Shape, budget: int) -> Limits:
 def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
     """Bytes of the large parts of a step; see ``plan.Planner``."""
     acc = 8 if shape.dtype == torch.float64 else 4
-    return {"a tile of logits and its copies": 4 * min(num_rows, ROWS) * min(shape.vocab, VOCAB) * acc,
-            "dhidden before it is rounded": num_rows * shape.dim * acc}  # fmt: skip
+    return {
+        "a tile of logits and its copies": 4 * min(num_rows, ROWS) * min(shape.vocab, VOCAB) * acc,
+        "dhidden before it is rounded": num_rows * shape.dim * acc,
+    }
 
 
 def make_room(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
@@ -118,9 +120,14 @@ def forward(
         sumexp_T = (sumexp_RT * torch.exp(max_RT - max_T)).sum(0)
     lse_T = max_T + sumexp_T.log()
     saved = Saved(
-        hidden_TD=hidden_TD, weight_VD=weight_VD, bias_V=bias_V, targets_T=targets_T, lse_T=lse_T, softcap=softcap,
+        hidden_TD=hidden_TD,
+        weight_VD=weight_VD,
+        bias_V=bias_V,
+        targets_T=targets_T,
+        lse_T=lse_T,
+        softcap=softcap,
         scale=1 / temperature,
-    )  # fmt: skip
+    )
     return target_logit_T - lse_T, saved
 
 

@@ -25,20 +25,28 @@ _NARROWEST, _WIDEST = 128, 256  # columns of a tile of logits on a GPU
 def check_available() -> None:
     """Raises ValueError if triton or a device is missing, or the kernels do not support it."""
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("impl='triton' is not available: triton is not installed; pip install triton (CUDA builds of "
-                         "torch bring it), or use impl='auto'")  # fmt: skip
+        raise ValueError(
+            "impl='triton' is not available: triton is not installed; pip install triton (CUDA builds of "
+            "torch bring it), or use impl='auto'"
+        )
     if torch.version.hip is not None:
-        raise ValueError("impl='triton' is not available: this torch is built for AMD GPUs, and the kernels are "
-                         "written for NVIDIA's; use impl='reference'")  # fmt: skip
+        raise ValueError(
+            "impl='triton' is not available: this torch is built for AMD GPUs, and the kernels are "
+            "written for NVIDIA's; use impl='reference'"
+        )
     if not torch.cuda.is_available() and not IS_INTERPRETED:
-        raise ValueError("impl='triton' is not available: torch sees no CUDA device; install a CUDA build of torch "
-                         "on a machine with one, or use impl='auto'")  # fmt: skip
+        raise ValueError(
+            "impl='triton' is not available: torch sees no CUDA device; install a CUDA build of torch "
+            "on a machine with one, or use impl='auto'"
+        )
     try:
         importlib.import_module("triton.tools.tensor_descriptor")
     except ImportError as error:
         version = importlib.import_module("triton").__version__
-        raise ValueError(f"impl='triton' is not available: it needs triton >= 3.4, which comes with torch >= 2.8, and "
-                         f"found {version} ({error}); upgrade torch, or use impl='reference'") from error  # fmt: skip
+        raise ValueError(
+            f"impl='triton' is not available: it needs triton >= 3.4, which comes with torch >= 2.8, and "
+            f"found {version} ({error}); upgrade torch, or use impl='reference'"
+        ) from error
 
 
 def bytes_per_row(weight_VD: torch.Tensor) -> int:
