@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from helpers import write_rows
-from test_policy import CONFIGS, LOAD, VOCAB, tiny
+from test_models import CONFIGS, LOAD, VOCAB, tiny
 from torch import nn
 
 from tso_fast.errors import InputError

@@ -79,7 +79,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from test_response_store import row
+from test_responses import row
 from tso_fast.files.responses import ResponseStore
 store = ResponseStore(sys.argv[1])
 for n in range(100_000):
