@@ -1,3 +1,3 @@
-"""Files: written whole or not at all (``atomic``), rows and records (``rows``), human labels (``labels``), responses
-that are never generated twice (``responses``), and the run folder (``run``).
+"""Files of a run: atomic writes (``atomic``), rows and their records (``rows``), human labels (``labels``), the store of
+responses (``responses``), and the run folder (``run``).
 """
