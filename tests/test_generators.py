@@ -23,6 +23,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from helpers import SHAPE
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -347,18 +348,6 @@ def test_a_tokenizer_without_padding_token(model: Any, way: str) -> None:
 
 # ------------------------------------------------------------------------------------------------- joining and leaving
 
-SHAPE = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "grouped": ("LlamaConfig", SHAPE, True),
     "gpt2": ("GPT2Config", {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, True),

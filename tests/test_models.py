@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers import SHAPE
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -30,19 +31,7 @@ from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.training.batches import EncodedPair, collate
 
-VOCAB = 101
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+VOCAB = SHAPE["vocab_size"]
 GPT2 = {
     "vocab_size": VOCAB,
     "n_embd": 32,

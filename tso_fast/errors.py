@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -30,3 +32,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 class EngineError(Exception):
     """A generation engine died or fell silent; another one may do its work."""
+
+
+def import_named(name: str, place: str, expected: str) -> Any:
+    """What a user's ``package.module:name`` is.
+
+    Args:
+        place: start of the message of an error, such as ``loss 'mine:hinge'``.
+        expected: what the name should be, such as ``function``.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing a module can raise anything
+        raise InputError(
+            f"{place} cannot be imported: {type(error).__name__}: {error}; expected package.module:{expected}, with "
+            "the package's folder on PYTHONPATH"
+        ) from error

@@ -12,7 +12,6 @@ outside::
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tso_fast.errors import import_named
 from tso_fast.types import PairLogprobs
 
 LossFunction = Callable[..., torch.Tensor]
@@ -150,16 +150,9 @@ def find_loss(loss: str | Loss | LossFunction) -> Loss:
         return Loss(loss, title=getattr(loss, "__name__", repr(loss)), is_per_pair=False)
     if loss in LOSSES:
         return LOSSES[loss]
-    module, colon, name = loss.partition(":")
-    if not colon:
+    if ":" not in loss:
         raise ValueError(f"unknown loss {loss!r}; known: {', '.join(sorted(LOSSES))}, or package.module:function")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing a module can raise anything
-        raise ValueError(
-            f"loss {loss!r} cannot be imported: {type(error).__name__}: {error}; expected "
-            "package.module:function, with the package's folder on PYTHONPATH"
-        ) from error
+    found = import_named(loss, f"loss {loss!r}", "function")
     if not callable(found):
         raise ValueError(f"loss {loss!r} is {found!r:.60}; expected a function or a tso_fast.losses.Loss")
     return find_loss(found)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tso_fast.config.settings import AnsweringConfig, JudgeConfig, judge_name
-from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows
 from tso_fast.types import Candidates, Comparison, Verdict
 
@@ -170,19 +168,3 @@ def as_verdicts(item: Candidates, name: str, opinions: Sequence[Opinion]) -> lis
         Verdict(prompt_id=item.prompt.id, response=i, judge=name, score=opinion.score, reason=opinion.reason)
         for i, opinion in enumerate(opinions)
     ]
-
-
-def import_named(name: str, setting: str, expected: str) -> Any:
-    """What ``package.module:name`` is.
-
-    Raises:
-        InputError: it cannot be imported; the message starts with the setting.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does when it is imported
-        raise InputError(
-            f"{setting}: {name!r} cannot be imported: {type(error).__name__}: {error}; expected "
-            f"package.module:{expected}, with the package's folder on PYTHONPATH"
-        ) from error

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tso_fast.config.settings import JudgeConfig, JudgesConfig, VerifierConfig
-from tso_fast.errors import InputError, did_you_mean
+from tso_fast.errors import InputError, did_you_mean, import_named
 from tso_fast.files.rows import FLOAT32_MAX, BadRows
 from tso_fast.judges import verifier
 from tso_fast.judges.implicit import ImplicitJudge
-from tso_fast.judges.judge import Bench, Judge, Judged, import_named
+from tso_fast.judges.judge import Bench, Judge, Judged
 from tso_fast.judges.llm import LlmJudge
 from tso_fast.judges.self_consistency import SelfConsistencyJudge
 from tso_fast.judges.verifier import VerifierJudge
@@ -69,7 +69,7 @@ def _class(kind: str, setting: str) -> type[Judge]:
             f"{setting}: got {kind!r}, expected one of {', '.join(JUDGES)}, or package.module:Class"
             f"{did_you_mean(kind, JUDGES)}"
         )
-    found: Any = import_named(kind, setting, "Class")
+    found: Any = import_named(kind, f"{setting}: {kind!r}", "Class")
     if not isinstance(found, type):
         raise InputError(f"{setting}: {kind!r} is {found!r:.60}; expected a class")
     needed = ("takes", "needs_models", "check", "usable", "num_steps", "judge")

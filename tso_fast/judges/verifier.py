@@ -10,10 +10,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from tso_fast.config.settings import JudgeConfig
-from tso_fast.errors import InputError, did_you_mean
+from tso_fast.errors import InputError, did_you_mean, import_named
 from tso_fast.files.rows import FLOAT32_MAX, BadRows, prompt_row
 from tso_fast.judges.constraints import NO_DETECTOR, check_constraint, holds
-from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts, import_named
+from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts
 from tso_fast.types import Candidates, Constraint, Prompt, Response, Verdict
 
 Check = Callable[[Prompt, Response], Opinion]
@@ -199,7 +199,7 @@ def make_verifier(name: str, pattern: str | None = None) -> Check:
 
 
 def _own(name: str) -> Check:
-    function = import_named(name, "verifier", "function")
+    function = import_named(name, f"verifier: {name!r}", "function")
     if not callable(function):
         raise InputError(f"verifier: {name!r} is {function!r:.60}; expected a function")
 

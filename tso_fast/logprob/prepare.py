@@ -87,7 +87,7 @@ def prepare(call: Call) -> Prepared:
     vocab = _vocab(call) if shard is None else shard.vocab
     layout = checks.layout(targets, vocab, call.ignore_index, cu_seqlens, pairs)
     sequence_shard = SequenceShard(call.sequence_group) if is_shared(call.sequence_group, "sequence_group") else None
-    planned, total = _token_counts(call, layout, targets, scalars, shard, sequence_shard)
+    planned, total = _token_counts(call, loss, layout, targets, scalars, shard, sequence_shard)
     _check_numbers(call, layout, scalars, total)
     batch = _batch(call, layout, loss, sequence_shard)
     has_unused_pairs = scalars[0] is not None and bool((scalars[0] == 0).any())
@@ -116,17 +116,17 @@ def _reference(call: Call, num_sequences: int) -> fused.Reference:
 
 
 def _token_counts(
-    call: Call, layout: checks.Layout, targets: torch.Tensor, scalars: list[torch.Tensor | None],
+    call: Call, loss: Loss, layout: checks.Layout, targets: torch.Tensor, scalars: list[torch.Tensor | None],
     shard: VocabShard | None, sequence_shard: SequenceShard | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Maximum and sum over ranks of each sequence's completion tokens, after checking that the ranks agree."""
     device, mine = call.hidden.device, torch.tensor(layout.num_tokens)
     if shard is not None:
         rows = {"the hidden dimension": call.hidden.shape[-1], "targets": _checksum(targets)}
-        shard.agree(_facts(call, layout, scalars) | rows, device, "vocab_group")
+        shard.agree(_facts(call, loss, layout, scalars) | rows, device, "vocab_group")
     if sequence_shard is None:
         return mine, mine
-    sequence_shard.agree(_facts(call, layout, scalars), device, "sequence_group")
+    sequence_shard.agree(_facts(call, loss, layout, scalars), device, "sequence_group")
     counts = sequence_shard.gather(mine.to(device)).cpu()
     return counts.amax(0), counts.sum(0)
 
@@ -215,10 +215,9 @@ def _checksum(values: torch.Tensor | None) -> int:
     return 0 if values is None else zlib.crc32(values.contiguous().numpy().tobytes())
 
 
-def _facts(call: Call, layout: checks.Layout, scalars: list[torch.Tensor | None]) -> dict[str, int]:
+def _facts(call: Call, loss: Loss, layout: checks.Layout, scalars: list[torch.Tensor | None]) -> dict[str, int]:
     """Facts that must agree on all ranks of a group, as numbers."""
     names = "scale", "soft_label", "margin"
-    loss = resolve_loss(call.loss, call.loss_options)
     head = loss.title, sorted(loss_options(loss).items()), call.softcap, call.temperature
     return {
         "the number of sequences": len(layout.num_tokens),
