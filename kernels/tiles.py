@@ -83,8 +83,8 @@ def default_tiles(D: int, dtype: torch.dtype, version: tuple[int, int]) -> Tiles
     """Default tiles, which fit shared memory and registers without spills; not timed."""
     kind = architecture(version)
     if kind == "interpreter":  # small, so that small test shapes have several tiles
-        wide, square = Tile(16, 64, 32, 4, 1), Tile(32, 32, 32, 4, 1)
-        return Tiles(wide, None if dtype != torch.float32 else square, square, Tile(32, 32, 16, 4, 1))
+        wide, deep = Tile(16, 64, 32, 4, 1), Tile(32, 32, 64, 4, 1)
+        return Tiles(wide, None if dtype != torch.float32 else deep, deep, Tile(64, 32, 16, 4, 1))
     if dtype == torch.float32:  # input_precision="ieee" uses no tensor cores; torch's product may use TF32
         tile = Tile(64, 64, 16, 8, 2)
         return Tiles(tile, tile, tile, tile)
