@@ -46,12 +46,8 @@ ALL = [
     "bfloat16-1024-softcap", "bfloat16-4100-plain", "float16-4096-plain", "float32-4096-plain",
 ]  # fmt: skip
 PRODUCTS = {"target_logit", "sumexp", "exp", "redo", "dhidden", "dweight"}  # what depends on the head and its tiles
-SCOPES: dict[str, Collection[str] | None] = {
-    "all": None,
-    "products": PRODUCTS,
-    "heaviest": PRODUCTS - {"sumexp", "redo"},
-}
-"""Kernels by name, or all of them. Of the gradients ``all`` has every kind of chunk, the others what takes most
+SCOPES: dict[str, Collection[str] | None] = {"all": None, "each": None, "heaviest": PRODUCTS - {"sumexp", "redo"}}
+"""Kernels by name; None: every one. Of the gradients ``all`` has every kind of chunk, the others what takes most
 registers, a chunk in the middle of several."""
 T, V = 4099, 128256
 
