@@ -125,7 +125,7 @@ CASES = {
     ]
 }
 HEADLINE = next(iter(CASES))
-TINY = {"pairs": 1, "length": 16, "dim": 24, "vocab": 67}
+TINY = {"pairs": 1, "length": 8, "dim": 24, "vocab": 67}
 OURS, NAIVE = "tso-fast", "naive"
 PEER_NAMES = ["trl", "liger_scaled", "cce", "liger_compiled", "quack", "cce_kahan", "liger", "torch_lce"]
 LEAST_S = 15
