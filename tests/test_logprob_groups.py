@@ -7,6 +7,7 @@ in a file, so that processes are started twice and not once a case.
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.util
 import itertools
 import multiprocessing
@@ -204,6 +205,8 @@ def child(rank: int, ranks: int, folder: Path) -> None:
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of 2 or 4 ranks found."""
     folder, context = tmp_path_factory.mktemp("ranks"), multiprocessing.get_context("fork")
+    for name in ("torch._dynamo", "torch._functorch.aot_autograd", "torch.fx.experimental.symbolic_shapes"):
+        importlib.import_module(name)  # here, for the ranks would do so one by one
     processes = [context.Process(target=child, args=(rank, request.param, folder)) for rank in range(request.param)]
     for process in processes:
         process.start()
