@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,28 @@ def corrected(item: Any, scores: Any, config: Any, counts: Any = None) -> list[A
 
     (evidence,) = evidence_of([item], score_matrix([item], []), [])
     return correct(item, evidence, scores, config, Counts() if counts is None else counts)
+
+
+def fork(do: Callable[[], object]) -> int:
+    """The id of a child that does it and ends; a fork, as a new interpreter takes seconds to import what it needs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            do()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+
+def status_of(child: int) -> int:
+    """Of a fork, once it has ended; negative: the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class LargestTensor(TorchDispatchMode):

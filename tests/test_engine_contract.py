@@ -23,7 +23,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tiny_cells import CONTEXT, ENDS, OTHER_ENDS, TOKENIZER, VOCAB, cell, greedy, logits, logprob, make_cells, requests
+from tiny_cells import (
+    CONTEXT,
+    ENDS,
+    OTHER_ENDS,
+    TOKENIZER,
+    VOCAB,
+    cell,
+    check_digits,
+    greedy,
+    judge_digits,
+    logits,
+    logprob,
+    make_cells,
+    requests,
+)
 
 from tso_fast.errors import EngineError, InputError
 from tso_fast.generators import (
@@ -43,6 +57,8 @@ from tso_fast.types import Cell
 
 pytestmark = pytest.mark.slow
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+BLOCKS = 512
+"""Of 128 tokens each; filling a GiB with zeros takes seconds."""
 FILTERED = [
     {"temperature": 0.5},
     {"temperature": 1.7, "top_k": 9},
@@ -111,7 +127,8 @@ def vllm(models: dict[str, Cell], server: tuple[subprocess.Popen[bytes], str], t
     shutil.copytree(models["three"].path, copy := tmp_path_factory.mktemp("copy") / "three")
     cells = {**models, "three": cell(copy)}
     engine = EngineProcess(
-        spec_of("vllm", [*cells.values()], context=CONTEXT), environment={"VLLM_CPU_KVCACHE_SPACE": "1"}
+        spec_of("vllm", [*cells.values()], context=CONTEXT, engine_args={"num_gpu_blocks_override": BLOCKS}),
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
     refusals = {
         b"empty": "no tokens",
@@ -143,6 +160,7 @@ def server(
         "max-lora-rank": 8,
         "max-loras": 3,
         "max-num-seqs": 16,
+        "num-gpu-blocks-override": BLOCKS,
         "lora-modules": f"two_a={models['two_a'].path}",
         "distributed-executor-backend": "uni",
         "host": "127.0.0.1",
@@ -150,6 +168,7 @@ def server(
     }
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in a third process otherwise, which would import it all again
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -288,15 +307,15 @@ def test_logprob_is_that_of_the_tokens_under_the_sampling_distribution(live: Liv
     unless that is empty."""
     asked = requests(18, live.names, **sampling)
     for request, got in zip(asked, generate(live.engine, asked), strict=True):
-        by_cell = {name: logprob(cell, request, got.token_ids) for name, cell in live.cells.items()}
-        want = by_cell.pop(request.cell)
+        want = logprob(live.cells[request.cell], request, got.token_ids)
         if live.is_client and sampling:  # a server tells the model's own alone
             assert got.logprob is None
             assert want > -1e9  # and yet took no token that the filters leave out
             continue
         assert got.logprob == pytest.approx(want, abs=live.tolerance(request.cell))
         if len(got.token_ids) > 3 and not sampling:
-            assert all(abs(got.logprob - other) > 0.1 for other in by_cell.values())
+            others = [cell for name, cell in live.cells.items() if name != request.cell]
+            assert all(abs(got.logprob - logprob(other, request, got.token_ids)) > 0.1 for other in others)
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.01}], ids=str)
@@ -328,7 +347,10 @@ def test_top_logprobs_are_the_models_own_at_the_first_token(live: Live) -> None:
 
 def test_ends_at_any_end_of_sequence_token(live: Live) -> None:
     """The tokenizer's and those that the generation config names."""
-    asked = [dataclasses.replace(r, token_ids=(5, 9, 33)) for r in requests(120, live.names[:1], max_tokens=9)]
+    asked = [
+        dataclasses.replace(r, token_ids=(5, 110, 85))
+        for r in requests(120, live.names[:1], max_tokens=9, temperature=2.0)
+    ]
     completions = generate(live.engine, asked)
     assert len({c.token_ids[0] for c in completions}) > 10
     for c in completions:
@@ -475,6 +497,31 @@ def test_reloaded_weights_are_as_good_as_fresh_ones(vllm: Live, openai: Live) ->
     assert [c.logprob for c in reloaded] == pytest.approx([c.logprob for c in fresh], abs=1e-3)
     assert not same(reloaded, before)
     assert same(generate(vllm.engine, ones), before)
+
+
+@needs_vllm
+def test_a_judge_asks_it(vllm: Live, models: dict[str, Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way from candidates to comparisons, but that the engine runs already: another would start for long."""
+    asked: list[EngineSpec] = []
+
+    def running(spec: EngineSpec, **options: Any) -> Engine:
+        asked.append(spec)
+        return Borrowed(vllm.engine)
+
+    monkeypatch.setattr("tso_fast.executors.local.open_engine", running)
+    path = models["judge"].path
+    check_digits(path, judge_digits(path, tmp_path, generator="vllm"))
+    assert [(spec.kind, [c.path for c in spec.cells]) for spec in asked] == [("vllm", [path])]
+
+
+class Borrowed:
+    """An engine that who is done with it leaves running."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.submit, self.collect = engine.submit, engine.collect
+
+    def close(self) -> None:
+        pass
 
 
 @needs_vllm

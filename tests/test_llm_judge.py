@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import itertools
+import os
 import random
 import re
 import shutil
 import signal
 import string
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import write_rows
+from helpers import fork, status_of, write_rows
 from test_openai_server import FakeServer, Handler
+from tiny_cells import TOKENIZER, check_digits, digits, judge_digits, make_judge
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tso_fast.config.checks import check
@@ -31,14 +31,10 @@ from tso_fast.judges.judge import Bench, Cost
 from tso_fast.judges.llm import LlmJudge, baseline, of_both_orders
 from tso_fast.judges.replies import read_label, read_logprobs, read_rating
 from tso_fast.matrix import ModelMatrix
-from tso_fast.models.tokens import encode_prompt
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.types import HUMAN, Candidates, Message, Prompt, Response
 
 CONTEXT = 1600
-TOKENIZER: Any = make_tokenizer(
-    [("Which response is better, A or B?", "A"), ("? 0 1 2 3 4 5 6 7 8 9", "7")] * 4, Recipe(seed=0)
-)
 Say = Callable[[str], str]
 
 
@@ -143,9 +139,14 @@ def answers(say: Say, logprobs: dict[str, float] | None = None) -> Any:
     return reply
 
 
+class JudgesServer(FakeServer):
+    request_queue_size = 256
+    """All connections of an engine at once: where only five may wait, the others are tried again after a second."""
+
+
 @pytest.fixture
-def server(request: pytest.FixtureRequest) -> Iterator[FakeServer]:
-    made = FakeServer(models=("judge",))
+def server() -> Iterator[FakeServer]:
+    made = JudgesServer(models=("judge",))
     yield made
     made.close()
 
@@ -568,83 +569,23 @@ def test_an_empty_matrix_of_candidates(folder: Path, server: FakeServer, tmp_pat
 
 # ------------------------------------------------------------------------------------------------------ real models
 
-COMPARE = "---\nread: label\n---\n{prompt} {first} {second}"
-NUMBERS = [(a, b) for a in range(10) for b in range(10) if a != b]
-
-
-def number_prompt(a: int, b: int) -> Prompt:
-    return Prompt(id="-", prompt=f"? {a} {b}")
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Says which of two digits is larger: a small model that is a good judge, trained for a few seconds."""
-    model = tiny_model(context=96)
-    label = [TOKENIZER.encode(text, add_special_tokens=False)[0] for text in ("B", "A")]
-    ids = torch.tensor([encode_prompt(TOKENIZER, number_prompt(a, b)) for a, b in NUMBERS])
-    want = torch.tensor([label[a > b] for a, b in NUMBERS])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(300):
-        loss = torch.nn.functional.cross_entropy(model(ids).logits[:, -1], want)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss < 0.01:
-            break
-    root = tmp_path_factory.mktemp("trained")
-    (root / "compare.txt").write_text(COMPARE)
-    return save_model(model.eval(), root / "judge").parent
+    """Holds a small model that is a good judge of digits."""
+    return make_judge(tmp_path_factory.mktemp("trained")).parent
 
 
-def digits() -> list[Candidates]:
-    numbers = ((3, 7, 5), (9, 0, 1), (4, 8, 2), (6, 5, 9))
-    return [
-        Candidates(
-            prompt=Prompt(id=f"d{i}", prompt="?"), responses=tuple(Response(model="m", text=str(n)) for n in row)
-        )
-        for i, row in enumerate(numbers)
-    ]
-
-
-def forward(path: Path, a: str, b: str) -> float:
-    """P(A) / (P(A) + P(B)) over all tokens, in float32."""
-    model = LlamaForCausalLM.from_pretrained(path)
-    ids = torch.tensor([encode_prompt(TOKENIZER, Prompt(id="-", prompt=f"? {a} {b}"))])
-    with torch.no_grad():
-        logprobs = model(ids).logits[0, -1].log_softmax(-1)
-    words = [TOKENIZER.decode([i]).strip() for i in range(len(TOKENIZER))]
-    mass = {label: sum(float(logprobs[i].exp()) for i, word in enumerate(words) if word == label) for label in "AB"}
-    return mass["A"] / (mass["A"] + mass["B"])
-
-
-ENGINES = [
-    "hf",
-    pytest.param(
-        "vllm", marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-    ),
-]
-
-
-@pytest.mark.parametrize("generator", ENGINES)
 @pytest.mark.slow
-def test_a_real_judge(generator: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    matrix = ModelMatrix([CellConfig(path=str(trained / "judge"))])
-    config = JudgeConfig(kind="llm", cell="policy", template=str(trained / "compare.txt"))
-    out, cost = run(digits(), config, tmp_path, matrix, generator=generator)
-    assert len(out) == 12
-    for c in out:
-        first, second = (digits()[int(c.prompt_id[1:])].responses[i].text for i in c.responses)
-        assert c.orders is not None
-        assert c.orders[0] == pytest.approx(forward(trained / "judge", first, second), abs=1e-4)
-        assert c.orders[1] == pytest.approx(1 - forward(trained / "judge", second, first), abs=1e-4)
-        assert c.probability == pytest.approx(sum(c.orders) / 2)
-        assert (c.probability > 0.5) == (first > second)
-    assert (cost.requests, cost.new_requests, cost.decided, cost.disagreements) == (24, 24, 12, 0)
+def test_a_real_judge(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hf; vLLM's is in test_engine_contract.py."""
+    judged = judge_digits(trained / "judge", tmp_path)
+    check_digits(trained / "judge", judged)
     monkeypatch.setattr("tso_fast.executors.local.open_engine", lambda *args, **kwargs: pytest.fail("an engine"))
-    again, cost_again = run(digits(), config, tmp_path, matrix, generator=generator)
-    assert again == out
-    assert cost_again == dataclasses.replace(cost, new_requests=0)
+    again = judge_digits(trained / "judge", tmp_path)
+    assert again.verdicts == judged.verdicts
+    assert judged.cost is not None
+    assert again.cost == dataclasses.replace(judged.cost, new_requests=0)
 
 
 @pytest.mark.slow
@@ -687,38 +628,23 @@ def test_the_cell_that_judges(trained: Path, tiny_matrix: Path, tmp_path: Path) 
     assert cost.requests == 6
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[3])
-from pathlib import Path
-import test_llm_judge as t
-from tso_fast.files.responses import ResponseStore
-add, calls = ResponseStore.add, 0
-def killing(self, rows):
-    global calls
-    add(self, rows)
-    calls += 1
-    if calls == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-ResponseStore.add = killing
-folder = Path(sys.argv[1])
-t.run(t.digits(), t.JudgeConfig(kind="llm", model=t.CellConfig(path=str(folder / "judge")),
-      template=str(folder / "compare.txt")), Path(sys.argv[2]), shard_size=2)
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_judge_goes_on(trained: Path, tmp_path: Path) -> None:
     own = CellConfig(path=str(trained / "judge"))
     config = JudgeConfig(kind="llm", model=own, template=str(trained / "compare.txt"))
     whole, cost = run(digits(), config, tmp_path / "whole", shard_size=2)
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, trained, tmp_path / "parts", Path(__file__).parent],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    add, calls = ResponseStore.add, itertools.count(1)
+
+    def killing(self: ResponseStore, rows: Any) -> None:
+        add(self, rows)
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def judge() -> None:
+        ResponseStore.add = killing  # type: ignore[method-assign]
+        run(digits(), config, tmp_path / "parts", shard_size=2)
+
+    assert status_of(fork(judge)) == -signal.SIGKILL
     out, cost_again = run(digits(), config, tmp_path / "parts", shard_size=2)
     assert out == whole
     assert 0 < cost_again.new_requests < cost.new_requests

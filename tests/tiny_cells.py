@@ -21,12 +21,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig
+from tso_fast.files.responses import ResponseStore
+from tso_fast.files.rows import BadRows
 from tso_fast.generators import Request, Sampling
+from tso_fast.judges.judge import Bench, Judged
+from tso_fast.judges.llm import LlmJudge
+from tso_fast.matrix import ModelMatrix
+from tso_fast.models.tokens import encode_prompt
 from tso_fast.quickstart.build import Recipe, make_tokenizer
-from tso_fast.types import Cell
+from tso_fast.types import Candidates, Cell, Prompt, Response
 
 CONTEXT = 320
-TEXTS = [("Add 1 and 2.", "3"), ("Write Sam twice.", "Sam Sam")] * 4
+TEXTS = [("Which response is better, A or B?", "A"), ("? 0 1 2 3 4 5 6 7 8 9", "7")] * 4
 TOKENIZER: Any = make_tokenizer(TEXTS, Recipe(seed=0))
 VOCAB = len(TOKENIZER)
 OTHER_ENDS = [40, 41]
@@ -93,7 +100,7 @@ def cell(path: Path, base: Path | None = None, rank: int | None = None) -> Cell:
 
 
 def make_cells(root: Path) -> dict[str, Cell]:
-    """`one` with adapters `one_a one_b`, `two` with `two_a two_b`, and `three`."""
+    """`one` with adapters `one_a one_b`, `two` with `two_a two_b`, `three`, and `judge`."""
     cells = []
     for seed, name in enumerate(("one", "two", "three")):
         save(make_model(seed), root / name)
@@ -102,6 +109,7 @@ def make_cells(root: Path) -> dict[str, Cell]:
         base = root / name.split("_")[0]
         save_adapter(base, root / name, seed)
         cells.append(cell(root / name, base, 4))
+    cells.append(cell(make_judge(root)))
     return {c.name: c for c in cells}
 
 
@@ -146,9 +154,80 @@ def logprob(cell: Cell, request: Request, tokens: Sequence[int]) -> float:
     return float(z.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).sum())
 
 
-def greedy(cell: Cell, request: Request, ends: Sequence[int] = ENDS) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=64)
+def greedy(cell: Cell, request: Request) -> tuple[int, ...]:
     """By transformers: the likeliest tokens up to an end or the limit."""
     tokens: list[int] = []
-    while len(tokens) < request.sampling.max_tokens and not (tokens and tokens[-1] in ends):
+    while len(tokens) < request.sampling.max_tokens and not (tokens and tokens[-1] in ENDS):
         tokens.append(int(logits(cell, [*request.token_ids, *tokens])[-1].argmax()))
     return tuple(tokens)
+
+
+# --------------------------------------------------------------------------------------------------- a real judge
+
+DIGITS = ((3, 7, 5), (9, 0, 1), (4, 8, 2), (6, 5, 9))
+"""What it judges: the larger of two is better."""
+
+
+def digits() -> list[Candidates]:
+    return [
+        Candidates(
+            prompt=Prompt(id=f"d{i}", prompt="?"), responses=tuple(Response(model="m", text=str(n)) for n in row)
+        )
+        for i, row in enumerate(DIGITS)
+    ]
+
+
+def make_judge(root: Path) -> Path:
+    """The folder `judge` of a model that says A or B, which of two digits is larger; beside it `compare.txt`."""
+    (root / "compare.txt").write_text("---\nread: label\n---\n{prompt} {first} {second}")
+    model = make_model(7)
+    pairs = [(a, b) for row in DIGITS for a in row for b in row if a != b]
+    ids = torch.tensor([_shown(a, b) for a, b in pairs])
+    label = [TOKENIZER.encode(text, add_special_tokens=False)[0] for text in ("B", "A")]
+    want = torch.tensor([label[a > b] for a, b in pairs])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        loss = nn.functional.cross_entropy(model(ids).logits[:, -1], want)
+        if loss.item() < 0.02:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save(model.eval(), root / "judge")
+    return root / "judge"
+
+
+def _shown(a: object, b: object) -> list[int]:
+    return encode_prompt(TOKENIZER, Prompt(id="-", prompt=f"? {a} {b}"))
+
+
+def judge_digits(judge: Path, store: Path, **settings: Any) -> Judged:
+    matrix = ModelMatrix([CellConfig(path=str(judge))])
+    config = JudgeConfig(kind="llm", cell="policy", template=str(judge.with_name("compare.txt")))
+    with ResponseStore(store) as opened:
+        answering = AnsweringConfig(use_cpu=True, **settings)
+        return LlmJudge(config).judge(digits(), Bench(bad=BadRows(), settings=answering, store=opened, matrix=matrix))
+
+
+def check_digits(judge: Path, judged: Judged) -> None:
+    """What was judged is right, and as sure as the model's own probabilities by transformers say."""
+    assert len(judged.verdicts) == 12
+    for c in judged.verdicts:
+        first, second = (digits()[int(c.prompt_id[1:])].responses[i].text for i in c.responses)
+        assert c.orders is not None
+        assert abs(c.orders[0] - _prefers_first(judge, first, second)) < 1e-4
+        assert abs(c.orders[1] - (1 - _prefers_first(judge, second, first))) < 1e-4
+        assert abs(c.probability - sum(c.orders) / 2) < 1e-9
+        assert (c.probability > 0.5) == (first > second)
+    cost = judged.cost
+    assert cost is not None
+    assert (cost.requests, cost.new_requests, cost.decided, cost.disagreements) == (24, 24, 12, 0)
+
+
+def _prefers_first(judge: Path, a: str, b: str) -> float:
+    """P(A) / (P(A) + P(B)) over all tokens, in float32."""
+    probs = logits(cell(judge), _shown(a, b))[-1].softmax(-1)
+    words = [TOKENIZER.decode([i]).strip() for i in range(VOCAB)]
+    mass = {label: sum(float(probs[i]) for i, word in enumerate(words) if word == label) for label in "AB"}
+    return mass["A"] / (mass["A"] + mass["B"])
