@@ -1,22 +1,20 @@
-"""Run by path from test_resume.py: trains in forked children that are killed at every file that becomes visible, and
-at every shard of responses that is stored.
+"""For test_resume.py: trains in forked children that are killed at every file that becomes visible, and at every shard
+of responses that is stored.
 
-Forking from one process that has imported torch but computed nothing makes a start cost milliseconds instead of
-seconds, so every boundary can be tried.
+Forking from a process that has trained once makes a start cost milliseconds instead of seconds, so every boundary can
+be tried.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
+from helpers import fork, status_of
 
 from tso_fast.config.settings import CellConfig, TrainConfig
 from tso_fast.files.responses import ResponseStore, Row
@@ -84,38 +82,25 @@ def killing_replace(seen_file: Path, moment: str) -> None:
     ResponseStore.add = patched_add
 
 
-def run_child(output_dir: Path, seen_file: Path | None, moment: str) -> int:
-    """Trains in a child; 0 when it finished, 9 when it was killed."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            if seen_file is not None:
-                killing_replace(seen_file, moment)
-            train(config(output_dir))
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(pid, 0)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+def run_child(output_dir: Path, seen_file: Path, moment: str) -> int:
+    """Trains in a child; 0 when it finished, -9 when it was killed."""
+
+    def work() -> None:
+        killing_replace(seen_file, moment)
+        train(config(output_dir))
+
+    return status_of(fork(work))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> dict[str, int]:
+    """Trains into `whole`, and killed into `before` and `after`; how often either was killed."""
+    train(config(folder / "whole"))
     # Collections in the children, of which training has several, would walk all that was imported.
     gc.collect()
     gc.freeze()
-    kills = {}
-    if (status := run_child(folder / "whole", None, "")) != 0:
-        sys.exit(f"the uninterrupted run ended with status {status}")
-    for moment in ("before", "after"):
-        kills[moment] = 0
+    kills = {"before": 0, "after": 0}
+    for moment in kills:
         while (status := run_child(folder / moment, folder / f"seen-{moment}", moment)) != 0:
-            if status != signal.SIGKILL:
-                sys.exit(f"{moment}: ended with status {status} after {kills[moment]} kills")
+            assert status == -signal.SIGKILL, f"{moment}: ended with status {status} after {kills[moment]} kills"
             kills[moment] += 1
-    print(json.dumps(kills))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return kills

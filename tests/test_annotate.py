@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
+import signal
 import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import read_rows, write_rows
+from helpers import fork, read_rows, status_of, write_rows
 from test_cli import assert_error
 
 from tso_fast.annotate.agreement import agreement, between_people, with_judges
@@ -365,48 +366,34 @@ def test_a_whole_last_line_without_its_newline_is_kept(file: LabelFile) -> None:
     assert len(read_labels(file.path, CANDIDATES, BadRows())) == 2
 
 
-WRITER = """
-import os, sys
-from datetime import UTC, datetime
-sys.path.insert(0, {tests!r})
-from test_annotate import CANDIDATES, label
-from tso_fast.files.labels import LabelFile
-from dataclasses import replace
+def writes(path: Path, name: str, die_at: int = 0) -> None:
+    """150 labels, each of which is confirmed in a file beside; the power of a kill -9 in the middle of a write."""
+    file, write, calls = LabelFile(path, CANDIDATES), os.write, itertools.count(1)
 
-file = LabelFile({path!r}, CANDIDATES)
-write, count = os.write, 0
+    def torn(handle: int, data: bytes) -> int:
+        if next(calls) == die_at:
+            write(handle, data[:37])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(handle, data)
 
-def torn(handle, data):  # the power of a kill -9 in the middle of a write
-    global count
-    count += 1
-    if count == {die_at}:
-        write(handle, data[:37])
-        os.kill(os.getpid(), 9)
-    return write(handle, data)
-
-os.write = torn
-for k in range({labels}):
-    file.append(replace(label("p", (0, 1), 1.0, name="{name}-%d" % k), time=datetime.now(UTC)))
-    print(k, flush=True)
-"""
-
-
-def writer(path: Path, name: str, labels: int, die_at: int = 0) -> subprocess.Popen[str]:
-    code = WRITER.format(tests=str(Path(__file__).parent), path=str(path), name=name, labels=labels, die_at=die_at)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    os.write = torn  # type: ignore[assignment]
+    with path.with_name(name).open("w") as confirmed:
+        for k in range(150):
+            file.append(replace(label("p", (0, 1), 1.0, name=f"{name}-{k}"), time=datetime.now(UTC)))
+            print(f"{name}-{k}", file=confirmed, flush=True)
 
 
 @pytest.mark.slow
 def test_processes_write_one_file_and_one_is_killed_in_mid_write(tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
-    processes = [writer(path, "a", 150), writer(path, "b", 150), writer(path, "c", 150, die_at=50)]
-    confirmed = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, -9]
-    assert len(confirmed[2]) == 49
+    deaths = {"a": 0, "b": 0, "c": 50}
+    children = [fork(lambda name=name, at=at: writes(path, name, at)) for name, at in deaths.items()]  # type: ignore[misc]
+    assert [status_of(child) for child in children] == [0, 0, -signal.SIGKILL]
+    confirmed = {name: (tmp_path / name).read_text().split() for name in deaths}
+    assert len(confirmed["c"]) == 49
     LabelFile(path, CANDIDATES)  # mends what nobody wrote after
     names = Counter(c.annotator for c in read_labels(path, CANDIDATES, BadRows()))
-    expected = [f"{name}-{k}" for name, ks in zip("abc", confirmed, strict=True) for k in ks]
-    assert names == Counter(expected)
+    assert names == Counter(itertools.chain(*confirmed.values()))
     assert len(path.read_bytes().splitlines()) == 349
 
 

@@ -1,4 +1,4 @@
-"""The page in a real browser, served by the real command.
+"""The page in a real browser, served by the command in a fork, as importing gradio takes seconds.
 
 The picture in the documentation: `python tests/test_annotate_page.py docs/annotate.png`.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +22,9 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import read_rows, write_rows
+from helpers import fork, read_rows, status_of, write_rows
+
+from tso_fast.cli import main
 
 pytestmark = pytest.mark.slow
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -48,37 +48,40 @@ EVIL = (
 @contextlib.contextmanager
 def served(*arguments: object, **environment: str) -> Iterator[str]:
     """The address of `tso-fast annotate`, which runs meanwhile."""
-    command = [sys.executable, "-m", "tso_fast.cli", "annotate", *map(str, arguments)]
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed below
-    process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "COLUMNS": "200", **environment})
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            log.seek(0)
-            said = log.read()
-            if match := re.search(r"open (http://\S+)", said):
-                break
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.05)
-        yield match[1]
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        log.seek(0)
-        said = log.read()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+
+        def serve() -> None:
+            os.environ.update(COLUMNS="200", **environment)
+            sys.stdout = sys.stderr = log.open("w", buffering=1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os._exit(main(["annotate", *map(str, arguments)]))
+
+        child = fork(serve)
+        try:
+            deadline = time.monotonic() + 60
+            while not (match := re.search(r"open (http://\S+)", said := log.read_text() if log.exists() else "")):
+                assert os.waitpid(child, os.WNOHANG) == (0, 0), said
+                assert time.monotonic() < deadline, said
+                time.sleep(0.05)
+            yield match[1]
+            os.kill(child, signal.SIGINT)
+            status, child = status_of(child), 0
+        finally:
+            if child:
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(child, signal.SIGKILL)
+                    status_of(child)
+        said = log.read_text()
+        assert status == 130
         assert "stopped" in said
         assert "Traceback" not in said
         assert "Warning" not in said
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed: pip install 'tso-fast[annotate]'")
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'tso-fast[annotate]'")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     if BROWSER is None:
         pytest.skip("no chromium, chromium-browser or google-chrome on the PATH")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import resume_chain
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 
 
 def bytes_of(run: Path) -> dict[str, bytes]:
@@ -26,16 +23,7 @@ def bytes_of(run: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
     folder = tmp_path_factory.mktemp("chain")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-        "TSO_FAST_CACHE": str(folder / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, HERE / "resume_chain.py", folder], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, json.loads(done.stdout)
+    return folder, resume_chain.main(folder)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

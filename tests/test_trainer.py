@@ -6,18 +6,16 @@ import dataclasses
 import gzip
 import itertools
 import json
-import os
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import make_adapter, write_rows
 from resume_chain import SMALL, config
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tso_fast.cli import main
@@ -228,28 +226,28 @@ def test_accumulation_gives_the_trajectory_of_one_batch(base: TrainConfig, tmp_p
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
+def train_afresh(settings: TrainConfig) -> None:
+    """In a fork, which holds what Accelerate knows of the process that it comes from."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(settings)
+
+
 def test_two_processes_give_the_trajectory_of_one(few: TrainConfig, tmp_path: Path) -> None:
     """Torch's own launcher, gloo, DDP: the same pairs in a step, the same loss, gradient and metrics."""
     settings = dataclasses.replace(few, scale_by="gap", num_train_epochs=3)
     train(dataclasses.replace(settings, output_dir=str(tmp_path / "one"), per_device_train_batch_size=4))
     two = dataclasses.replace(settings, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2)
-    (tmp_path / "settings.pickle").write_bytes(pickle.dumps(two))
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import pickle, sys\nfrom pathlib import Path\nfrom tso_fast.trainer import train\n"
-        "train(pickle.loads(Path(sys.argv[1]).read_bytes()))\n"
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="two",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        start_method="fork",  # what this process has imported need not be imported twice more
+        max_restarts=0,
     )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(str(script), str(tmp_path / "settings.pickle")),
-        ],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    elastic_launch(launch, train_afresh)(two)
     ours, theirs = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(ours) == len(theirs) > 2
     for a, b in zip(ours, theirs, strict=True):
