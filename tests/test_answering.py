@@ -301,23 +301,13 @@ def engine_processes() -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_responses_and_are_gone_after(
-    setup: Any, prompts: list[Candidates], tmp_path: Path
-) -> None:
-    one = answers(setup("s.v1", "m.v2", shard_size=3), prompts, tmp_path / "one")
-    two = answers(setup("s.v1", "m.v2", shard_size=3, num_engines=2), prompts, tmp_path / "two")
-    assert two == one
-    assert engine_processes() == []
-    assert {"engine-1.log", "engine-2.log"} <= {p.name for p in (tmp_path / "two" / "logs").iterdir()}
-
-
-@pytest.mark.slow
 def test_killed_engines_cost_a_retry_each(
     setup: Any, prompts: list[Candidates], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One while it starts, one while it works: the same responses, none lost."""
+    """Of two processes one while it starts, one while it works: the responses of this one, and nothing is left."""
     settings = {"shard_size": 1, "max_completion_length": 150, "top_k": 40}
-    whole = answers(setup("s.v1", **settings), prompts, tmp_path / "whole")
+    cells = ("s.v1", "m.v2")
+    whole = answers(setup(*cells, **settings), prompts, tmp_path / "whole")
     log = tmp_path / "parts" / "responses.sqlite3-wal"
     killed: dict[int, int] = {}
     is_over = threading.Event()
@@ -334,7 +324,7 @@ def test_killed_engines_cost_a_retry_each(
     thread = threading.Thread(target=killer)
     thread.start()
     try:
-        parts = answers(setup("s.v1", num_engines=2, **settings), prompts, tmp_path / "parts")
+        parts = answers(setup(*cells, num_engines=2, **settings), prompts, tmp_path / "parts")
     finally:
         is_over.set()
         thread.join()
@@ -342,6 +332,8 @@ def test_killed_engines_cost_a_retry_each(
     assert len(killed) == 2
     assert caplog.text.count("an engine died, its work is given to another") == 2
     assert "SIGKILL" in caplog.text
+    assert engine_processes() == []
+    assert {"engine-1.log", "engine-2.log"} <= {p.name for p in (tmp_path / "parts" / "logs").iterdir()}
 
 
 @pytest.mark.slow
