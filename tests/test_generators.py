@@ -446,7 +446,7 @@ STOPS = [("é",), ("b", "èé"), ("é a", "a é"), (" é", "é ", "aé"), ("aa",
 def test_a_row_ends_with_the_token_that_completes_a_stop_string(way: str) -> None:
     tokenizer = byte_tokenizer()
     model = llama(vocab_size=8)
-    asked = requests(24, vocab=8, sampling=Sampling(max_tokens=50, temperature=3.0))
+    asked = requests(16, vocab=8, sampling=Sampling(max_tokens=50, temperature=3.0))
     free = complete(model, asked, tokenizer=tokenizer, ends=[])
     for stop in STOPS:
         want, cut = [], 0
@@ -461,10 +461,9 @@ def test_a_row_ends_with_the_token_that_completes_a_stop_string(way: str) -> Non
             else:
                 want.append((completion.token_ids, completion.text, completion.finish_reason))
         assert cut >= 1
-        for batch_size in (7, 24):
-            sampling = Sampling(max_tokens=50, temperature=3.0, stop=stop)
-            got = complete(model, asked, sampling, tokenizer=tokenizer, ends=[], batch_size=batch_size)
-            assert [(c.token_ids, c.text, c.finish_reason) for c in got] == want, stop
+        sampling = Sampling(max_tokens=50, temperature=3.0, stop=stop)
+        got = complete(model, asked, sampling, tokenizer=tokenizer, ends=[], batch_size=5)
+        assert [(c.token_ids, c.text, c.finish_reason) for c in got] == want, stop
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(model: Any) -> None:
