@@ -305,7 +305,7 @@ def test_killed_engines_cost_a_retry_each(
     setup: Any, prompts: list[Candidates], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of two processes one while it starts, one while it works: the responses of this one, and nothing is left."""
-    settings = {"shard_size": 1, "max_completion_length": 150, "top_k": 40}
+    settings = {"shard_size": 1, "max_completion_length": 80, "top_k": 40}
     cells = ("s.v1", "m.v2")
     whole = answers(setup(*cells, **settings), prompts, tmp_path / "whole")
     log = tmp_path / "parts" / "responses.sqlite3-wal"
