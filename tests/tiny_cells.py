@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,10 @@ def logprob(cell: Cell, request: Request, tokens: Sequence[int]) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def greedy(cell: Cell, request: Request) -> tuple[int, ...]:
+def greedy(cell: Cell, request: Request, ends: Collection[int] = ENDS) -> tuple[int, ...]:
     """By transformers: the likeliest tokens up to an end or the limit."""
     tokens: list[int] = []
-    while len(tokens) < request.sampling.max_tokens and not (tokens and tokens[-1] in ENDS):
+    while len(tokens) < request.sampling.max_tokens and not (tokens and tokens[-1] in ends):
         tokens.append(int(logits(cell, [*request.token_ids, *tokens])[-1].argmax()))
     return tuple(tokens)
 
