@@ -61,11 +61,11 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, rank: int = 4, strengt
 
 def corrected(item: Any, scores: Any, config: Any, counts: Any = None) -> list[Any]:
     """Decisions on the pairs of a prompt of which nothing but consensus scores is known."""
-    from tso_fast.correction.decide import Counts, correct
+    from tso_fast.correction.decide import Counts, correct, from_scores
     from tso_fast.correction.evidence import evidence_of, score_matrix
 
     (evidence,) = evidence_of([item], score_matrix([item], []), [])
-    return correct(item, evidence, scores, config, Counts() if counts is None else counts)
+    return correct(item, evidence, from_scores(evidence, scores), config, Counts() if counts is None else counts)
 
 
 def fork(do: Callable[[], object]) -> int:

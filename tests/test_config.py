@@ -291,7 +291,11 @@ def test_what_is_missing_is_named() -> None:
             ["--score_weights.a", "1", "--evidence", "calibrated"],
             "score_weights: they have no effect on calib",
         ),
-        ("pairs", ["--judge_reliability.a", "0.9"], "judge_reliability: it has no effect with evidence 'consensus'"),
+        (
+            "pairs",
+            ["--judge_reliability.a", "0.9", "--evidence", "prior"],
+            "judge_reliability: it has no effect with evidence 'prior'",
+        ),
         ("pairs", ["--soft_label_kappa", "1", "--soft_label_by", "win_rate"], "soft_label_kappa: it has no effect"),
         ("pairs", ["--diversity_band", "1"], "diversity_band: it has no effect with pair_strategy 'random'"),
         ("pairs", ["--diversity_ngram", "2"], "diversity_ngram: it has no effect with pair_strategy 'random'"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -10,212 +11,446 @@ import numpy as np
 import pytest
 
 from tso_fast.correction.calibration import expected_calibration_error, fit_temperature, tempered
-from tso_fast.correction.reliability import Combination, combine
+from tso_fast.correction.graded import normal_scores
+from tso_fast.correction.joint import BLOCK, JointModel, block_of, blocks_of
+from tso_fast.correction.reliability import Combination, combine, is_identified
+from tso_fast.correction.votes import ORDER, Voter, Votes, votes_of, with_meaningful_silence
+from tso_fast.types import Candidates, Comparison, Prompt, Response, ScoreMatrix
 
 NAN = math.nan
 
 
-def planted(
-    accuracies: list[float], n: int = 4000, seed: int = 0, neither: float = 0.0, tie_when_neither: float = 0.5
-) -> tuple[np.ndarray, np.ndarray]:
-    """State 1, -1 or 0 of n pairs, and votes that are right with these probabilities, independently."""
+def votes_on(strength: np.ndarray, count: int, order: np.ndarray | None = None, **changes: Any) -> Votes:
+    """Comparisons of judges j0, j1, ... on prompts of ``count`` responses, all shown in the order of the pairs."""
+    n, judges = strength.shape
+    prompts = n // (count * (count - 1) // 2)
+    first, second = np.triu_indices(count, 1)
+    place = np.zeros(count) if order is None else order
+    fields: dict[str, Any] = {
+        "voters": tuple(Voter(name=f"j{j}", kind="comparison") for j in range(judges)),
+        "strength_NJ": strength.astype(np.float32),
+        "shown_NJ": np.ones((n, judges), np.int8),
+        "abstained_NJ": np.zeros((n, judges), bool),
+        "offsets": np.arange(prompts + 1) * count,
+        "order_R": np.tile(place, prompts),
+        "prior_N": np.tile(np.sign(place[first] - place[second]), prompts).astype(np.int8),
+        "rules_N": np.zeros(n, np.int16),
+        "rules": ("newer",),
+        "is_same_N": np.zeros(n, bool),
+        "longer_N": np.zeros(n, np.int8),
+    }
+    return Votes(**{**fields, **changes})
+
+
+def planted(prompts: int = 500, count: int = 4, seed: int = 0, order: np.ndarray | None = None) -> np.ndarray:
+    """State 1, 0 or -1 of all pairs of right and wrong responses; later ones are right more often."""
     rng = np.random.default_rng(seed)
-    truth = np.where(rng.random(n) < neither, 0, rng.choice([-1, 1], n))
-    right = rng.random((n, len(accuracies))) < np.array(accuracies)
-    votes = np.where(right, truth[:, None], -truth[:, None]).astype(float)
-    guess = np.where(rng.random(votes.shape) < tie_when_neither, 0, rng.choice([-1, 1], votes.shape))
-    return truth, np.where((truth == 0)[:, None], guess, votes)
+    place = np.linspace(-1, 1, count) if order is None else order
+    hard = rng.normal(size=(prompts, 1)) * 1.5
+    right = rng.random((prompts, count)) < 1 / (1 + np.exp(-(place + hard)))
+    first, second = np.triu_indices(count, 1)
+    return (right[:, first].astype(int) - right[:, second]).ravel()
 
 
-def run(votes: np.ndarray, **options: Any) -> Combination:
-    n = len(votes)
-    names = [f"j{j}" for j in range(votes.shape[1])]
-    settings = {"prior_N": np.zeros(n, int), "classes_N": np.zeros(n, int), "classes": [], **options}
-    return combine(votes, names, **settings)
+def judged(truth: np.ndarray, accuracies: list[float], seed: int = 1, silent: bool = False) -> np.ndarray:
+    """Votes that are right with these probabilities, independently; on ties they guess, or are silent."""
+    rng = np.random.default_rng(seed)
+    right = rng.random((len(truth), len(accuracies))) < np.array(accuracies)
+    guess = np.where(silent, NAN, rng.choice([-1.0, 1.0], size=right.shape))
+    return np.where((truth == 0)[:, None], guess, np.where(right, truth[:, None], -truth[:, None]))
+
+
+ORDERED = np.array([-1.0, -0.3, 0.3, 1.0])
+"""The prior order of four responses."""
 
 
 def accuracies_of(found: Combination) -> list[float]:
-    return [r.accuracy for r in found.judges.values()]
+    return [row.accuracy for row in found.judges.values()]
+
+
+def error(found: Combination, truth: np.ndarray) -> float:
+    p = found.probabilities
+    return float((np.sign(p[:, 0] - p[:, 1]) != truth)[truth != 0].mean())
+
+
+def log_odds(found: Combination) -> np.ndarray:
+    return np.log(found.probabilities[:, 0] / found.probabilities[:, 1])
+
+
+# ---- one model of a prompt
+
+
+def test_expectations_are_those_of_brute_force() -> None:
+    """Probabilities of a prompt's pairs, one possibility after the other in plain Python."""
+    truth = planted(40, 3)
+    votes = votes_on(judged(truth, [0.8, 0.7]), 3, np.array([-0.5, 0.0, 0.5]))
+    model = JointModel(votes)
+    model.fit(max_iterations=3)
+    states = model.expect()
+    level, trust, coupling = model.prior
+    for p in (0, 7):
+        total, sums = 0.0, np.zeros((3, 3))
+        for right in itertools.product([0, 1], repeat=3):
+            pairs = [right[i] - right[j] for i, j in itertools.combinations(range(3), 2)]
+            log = level * sum(right) + trust * float(np.dot(right, votes.order_R[:3]))
+            log += coupling * sum(state != 0 for state in pairs) / 2
+            for k, state in enumerate(pairs):
+                for j in range(2):
+                    column = int(votes.strength_NJ[3 * p + k, j]) + model.emissions[j].num_levels
+                    log += math.log(model.emissions[j].table[2, 1, column, state + 1])
+            total += math.exp(log)
+            for k, state in enumerate(pairs):
+                sums[k, state + 1] += math.exp(log)
+        np.testing.assert_allclose(states[3 * p : 3 * p + 3], sums / total, rtol=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, BLOCK, BLOCK + 1, 30])
+def test_blocks_hold_every_pair(count: int) -> None:
+    found = [set(itertools.combinations(block, 2)) for block in blocks_of(count)]
+    assert set().union(*found) == set(itertools.combinations(range(count), 2))
+    assert all(len(block) <= BLOCK for block in blocks_of(count))
+    assert len(block_of(min(count, BLOCK)).right_CR) == 2 ** min(count, BLOCK)
+
+
+def test_a_long_prompt_in_blocks_is_nearly_as_good_as_whole() -> None:
+    truth = planted(60, BLOCK + 4)
+    found = combine(votes_on(judged(truth, [0.75, 0.75, 0.75]), BLOCK + 4))
+    assert error(found, truth) < 0.05
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1)
+
+
+# ---- reliabilities
 
 
 @pytest.mark.parametrize("accuracies", [[0.7, 0.7, 0.7], [0.9, 0.6, 0.75, 0.5], [0.85, 0.8, 0.2]])
 def test_planted_reliabilities_are_found(accuracies: list[float]) -> None:
-    truth, votes = planted(accuracies)
-    found = run(votes)
-    assert accuracies_of(found) == pytest.approx(accuracies, abs=0.04)
-    decided = np.sign(found.probabilities[:, 0] - found.probabilities[:, 1])
-    best = max(max(a, 1 - a) for a in accuracies)
-    assert (decided == truth).mean() > best - 0.01
+    truth = planted(1000)
+    found = combine(votes_on(judged(truth, accuracies), 4, ORDERED))
+    assert accuracies_of(found) == pytest.approx(accuracies, abs=0.06)
+    low, high = found.judges["j0"].interval
+    assert low - 0.05 < accuracies[0] < high + 0.05  # shrunk towards what is assumed
+    assert high - low < 0.2
 
 
-def test_three_weak_judges_beat_one() -> None:
-    truth, votes = planted([0.7, 0.7, 0.7])
-    found = run(votes)
-    assert (np.sign(found.probabilities[:, 0] - found.probabilities[:, 1]) == truth).mean() > 0.76  # theory: 0.784
+def test_votes_on_one_prompt_help_each_other() -> None:
+    """Three judges right on 70 %, with no prior order: by majority 21.6 % of the pairs are wrong."""
+    truth = planted(800)
+    assert error(combine(votes_on(judged(truth, [0.7] * 3), 4)), truth) < 0.18
 
 
 def test_stated_probabilities_are_right_as_often_as_they_say() -> None:
-    truth, votes = planted([0.8, 0.7, 0.65], n=20000)
-    p = run(votes).probabilities
-    assert expected_calibration_error(p[:, :2].max(axis=1), (np.sign(p[:, 0] - p[:, 1]) == truth) * 1.0) < 0.02
+    truth = planted(800)
+    found = combine(votes_on(judged(truth, [0.8, 0.7, 0.7]), 4, ORDERED))
+    p, on = found.probabilities, truth != 0
+    stated = p[on, :2].max(axis=1) / p[on, :2].sum(axis=1)
+    right = (np.sign(p[:, 0] - p[:, 1]) == truth)[on]
+    assert expected_calibration_error(stated, right * 1.0) < 0.05
 
 
-def test_swapping_all_responses_mirrors_the_result() -> None:
-    _, votes = planted([0.8, 0.7, 0.6], n=500)
-    found, mirrored = run(votes), run(-votes)
-    np.testing.assert_allclose(found.probabilities[:, [1, 0, 2]], mirrored.probabilities, atol=1e-9)
+def test_order_of_the_prompts_changes_nothing() -> None:
+    votes = votes_on(judged(planted(100), [0.8, 0.7, 0.6]), 4, ORDERED)
+    order = np.random.default_rng(1).permutation(100)
+    pairs = (order[:, None] * 6 + np.arange(6)).ravel()
+    found, moved = combine(votes), combine(votes.only(order))
+    np.testing.assert_allclose(found.probabilities[pairs], moved.probabilities, atol=1e-9)
 
 
-def test_order_of_the_pairs_changes_nothing() -> None:
-    _, votes = planted([0.8, 0.7, 0.6], n=500)
-    order = np.random.default_rng(1).permutation(500)
-    np.testing.assert_array_equal(run(votes).probabilities[order], run(votes[order]).probabilities)
+def test_weak_judges_do_no_harm() -> None:
+    """With three judges right on 60 % the prior order is hardly ever overruled wrongly."""
+    order = np.array([-1.6, -0.3, 0.3, 1.6])
+    gaps = []
+    for seed in range(3):
+        truth = planted(600, seed=seed, order=order)
+        votes = votes_on(judged(truth, [0.6] * 3, seed + 10), 4, order * ORDER)
+        on = (truth != 0) & (votes.prior_N != 0)
+        found = combine(votes)
+        said = np.sign(found.probabilities[:, 0] - found.probabilities[:, 1])
+        gaps.append((said != truth)[on].mean() - (votes.prior_N != truth)[on].mean())
+    assert np.mean(gaps) < 0.01
 
 
-def test_the_prior_order_is_a_voter_by_class() -> None:
-    """A class that is wrong more often than right is believed the other way round."""
-    truth, votes = planted([0.75, 0.75, 0.75])
+def test_a_prior_order_that_is_wrong_is_found_out() -> None:
+    """Where both ways were shown; else a wrong order and judges that all prefer what comes second look the same."""
+    truth = planted(800)
+    votes = votes_on(judged(truth, [0.8] * 3), 4, -ORDERED, shown_NJ=np.zeros((4800, 3), np.int8))
+    found = combine(votes)
+    assert found.prior["newer"].accuracy < 0.4
+    assert error(found, truth) < 0.08
+
+
+# ---- judges as they are
+
+
+@pytest.mark.parametrize("share", [0.3, 0.45, 1.0])
+def test_a_judge_that_prefers_what_it_sees_first(share: float) -> None:
+    """Responses are shown in the matrix's order, so that its bias looks like the prior order's opposite."""
+    truth = planted(600)
+    good = judged(truth, [0.75] * 3)
     rng = np.random.default_rng(5)
-    kind = rng.integers(0, 2, len(truth))
-    prior = np.where(rng.random(len(truth)) < np.array([0.9, 0.3])[kind], truth, -truth)
-    found = run(votes, prior_N=prior, classes_N=kind, classes=[("larger", "b > a"), ("newer", "d > c")])
-    assert [r.accuracy for r in found.prior.values()] == pytest.approx([0.9, 0.3], abs=0.05)
-    alone = run(votes)
-
-    def right(c: Combination) -> float:
-        return float((np.sign(c.probabilities[:, 0] - c.probabilities[:, 1]) == truth).mean())
-
-    assert right(found) > right(alone) + 0.03
+    biased = np.where(rng.random(len(truth)) < share, 1.0, judged(truth, [0.7], 7)[:, 0])
+    alone = error(combine(votes_on(good, 4, ORDERED)), truth)
+    found = combine(votes_on(np.column_stack([good, biased]), 4, ORDERED))
+    assert error(found, truth) <= 1.05 * alone + 0.005
+    assert found.judges["j3"].pull > 0.5
+    assert all(abs(found.judges[f"j{j}"].pull) < 0.2 for j in range(3))
 
 
-def test_few_pairs_of_a_class_lean_on_their_rule() -> None:
-    truth, votes = planted([0.9, 0.9, 0.9], n=2000)
-    kind = np.zeros(2000, int)
-    kind[:3] = 1
-    prior = np.where(np.random.default_rng(0).random(2000) < 0.85, truth, -truth)
-    prior[:3] = -truth[:3]
-    same = run(votes, prior_N=prior, classes_N=kind, classes=[("newer", "a"), ("newer", "b")])
-    assert same.prior["newer", "b"].accuracy > 0.65  # three of three wrong, against 0.85 of its rule
-    other = run(votes, prior_N=prior, classes_N=kind, classes=[("newer", "a"), ("larger", "b")])
-    assert other.prior["larger", "b"].accuracy < 0.5
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("share", [0.9, 1.0])
+def test_judges_that_copy_each_other_count_as_one(share: float, silent: bool) -> None:
+    truth = planted(600)
+    strength = judged(truth, [0.7] * 3, silent=silent)
+    copied = np.random.default_rng(5).random(len(truth)) < share
+    strength[:, 1] = np.where(copied, strength[:, 0], strength[:, 1])
+    found = combine(votes_on(strength, 4, ORDERED))
+    assert list(found.joined) == [("j0", "j1")]
+    excess = found.joined["j0", "j1"]
+    assert excess.observed > 0.8 > 0.5 > excess.expected
+    assert found.judges["j2"].accuracy == pytest.approx(0.7, abs=0.06)
+    two = error(combine(votes_on(strength[:, [0, 2]], 4, ORDERED)), truth)
+    assert error(found, truth) < two + 0.02
 
 
-def test_ties_say_that_neither_is_better() -> None:
-    truth, votes = planted([0.9, 0.85, 0.8], neither=0.4, tie_when_neither=0.8)
-    p = run(votes).probabilities
-    assert p[truth == 0, 2].mean() > 0.9
-    assert p[truth != 0, 2].mean() < 0.05
+def test_independent_judges_are_not_joined() -> None:
+    for seed in range(3):
+        found = combine(votes_on(judged(planted(400), [0.7, 0.8, 0.7], seed), 4, ORDERED))
+        assert not found.joined
 
 
-def test_without_ties_one_of_two_is_always_better() -> None:
-    _, votes = planted([0.9, 0.85, 0.8])
-    np.testing.assert_array_equal(run(votes).probabilities[:, 2], 0)
-
-
-def test_stronger_votes_of_a_judge_count_more() -> None:
-    """A judge that knows when it knows: gaps above 1 are right, the others are guesses."""
+def test_stronger_votes_count_by_their_calibration() -> None:
+    """Calibrated probabilities: log-odds say how sure a vote is, and adding them up is the best there is."""
+    truth = planted(600)
     rng = np.random.default_rng(3)
-    truth, votes = planted([0.5, 0.75, 0.75], n=6000)
-    knows = rng.random(6000) < 0.5
-    votes[:, 0] = np.where(knows, 2 * truth, 0.5 * votes[:, 0]) + 0.01 * rng.random(6000)
-    p = run(votes).probabilities
-    right = np.sign(p[:, 0] - p[:, 1]) == truth
-    assert right[knows].mean() > 0.97
-    assert p[knows, :2].max(axis=1).mean() > p[~knows, :2].max(axis=1).mean() + 0.15
+    odds = rng.normal(1.1 * truth[:, None], math.sqrt(2.2), size=(len(truth), 3))  # 70 % right
+    found = combine(votes_on(2 / (1 + np.exp(-odds)) - 1, 4, ORDERED))
+    signs = combine(votes_on(np.sign(odds), 4, ORDERED))
+    assert error(found, truth) < 0.8 * error(signs, truth)
+    curve = found.judges["j0"].curve
+    assert curve[0][1] < 0.65 < 0.85 < curve[-1][1]
+    assert [strength for strength, _, _ in curve] == sorted(strength for strength, _, _ in curve)
 
 
-def test_absent_votes_say_nothing() -> None:
-    _, votes = planted([0.8, 0.8, 0.8])
-    votes[np.random.default_rng(0).random(votes.shape) < 0.3] = NAN
-    votes[0] = NAN
-    found = run(votes)
-    assert accuracies_of(found) == pytest.approx([0.8] * 3, abs=0.04)
-    assert found.probabilities[0] == pytest.approx([0.5, 0.5, 0])
-    assert found.judges["j0"].num_votes == (~np.isnan(votes[:, 0])).sum()
+def test_silence_on_ties_is_heard() -> None:
+    """Judges that skip the pairs that are both right or both wrong tell which responses are equal."""
+    truth = planted(400)
+    votes = votes_on(judged(truth, [0.7] * 3, silent=True), 4, ORDERED)
+    assert with_meaningful_silence(votes).abstained_NJ.any()
+    found = combine(votes)
+    assert error(found, truth) < 0.08
+    skipped = (truth == 0) & with_meaningful_silence(votes).abstained_NJ[:, 0]
+    assert found.probabilities[skipped, 2].mean() > 0.9
 
 
-def test_labels_are_the_truth_and_teach() -> None:
-    truth, votes = planted([0.9, 0.4, 0.5], n=2000)
-    labels = np.where(np.arange(2000) < 300, truth, NAN)
-    found = run(votes, labels_N=labels)
-    np.testing.assert_array_equal(found.probabilities[:300], np.eye(3)[np.where(truth[:300] > 0, 0, 1)])
-    assert accuracies_of(found) == pytest.approx([0.9, 0.4, 0.5], abs=0.06)
+def test_pairs_that_were_not_asked_for_mean_nothing() -> None:
+    """A judge that compares one response with all others is silent on the rest by design."""
+    truth = planted(400)
+    strength = judged(truth, [0.8] * 3)
+    strength.reshape(400, 6, 3)[:, 3:] = NAN
+    votes = votes_on(strength, 4, ORDERED)
+    assert not with_meaningful_silence(votes).abstained_NJ.any()
+    some = judged(truth, [0.8] * 3)
+    some[np.random.default_rng(0).random(some.shape) < 0.5] = NAN
+    assert not with_meaningful_silence(votes_on(some, 4)).abstained_NJ.any()
+
+
+# ---- continuity
+
+
+def test_one_vote_moves_beliefs_by_what_it_is_worth() -> None:
+    truth = planted(300)
+    strength = judged(truth, [0.8, 0.8, 0.8])
+    before = log_odds(combine(votes_on(strength, 4, ORDERED)))
+    strength[10, 0] = 0.0  # the first tie of all
+    after = log_odds(combine(votes_on(strength, 4, ORDERED)))
+    others = np.setdiff1d(np.arange(len(truth)), np.arange(6, 12))  # other prompts
+    assert np.abs(after - before)[others].max() < 0.2
+    assert np.abs(after - before)[6:12].max() < 2.5
+
+
+def test_one_label_of_a_tie_moves_only_its_own_prompt() -> None:
+    truth = planted(300)
+    votes = votes_on(judged(truth, [0.85] * 3), 4, ORDERED)
+    label = np.full(len(truth), NAN)
+    label[3] = 0.0
+    before, after = combine(votes), combine(votes.with_label("person", label))
+    others = np.arange(6, len(truth))
+    assert np.abs(log_odds(after) - log_odds(before))[others].max() < 0.2
+    assert after.probabilities[3, 2] > before.probabilities[3, 2]
+
+
+def test_honest_labels_do_not_empty_the_training_set() -> None:
+    truth = planted(500)
+    votes = votes_on(judged(truth, [0.7] * 3), 4, ORDERED)
+    rng = np.random.default_rng(0)
+    ties, decided = rng.permutation(np.flatnonzero(truth == 0))[:133], rng.permutation(np.flatnonzero(truth))[:67]
+    label = np.full(len(truth), NAN)
+    label[ties], label[decided] = 0, truth[decided]
+    before, after = combine(votes), combine(votes.with_label("person", label))
+    rest = (truth != 0) & np.isnan(label)
+    kept = [(found.probabilities[rest, 2] <= 0.9).mean() for found in (before, after)]
+    assert kept[1] >= 0.95 * kept[0]
+    wrong = [(np.sign(f.probabilities[:, 0] - f.probabilities[:, 1]) != truth)[rest].mean() for f in (before, after)]
+    assert wrong[1] <= wrong[0] + 0.002
+
+
+# ---- labels, given reliabilities, what cannot be known
+
+
+def test_labels_teach() -> None:
+    truth = planted(400)
+    votes = votes_on(judged(truth, [0.9, 0.4, 0.5]), 4)
+    found = combine(votes.with_label("person", np.where(np.arange(len(truth)) < 600, truth, NAN)), learn_from="labels")
+    assert [found.judges[f"j{j}"].accuracy for j in range(3)] == pytest.approx([0.9, 0.4, 0.5], abs=0.08)
+    assert found.judges["person"].accuracy > 0.9
 
 
 def test_a_given_reliability_is_taken() -> None:
-    _, votes = planted([0.6, 0.7, 0.7])
-    found = run(votes, given={"j0": 0.99})
-    assert found.judges["j0"].accuracy == pytest.approx(0.99)
+    truth = planted(200)
+    votes = votes_on(judged(truth, [0.6, 0.7, 0.7]), 4)
+    voters = (dataclasses.replace(votes.voters[0], given=0.99), *votes.voters[1:])
+    found = combine(dataclasses.replace(votes, voters=voters))
+    assert found.judges["j0"].accuracy == 0.99
     assert found.judges["j0"].is_given
-    assert (np.sign(found.probabilities[:, 0] - found.probabilities[:, 1]) == votes[:, 0]).all()
+    assert found.judges["j0"].interval == (0.99, 0.99)
 
 
 def test_a_given_rule_of_the_prior() -> None:
-    prior, classes = np.ones(4, int), [("human", "human > m")]
-    votes = np.array([[NAN], [1.0], [-1.0], [NAN]])
-    p = run(votes, prior_N=prior, classes=classes, given={"prior: human": 0.95}).probabilities
-    assert p[0] == pytest.approx([0.95, 0.05, 0])
-    assert p[2, 0] == pytest.approx(0.95 * 0.3 / (0.95 * 0.3 + 0.05 * 0.7))
+    responses = (Response(model="human", text="a"), Response(model="m", text="b", version_rank=1))
+    candidates = [Candidates(prompt=Prompt(id=f"q{k}", prompt="?"), responses=responses) for k in range(4)]
+    empty = ScoreMatrix(scores=np.zeros((8, 0), np.float32), offsets=np.arange(5) * 2, scorers=())
+    votes = votes_of(candidates, empty, [], {"prior: human": 0.95})
+    assert not votes.order_R.any()
+    found = combine(votes)
+    assert found.probabilities[0, 0] / found.probabilities[0, :2].sum() == pytest.approx(0.95)
+    assert found.prior["human"].is_given
 
 
-def test_two_voters_without_labels_are_not_estimated(caplog: pytest.LogCaptureFixture) -> None:
-    _, votes = planted([0.9, 0.6], n=300)
-    with caplog.at_level(logging.WARNING, "tso_fast"):
-        found = run(votes)
-    assert "2 voters only and no human label" in caplog.text
-    assert not found.is_estimated
-    assert accuracies_of(found) == pytest.approx([0.7, 0.7])
-    contradicting = votes[:, 0] != votes[:, 1]
-    np.testing.assert_allclose(found.probabilities[contradicting, 0], 0.5, atol=1e-12)
+@pytest.mark.parametrize(
+    ("judges", "count", "order", "expected"),
+    [(3, 2, None, True), (2, 2, None, False), (2, 2, np.array([-1.0, 1.0]), True), (1, 2, np.array([-1.0, 1.0]), False),
+     (1, 4, None, True)],
+)  # fmt: skip
+def test_what_identifies_reliabilities(judges: int, count: int, order: np.ndarray | None, expected: bool) -> None:
+    truth = planted(60, count)
+    assert is_identified(votes_on(judged(truth, [0.8] * judges), count, order)) == expected
 
 
-def test_a_judge_that_always_ties_is_no_voter() -> None:
-    _, votes = planted([0.9, 0.9, 0.9], n=300)
-    votes[:, 2] = 0
-    assert not run(votes).is_estimated
-
-
-@pytest.mark.parametrize("n", [0, 1, 2])
-def test_hardly_any_pairs(n: int) -> None:
-    found = run(np.ones((n, 3)))
-    assert found.probabilities.shape == (n, 3)
+@pytest.mark.parametrize("prompts", [0, 1, 2])
+def test_hardly_any_pairs(prompts: int) -> None:
+    found = combine(votes_on(np.ones((prompts, 3)), 2))
+    assert found.probabilities.shape == (prompts, 3)
     np.testing.assert_allclose(found.probabilities.sum(axis=1), 1)
-    assert (found.probabilities[:, 0] > 0.5).all()
+    assert (found.probabilities[:, 0] > found.probabilities[:, 1]).all()
 
 
 def test_no_judges_at_all() -> None:
-    prior = np.array([1, -1, 0])
-    found = run(np.zeros((3, 0)), prior_N=prior, classes=[("newer", "a > b")])
-    assert found.probabilities[:, 0] == pytest.approx([0.7, 0.3, 0.5])
+    found = combine(votes_on(np.zeros((1, 0)), 2, np.array([0.5, -0.5]) * ORDER))
+    first, second, _ = found.probabilities[0]
+    assert first / (first + second) == pytest.approx(0.75)
 
 
-def test_judges_that_copy_each_other_are_noticed() -> None:
-    _, votes = planted([0.7, 0.7, 0.7, 0.7])
-    assert run(votes).misfits == {}
-    copied = np.random.default_rng(0).random(len(votes)) < 0.9
-    votes[:, 1] = np.where(copied, votes[:, 0], votes[:, 1])
-    found = run(votes)
-    observed, expected = found.misfits["j2", "j3"]
-    assert observed == pytest.approx(0.58, abs=0.04)
-    assert expected < observed - 0.05
+# ---- graded scores
 
 
-def test_labels_alone_see_through_copies() -> None:
-    truth, votes = planted([0.7, 0.7, 0.7], n=4000)
-    votes[:, 1] = votes[:, 0]
-    labels = np.where(np.arange(4000) < 400, truth, NAN)
-    assert accuracies_of(run(votes, labels_N=labels))[0] > 0.85
-    counted = run(votes, labels_N=labels, learn_from="labels")
-    assert accuracies_of(counted) == pytest.approx([0.7] * 3, abs=0.06)
-    weighed = run(votes, labels_N=labels, learn_from="weights")
-    rest = slice(400, None)
+def graded(noise: tuple[float, ...], seed: int = 0, prompts: int = 500) -> tuple[np.ndarray, Votes, np.ndarray]:
+    """Qualities, votes and scores of judges with this noise on four responses to each prompt."""
+    rng = np.random.default_rng(seed)
+    quality = rng.normal(size=4 * prompts)
+    scores = quality[:, None] + rng.normal(size=(4 * prompts, len(noise))) * np.array(noise)
+    first, second = np.triu_indices(4, 1)
+    gaps = (scores.reshape(prompts, 4, -1)[:, first] - scores.reshape(prompts, 4, -1)[:, second]).reshape(
+        -1, len(noise)
+    )
+    voters = tuple(Voter(name=f"s{k}", kind="score") for k in range(len(noise)))
+    votes = votes_on(gaps, 4, voters=voters, shown_NJ=np.zeros(gaps.shape, np.int8))
+    truth = np.sign(quality.reshape(prompts, 4)[:, first] - quality.reshape(prompts, 4)[:, second]).ravel()
+    return truth, votes, scores
 
-    def loss(c: Combination) -> float:
-        p = np.where(truth[rest] > 0, c.probabilities[rest, 0], c.probabilities[rest, 1])
-        return float(-np.log(p).mean())
 
-    assert loss(weighed) < loss(counted) - 0.02  # the copy no longer counts twice
-    assert accuracies_of(weighed) == accuracies_of(counted)
+@pytest.mark.parametrize("noise", [(1.0, 1.0, 1.0), (0.5, 1.0, 2.0), (1.0, 1.0, 5.0)])
+def test_graded_scores_are_weighed_by_what_they_share(noise: tuple[float, ...]) -> None:
+    truth, votes, scores = graded(noise)
+    found = combine(votes, scores)
+    assert found.quality == "graded"
+    best = scores @ (1 / np.array(noise) ** 2)
+    first, second = np.triu_indices(4, 1)
+    said = np.sign(best.reshape(-1, 4)[:, first] - best.reshape(-1, 4)[:, second]).ravel()
+    assert error(found, truth) <= 1.1 * (said != truth).mean()
+    p = found.probabilities
+    stated = p[:, :2].max(axis=1)
+    assert stated.mean() == pytest.approx((np.sign(p[:, 0] - p[:, 1]) == truth).mean(), abs=0.04)
+    expected = [0.5 + math.asin(1 / math.sqrt(1 + sd**2)) / math.pi for sd in noise]
+    assert accuracies_of(found) == pytest.approx(expected, abs=0.05)
+
+
+def test_one_tied_score_changes_nothing_else() -> None:
+    _, votes, scores = graded((1.0, 1.0, 1.0))
+    before = combine(votes, scores)
+    strength = votes.strength_NJ.copy()
+    scores[1, 0], strength[0, 0] = scores[0, 0], 0.0
+    after = combine(dataclasses.replace(votes, strength_NJ=strength), scores)
+    assert np.abs(log_odds(after) - log_odds(before))[6:].max() < 0.1
+    assert not after.probabilities[:, 2].any()
+
+
+def test_a_favoured_cell_makes_no_judge_reliable() -> None:
+    """A judge that only likes one cell's responses, and agrees with nobody on any other account."""
+    truth, votes, scores = graded((1.0, 1.0, 50.0))
+    scores[:, 2] += np.tile([100.0, 0.0, 0.0, 0.0], 500)
+    found = combine(votes, scores)
+    assert found.judges["s2"].accuracy < 0.6
+    assert error(found, truth) < 0.22
+
+
+def test_comparisons_join_graded_scores() -> None:
+    truth, votes, scores = graded((1.0, 1.0))
+    person = np.where(np.arange(len(truth)) % 6 == 0, truth, NAN)
+    told = combine(votes.with_label("person", person), scores)
+    labelled, other = np.arange(len(truth)) % 6 == 0, np.arange(len(truth)) % 6 == 1
+    said = np.sign(told.probabilities[:, 0] - told.probabilities[:, 1])
+    assert (said == truth)[labelled].mean() > 0.93
+    alone = combine(votes, scores)
+    before = np.sign(alone.probabilities[:, 0] - alone.probabilities[:, 1])
+    assert (said == truth)[other].mean() >= (before == truth)[other].mean()
+    assert accuracies_of(told)[:2] == accuracies_of(alone)
+
+
+def test_normal_scores() -> None:
+    found = normal_scores(np.array([3.0, NAN, 1.0, 1.0, 100.0]))
+    assert math.isnan(found[1])
+    assert found[2] == found[3] < found[0] < found[4]
+    assert found[[2, 4]] == pytest.approx([-0.674, 1.150], abs=1e-3)
+
+
+# ---- reading votes
+
+
+def test_votes_are_read_as_they_were_shown() -> None:
+    responses = tuple(Response(model=f"m{k}", text=t, version_rank=k) for k, t in enumerate(("a", "bb", "a ")))
+    candidates = [Candidates(prompt=Prompt(id="q", prompt="?"), responses=responses)]
+    matrix = ScoreMatrix(scores=np.array([[1.0], [3.0], [NAN]], np.float32), offsets=np.array([0, 3]), scorers=("rm",))
+
+    def said(p: float | None, i: int, j: int, judge: str = "llm", **more: Any) -> Comparison:
+        return Comparison(prompt_id="q", responses=(i, j), judge=judge, probability=p, **more)
+
+    votes = votes_of(
+        candidates,
+        matrix,
+        [said(0.9, 1, 0), said(None, 1, 2), said(0.6, 0, 1, "both", orders=(0.7, 0.5)),
+         said(0.0, 0, 1, "human", annotator="ann")],
+    )  # fmt: skip
+    assert [(voter.name, voter.kind) for voter in votes.voters] == [
+        ("rm", "score"), ("both", "comparison"), ("llm", "comparison"), ("ann", "label")
+    ]  # fmt: skip
+    expected = [[-2, 0.2, -0.8, -1], [NAN] * 4, [NAN] * 4]
+    np.testing.assert_allclose(votes.strength_NJ, expected, rtol=1e-6)
+    np.testing.assert_array_equal(votes.shown_NJ[0], [0, 0, -1, 0])
+    np.testing.assert_array_equal(votes.abstained_NJ[:, 2], [False, False, True])
+    np.testing.assert_array_equal(votes.is_same_N, [False, True, False])
+    np.testing.assert_array_equal(votes.longer_N, [-1, -1, 0])
+    np.testing.assert_array_equal(votes.prior_N, [-1, -1, -1])
+    np.testing.assert_allclose(votes.order_R, 0.75 * ORDER * np.array([-1, 0, 1]))
+    np.testing.assert_array_equal(votes.only(np.array([0])).strength_NJ, votes.strength_NJ)
 
 
 # ---- calibration

@@ -86,10 +86,10 @@ def _check_evidence(config: EvidenceConfig) -> None:
                 "score_weights: they have no effect on calibrated evidence, which estimates weights; give "
                 "judge_reliability, or leave them out"
             )
-    if config.judge_reliability is not None and config.evidence != "calibrated":
+    if config.judge_reliability is not None and config.evidence in ("consensus", "prior"):
         raise InputError(
             f"judge_reliability: it has no effect with evidence {config.evidence!r}; set evidence to "
-            "calibrated, or leave it out"
+            "calibrated or auto, or leave it out"
         )
 
 

@@ -210,9 +210,11 @@ class JudgesConfig(VerifierConfig):
 class EvidenceConfig(JudgesConfig):
     """How verdicts, comparisons, labels and the scores in the data become one belief."""
 
-    evidence: Literal["consensus", "calibrated"] = "consensus"
+    evidence: Literal["auto", "consensus", "calibrated", "prior"] = "auto"
     """`consensus`: scores are put together as told below; `calibrated`: reliabilities of the judges and of the prior
-    order are estimated from their agreement and from human labels (Dawid-Skene), and weigh every vote."""
+    order are estimated from their agreement and from human labels, and weigh every vote; `prior`: the matrix's order
+    alone; `auto`: `consensus` where nothing is to be estimated, else `calibrated`, unless 50 human labels or more
+    contradict it."""
     judge_reliability: dict[str, Reliability] | None = None
     """Share of right verdicts that `calibrated` takes as given, by judge, or by rule of the prior order, such as
     `prior: human`; default: 0.99 for `verifier`, the others are estimated."""
@@ -238,6 +240,8 @@ class PairingConfig:
     """Least stated probability that the chosen response is the better one; below it the pair is dropped."""
     on_no_evidence: Literal["prior", "drop"] = "prior"
     """A pair that no judge scored: believe the matrix's prior order, or drop it."""
+    max_tie_probability: Probability = 0.9
+    """Largest probability that neither response is better, of a pair that is used; a more certain tie is dropped."""
     max_pairs: PositiveInt = 1
     """Most pairs of a prompt."""
     pair_strategy: Literal[

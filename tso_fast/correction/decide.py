@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,22 @@ class Corrected:
     """Probability that chosen is better, given that one of them is; None: the evidence gives only the order."""
     is_human: bool = False
     """Whether a human label decided."""
+
+
+class Belief(NamedTuple):
+    """What is believed of a pair before people are asked: ``Belief(gap=0.6, first=0.8, neither=0.0)``."""
+
+    gap: float
+    """How much better the first response is, as a gap of scores or of probabilities; NaN: no evidence."""
+    first: float | None
+    """Probability that the first is better, given that one of them is; None: the evidence gives only the order."""
+    neither: float = 0.0
+    """Probability that neither is."""
+
+
+def from_scores(evidence: Sequence[PairEvidence], scores: Sequence[float] | np.ndarray) -> list[Belief]:
+    """Beliefs that follow from one consensus score a response of a prompt, NaN = no evidence."""
+    return [Belief(float(scores[p.responses[0]]) - float(scores[p.responses[1]]), p.stated) for p in evidence]
 
 
 @dataclass
@@ -60,10 +77,9 @@ class Counts:
 def correct(
     item: Candidates,
     evidence: Sequence[PairEvidence],
-    scores: Sequence[float] | np.ndarray,
+    beliefs: Sequence[Belief],
     config: PairingConfig,
     counts: Counts,
-    probabilities: np.ndarray | None = None,
 ) -> list[Corrected]:
     """Decides every pair of responses to one prompt and returns the pairs that are not dropped.
 
@@ -72,15 +88,12 @@ def correct(
 
     Args:
         evidence: evidence on every pair of responses.
-        scores: [R of this prompt] consensus scores, NaN = no evidence.
+        beliefs: what follows from it for the same pairs.
         counts: receives every pair, including dropped ones.
-        probabilities: [pairs of this prompt, 3] from ``beliefs.combined``; if given, they decide instead of scores.
     """
     decided = []
-    for n, pair in enumerate(evidence):
+    for pair, (gap, stated, neither) in zip(evidence, beliefs, strict=True):
         i, j = pair.responses
-        p = None if probabilities is None else probabilities[n]
-        gap, stated = _belief(pair, p, scores[i], scores[j])
         direction = pair.label or (pair.prior if np.isnan(gap) else gap)
         chosen, rejected = (i, j) if direction > 0 else (j, i)
         decision: Decision
@@ -89,7 +102,6 @@ def correct(
         elif pair.labels:
             decision, reason = _decide_by_label(item.responses[chosen], pair.label, pair.prior)
         else:
-            neither = 0.0 if p is None else float(p[2])
             decision, reason = _decide(item.responses[chosen], pair.prior, gap, direction, neither, stated, config)
         counts.add(pair.rule, decision, reason)
         if decision == "drop":
@@ -112,18 +124,6 @@ def correct(
             )
         )
     return decided
-
-
-def _belief(
-    pair: PairEvidence, probabilities: np.ndarray | None, score_i: float, score_j: float
-) -> tuple[float, float | None]:
-    """Gap in favour of the first response (NaN: no evidence), and the probability that it is better, if one is."""
-    if probabilities is not None:
-        first, second, _ = map(float, probabilities)
-        stated = first / (first + second) if first + second > 0 else 0.5
-        # Rounded, since two equally reliable voters that contradict each other should tie.
-        return (round(first - second, 12) if pair.votes else np.nan), stated
-    return float(score_i) - float(score_j), pair.stated
 
 
 def _decide_by_label(chosen: Response, label: float | None, sign: int) -> tuple[Decision, str]:
@@ -152,7 +152,7 @@ def _decide(
             return "drop", "no order"
         if config.on_no_evidence == "drop":
             return "drop", "no evidence"
-    elif abs(gap) <= config.min_margin or neither > 0.5:
+    elif abs(gap) <= config.min_margin or neither > config.max_tie_probability:
         return "drop", "tie"
     if stated is not None and (stated if direction > 0 else 1 - stated) < config.min_confidence:
         return "drop", "unsure"

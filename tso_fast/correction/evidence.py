@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tso_fast.correction.votes import prior_order
 from tso_fast.errors import InputError
 from tso_fast.scoring import bradley_terry
-from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, Response, ScoreMatrix, Verdict
+from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
 
 Evidence = Sequence[Sequence[PairEvidence]]
 
@@ -80,26 +81,6 @@ def with_comparisons(
         columns.append(np.divide(won, num, out=np.full(len(num), np.nan), where=num > 0).astype(np.float32))
     scores = np.concatenate([matrix.scores, np.stack(columns, axis=1)], axis=1)
     return ScoreMatrix(scores=np.ascontiguousarray(scores), offsets=matrix.offsets, scorers=(*matrix.scorers, *judges))
-
-
-def prior_order(a: Response, b: Response) -> tuple[int, str]:
-    """Which of two responses the matrix prefers (1: the first, -1: the second, 0: neither), and by which rule.
-
-    Human is preferred to model, newer to older and larger to smaller, unless the last two contradict each other.
-    """
-    if a.is_human != b.is_human:
-        return (1 if a.is_human else -1), "human"
-    if a.is_human:
-        return 0, "none"
-    newer = _compare(a.version_rank, b.version_rank)
-    larger = _compare(a.size_b, b.size_b)
-    if newer * larger < 0 or (newer == 0 and larger == 0):
-        return 0, "none"
-    return newer or larger, "+".join(rule for rule, sign in (("newer", newer), ("larger", larger)) if sign)
-
-
-def _compare(a: float | None, b: float | None) -> int:
-    return 0 if a is None or b is None else (a > b) - (a < b)
 
 
 def evidence_of(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tso_fast.config.settings import PairingConfig
-from tso_fast.correction.beliefs import FOLDS, MIN_LABELS, Beliefs, expected_win_rates, is_in
+from tso_fast.correction.beliefs import FOLDS, MIN_LABELS, Beliefs, is_in
 from tso_fast.correction.calibration import expected_calibration_error, fit_temperature, tempered
 from tso_fast.correction.decide import Counts, correct
 from tso_fast.correction.pairing import soft_label
@@ -42,9 +42,12 @@ def calibrate(beliefs: Beliefs, config: PairingConfig) -> dict[str, Any] | None:
 def _against_labels(beliefs: Beliefs, config: PairingConfig) -> tuple[np.ndarray, np.ndarray]:
     """Soft labels of human-labelled pairs, computed without those labels, and whether the two agree."""
     stated, right = [], []
-    anything = dataclasses.replace(config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior")
-    for fold in range(FOLDS if beliefs.config.evidence == "calibrated" else 1):
-        hidden = is_in(fold) if beliefs.config.evidence == "calibrated" else lambda pair: True
+    anything = dataclasses.replace(
+        config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior", max_tie_probability=1.0
+    )
+    is_calibrated = beliefs.chosen.method == "calibrated"
+    for fold in range(FOLDS if is_calibrated else 1):
+        hidden = is_in(fold) if is_calibrated else lambda pair: True
         if not any(pair.labels and hidden(pair) for pairs in beliefs.evidence for pair in pairs):
             continue
         probabilities = beliefs.without(hidden)
@@ -54,9 +57,10 @@ def _against_labels(beliefs: Beliefs, config: PairingConfig) -> tuple[np.ndarray
                 continue
             unlabelled = [dataclasses.replace(pair, labels={}) for pair in beliefs.evidence[p]]
             scores, win_rates = beliefs.scores[p], beliefs.win_rates[p]
-            if beliefs.config.evidence == "calibrated":  # recomputed without the hidden labels
-                scores = win_rates = expected_win_rates(item, unlabelled, probabilities[p])
-            for pair in correct(item, unlabelled, scores, anything, Counts(), probabilities[p]):
+            if is_calibrated:  # recomputed without the hidden labels
+                scores = win_rates = beliefs.expected_win_rates(p, probabilities[p])
+            beliefs_of_pairs = beliefs.about(p, scores, probabilities[p])
+            for pair in correct(item, unlabelled, beliefs_of_pairs, anything, Counts()):
                 i, j = sorted((pair.chosen, pair.rejected))
                 if label := labels.get((i, j)):
                     stated.append(soft_label(pair, scores, config, win_rates))

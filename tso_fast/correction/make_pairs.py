@@ -10,7 +10,7 @@ from tso_fast.config.settings import EvidenceConfig, PairingConfig
 from tso_fast.correction import pairing
 from tso_fast.correction.beliefs import Beliefs
 from tso_fast.correction.decide import Counts, correct
-from tso_fast.correction.evidence import evidence_of, score_matrix, with_comparisons
+from tso_fast.correction.evidence import evidence_of, score_matrix
 from tso_fast.correction.held_back import calibrate
 from tso_fast.correction.oracle import Oracle, errors_against
 from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
@@ -34,13 +34,9 @@ def make_pairs(
         candidates, [v for v in verdicts if isinstance(v, Verdict)], None if oracle is None else oracle.name
     )
     evidence = evidence_of(candidates, pointwise, comparisons)
-    scored = with_comparisons(pointwise, candidates, comparisons, settings.comparison_scores)
-    beliefs = Beliefs(candidates, evidence, settings, scored)
+    beliefs = Beliefs(candidates, evidence, settings, pointwise, comparisons)
     counts = Counts()
-    decided = [
-        correct(item, evidence[p], beliefs.scores[p], config, counts, beliefs.probabilities[p])
-        for p, item in enumerate(candidates)
-    ]
+    decided = [correct(item, evidence[p], beliefs.about(p), config, counts) for p, item in enumerate(candidates)]
     calibration = calibrate(beliefs, config)
     temperature = 1.0 if calibration is None else calibration["temperature"]
     selected = pairing.select(candidates, decided, beliefs.scores, config, seed)
@@ -57,6 +53,7 @@ def make_pairs(
         "used": {"keep": used["keep"], "swap": used["swap"]},
         "abstained": sum((v.score if isinstance(v, Verdict) else v.probability) is None for v in verdicts),
         "human_chosen": sum(pair.chosen.is_human for pair in pairs),
+        "evidence": {"method": beliefs.chosen.method, "why": beliefs.chosen.why},
         "judges": beliefs.judges(verdicts),
         "concordance": beliefs.concordance,
         "calibration": calibration,

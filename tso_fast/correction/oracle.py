@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tso_fast.correction.beliefs import FOLDS, Beliefs, by_prompt, combined, fold_of
+from tso_fast.correction.beliefs import FOLDS, Beliefs, fold_of
 from tso_fast.correction.decide import Corrected
 from tso_fast.correction.evidence import Evidence
+from tso_fast.correction.reliability import combine
 from tso_fast.errors import InputError, did_you_mean
 from tso_fast.judges.verifier import VERIFIERS, make_verifier
 from tso_fast.types import Candidates, PairEvidence
@@ -68,7 +68,7 @@ def errors_against(
     (on other prompts, in five folds): what correction could reach with nothing left to estimate.
     """
     told = [[_told(pair, oracle.scores[p]) for pair in pairs] for p, pairs in enumerate(evidence)]
-    best = _best(candidates, evidence, told, beliefs.given)
+    best = _best(told, beliefs)
     out: dict[str, dict[str, int]] = {}
     for p, pairs in enumerate(evidence):
         chosen = {frozenset((d.chosen, d.rejected)): d.chosen for d in decided[p]}
@@ -91,21 +91,14 @@ def _told(pair: PairEvidence, scores: Sequence[float | None]) -> int:
     return 0 if a is None or b is None else (a > b) - (a < b)
 
 
-def _best(
-    candidates: Sequence[Candidates], evidence: Evidence, told: Sequence[Sequence[int]], given: dict[str, float]
-) -> list[np.ndarray]:
+def _best(told: Sequence[Sequence[int]], beliefs: Beliefs) -> list[np.ndarray]:
     """Probabilities with the oracle's order as labels of the other folds."""
-    labelled = [
-        [dataclasses.replace(pair, labels={"oracle": float(truth)}) for pair, truth in zip(pairs, truths, strict=True)]
-        for pairs, truths in zip(evidence, told, strict=True)
-    ]
-    out: list[np.ndarray] = [np.empty((len(pairs), 3)) for pairs in evidence]
+    fold_P = np.array([fold_of(item.prompt.id) for item in beliefs.candidates], dtype=np.int64)
+    fold_N = fold_P[beliefs.votes.prompt_of_pair]
+    truth_N = np.array([truth for truths in told for truth in truths], dtype=np.float32)
+    out = np.full((len(truth_N), 3), np.nan)
     for fold in range(FOLDS):
-        seen = [
-            (pair.prompt_id, pair.responses) for pairs in labelled for pair in pairs if fold_of(pair.prompt_id) != fold
-        ]
-        found = by_prompt(combined(candidates, labelled, given, seen, learn_from="weights"), evidence)
-        for p, item in enumerate(candidates):
-            if fold_of(item.prompt.id) == fold:
-                out[p] = found[p]
-    return out
+        votes = beliefs.votes.with_label("oracle", np.where(fold_N == fold, np.nan, truth_N))
+        found = combine(votes, beliefs.pointwise.scores, learn_from="labels", parents={})
+        out[fold_N == fold] = found.probabilities[fold_N == fold]
+    return list(np.split(out, beliefs.votes.bounds[1:-1]))

@@ -1,57 +1,61 @@
-"""Reliabilities of judges and of the prior order, estimated from their agreement.
+"""Reliabilities of judges and of the prior order, and the probability of every pair's order, from all votes together.
 
-This is a symmetric Dawid-Skene model (Dawid and Skene 1979, doi:10.2307/2346806). Two responses are in one of three
-states: the first is better, the second is better, or neither. A judge's vote depends only on the state, and swapping
-the two responses mirrors states and votes. So a judge is described by how often it agrees, ties and opposes if one
-response is better, and how often it ties if neither is. Votes of different strength (score gaps, probabilities) are
-sorted into up to ``LEVELS`` levels per judge, each with its own weight of evidence. The matrix's prior order votes too,
-with an accuracy per pair of models that is shrunk towards the accuracy of its rule. A human label fixes the state. EM
-finds reliabilities and probabilities together; Dirichlet priors keep the evidence of rare votes finite and select one
-of the two mirror-image solutions.
-
-Letters in shapes: N pairs, J judges, C classes of the prior order, U distinct patterns of votes.
+Two models do the work. Where every judge gives graded scores, each response has a Gaussian quality (``graded``).
+Elsewhere each response is right or wrong (``joint``), judges that copy each other are joined (``dependence``), and a
+pair of which both are right, or both wrong, has no better one. docs/correction.md derives both and says where they
+fail.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from tso_fast.correction.dependence import Excess, fit_with_dependence
+from tso_fast.correction.graded import GradedModel, normal_scores
+from tso_fast.correction.joint import JointModel
+from tso_fast.correction.votes import Voter, Votes, with_meaningful_silence
+
 logger = logging.getLogger(__name__)
 
-LearnFrom = Literal["all", "labels", "weights"]
-
-LEVELS = 3
-MIN_VOTES_PER_LEVEL = 50
-ASSUMED = 0.7
-"""Accuracy of every voter before any data."""
-STRENGTH = 4.0
-"""Number of votes that an assumed reliability counts as."""
-CLASS_STRENGTH = 20.0
-"""Number of pairs that a rule's accuracy counts as when a pair of models is estimated."""
-NO_VOTE, NO_LABEL = 99, 2
-MISFIT = 0.05
-"""Smallest difference between observed and expected agreement that is reported."""
-MAX_ITERATIONS = 1000
-TOLERANCE = 1e-7
+LearnFrom = Literal["all", "labels"]
+FIT_PROMPTS = 4000
+"""Most prompts from which reliabilities are estimated; they are global, and more would not change them."""
+GRADED_VALUES = 3
+"""A judge whose scores take more values than this gives grades."""
+IDENTIFIED_VOTERS = 3
+"""Fewest independent voters, the prior order among them, whose agreement tells their reliabilities."""
+IDENTIFIED_LABELS = 30
+"""Fewest labels that tell them otherwise."""
+IDENTIFIED_PROMPTS = 30
+"""Fewest prompts on which agreement, or votes of one judge that could contradict each other, tell anything."""
+QUANTILE = 1.96
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """``Reliability(accuracy=0.82, tie_rate=0.1, num_votes=990, is_given=False)``"""
+    """``Reliability(accuracy=0.82, interval=(0.78, 0.85), tie_rate=0.1, num_votes=990, is_given=False)``"""
 
     accuracy: float
-    """Share of correct votes, ties aside, on pairs where one response is better; below 0.5: the voter is inverted."""
+    """Share of right votes, ties aside, on pairs where one response is better; below 0.5: the voter is inverted."""
+    interval: tuple[float, float]
+    """Where the accuracy lies with 95 % probability, if the model holds."""
     tie_rate: float
     """Share of ties among all votes."""
     num_votes: int
     is_given: bool
     """Whether the accuracy comes from the configuration instead of being estimated."""
+    pull: float = 0.0
+    """Log-odds by which it prefers the response that it was shown first, beyond what the responses explain."""
+    longer: float = 0.0
+    """How much more often than expected it prefers the longer response, a mean of signs in [-1, 1]."""
+    curve: tuple[tuple[float, float, int], ...] = ()
+    """(Strength of a vote, share that is right, number of votes), the weakest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,282 +65,230 @@ class Combination:
     probabilities: np.ndarray
     """[N, 3] float64: first better, second better, neither; rows sum to 1."""
     judges: Mapping[str, Reliability]
-    prior: Mapping[tuple[str, str], Reliability]
-    """Reliability of the prior order, by (rule, class)."""
-    misfits: Mapping[tuple[str, str], tuple[float, float]]
-    """Observed and expected agreement of two voters, where the model does not explain it; they may depend on each
-    other."""
-    is_estimated: bool
-    """False: there are too few voters to estimate, and reliabilities are the assumed ones."""
+    prior: Mapping[str, Reliability]
+    """Reliability of the prior order, by rule."""
+    joined: Mapping[tuple[str, str], Excess] = field(default_factory=dict)
+    """Judges that depend on each other, with their agreement; each pair counts as little more than one of them."""
+    parents: Mapping[int, int] = field(default_factory=dict)
+    """The same by column of the votes: whom a judge is believed to copy."""
+    quality: Literal["right or wrong", "graded"] = "right or wrong"
+    is_identified: bool = True
+    """False: there are too few independent voters, and reliabilities rest on what is assumed of them."""
+    num_iterations: int = 0
 
 
 def combine(
-    votes_NJ: np.ndarray,
-    judges: Sequence[str],
+    votes: Votes,
+    scores_RM: np.ndarray | None = None,
     *,
-    prior_N: np.ndarray,
-    classes_N: np.ndarray,
-    classes: Sequence[tuple[str, str]],
-    labels_N: np.ndarray | None = None,
-    given: Mapping[str, float] | None = None,
     learn_from: LearnFrom = "all",
+    parents: Mapping[int, int] | None = None,
 ) -> Combination:
     """Estimates reliabilities and combines votes, prior order and labels.
 
     Args:
-        votes_NJ: float; the sign is positive for the first response, the size is the strength; 0: a tie, NaN: no vote.
-        judges: [J] names.
-        prior_N: int; the prior order prefers 1: the first, -1: the second, 0: neither.
-        classes_N: int; index into ``classes`` of the prior order's class, arbitrary where ``prior_N`` is 0.
-        classes: [C] (rule, name of the class); classes of one rule inform each other.
-        labels_N: float; human labels 1, -1 or 0, NaN: unknown.
-        given: fixed accuracies in (0, 1) that are not estimated, by judge or ``prior: RULE``.
-        learn_from: ``all``: reliabilities are learned from all pairs; ``labels``: only from labelled pairs, where
-            judges that depend on each other cannot mislead; ``weights``: as ``labels``, and a logistic regression on
-            the labels then weights each voter, so that copies share one weight.
-
-    If fewer than three voters vote, and there is no label and no given accuracy, agreement carries no information; then
-    each is assumed to have an accuracy of 0.7, with a warning.
+        votes: of any number of judges, annotators and given rules of the prior order.
+        scores_RM: [R, M] scores of the voters of kind ``score``, in their order, NaN: none.
+        learn_from: ``all``: reliabilities are learned from all pairs; ``labels``: from labelled pairs only.
+        parents: whom a judge copies, by column; None: found out.
     """
-    given = given or {}
-    levels_NJ, num_levels = _levels(votes_NJ, [name in given for name in judges])
-    labels_N = np.full(len(votes_NJ), np.nan) if labels_N is None else labels_N
-    table = np.column_stack(
-        [
-            np.where(np.isnan(levels_NJ), NO_VOTE, levels_NJ),
-            prior_N,
-            np.where(prior_N == 0, 0, classes_N),
-            np.where(np.isnan(labels_N), NO_LABEL, labels_N),
-        ]
-    ).astype(np.int32)
-    patterns, inverse, counts = np.unique(table, axis=0, return_inverse=True, return_counts=True)
-    model = _Model(patterns, counts.astype(np.float64), judges, num_levels, classes, given, learn_from)
-    is_estimated = model.num_voters >= 3 or any(name in given for name in judges) or not np.isnan(labels_N).all()
-    if is_estimated:
+    has_vote = np.zeros(len(votes.num_responses), dtype=bool)
+    has_vote[votes.prompt_of_pair[~np.isnan(votes.strength_NJ).all(axis=1)]] = True
+    told = np.flatnonzero(has_vote)
+    if len(told) > FIT_PROMPTS:
+        told = np.sort(np.random.default_rng(0).choice(told, FIT_PROMPTS, replace=False))
+    if scores_RM is not None and _is_graded(votes, scores_RM):
+        return _combine_graded(votes, scores_RM, told)
+    return _combine_right_or_wrong(votes, told, learn_from, parents)
+
+
+def _is_graded(votes: Votes, scores_RM: np.ndarray) -> bool:
+    """Whether judges only score single responses, none has a given reliability, and one at least gives grades."""
+    kinds = {voter.kind for voter in votes.voters} - {"label"}
+    if kinds != {"score"} or any(voter.given is not None for voter in votes.voters):
+        return False
+    return any(len(np.unique(column[~np.isnan(column)])) > GRADED_VALUES for column in scores_RM.T)
+
+
+# ------------------------------------------------------------------------------------------------------ right or wrong
+
+
+def _combine_right_or_wrong(
+    votes: Votes, told: np.ndarray, learn_from: LearnFrom, parents: Mapping[int, int] | None
+) -> Combination:
+    votes = with_meaningful_silence(votes)
+    sample = votes.only(told)
+    labels = [j for j, voter in enumerate(votes.voters) if voter.kind == "label"]
+    is_labelled = (~np.isnan(sample.strength_NJ[:, labels])).any(axis=1)
+
+    def make(edges: Mapping[int, int]) -> JointModel:
+        model = JointModel(sample, edges, is_labelled.astype(float) if learn_from == "labels" else None)
         model.fit()
-    elif len(votes_NJ):
-        logger.warning(
-            "evidence: %d voters only and no human label: their reliabilities cannot be told from their agreement; "
-            "%.2f is assumed of each",
-            model.num_voters,
-            ASSUMED,
-        )
+        return model
+
+    if parents is None:
+        model, joined = fit_with_dependence(sample, make)
+    else:
+        model, joined = make(parents), {}
+    states = model.posterior(sample)
+    names = [voter.name for voter in votes.voters]
     return Combination(
-        probabilities=model.posterior()[inverse.reshape(-1)],
-        misfits=model.misfits() if is_estimated else {},
-        judges={name: model.judge_reliability(j) for j, name in enumerate(judges)},
-        prior={key: model.class_reliability(c) for c, key in enumerate(classes)},
-        is_estimated=is_estimated,
+        probabilities=model.posterior(votes)[:, [2, 0, 1]],
+        judges={voter.name: _judge(model, states, j) for j, voter in enumerate(votes.voters) if voter.kind != "prior"},
+        prior=_rules(votes, model.posterior(votes)),
+        joined={(names[a], names[b]): excess for (a, b), excess in joined.items()},
+        parents=model.parents,
+        is_identified=is_identified(votes, len(joined)),
+        num_iterations=model.num_iterations,
     )
 
 
-def _levels(votes_NJ: np.ndarray, is_given: Sequence[bool]) -> tuple[np.ndarray, list[int]]:
-    """Votes as -L .. L (NaN: no vote) and each judge's L; its levels hold about equally many votes."""
-    out = np.sign(votes_NJ)
-    num_levels = []
-    for j in range(votes_NJ.shape[1]):
-        size = np.abs(votes_NJ[:, j])
-        strong = size[size > 0]  # excludes NaN
-        wanted = min(LEVELS, len(strong) // MIN_VOTES_PER_LEVEL) if not is_given[j] else 1
-        edges = np.unique(np.quantile(strong, np.arange(1, wanted) / wanted)) if wanted > 1 else np.array([])
-        edges = edges[edges < strong.max()] if len(edges) else edges
-        num_levels.append(len(edges) + 1)
-        out[:, j] *= 1 + np.searchsorted(edges, np.nan_to_num(size), side="left")
-    return out, num_levels
+def is_identified(votes: Votes, num_joined: int = 0) -> bool:
+    """Whether the votes tell how reliable each voter is.
+
+    They do if three independent voters vote on enough prompts, the prior order among them; if the reliability of one
+    is given; if there are labels; or if the votes of a judge on one prompt could contradict each other, on enough
+    prompts.
+
+    Args:
+        num_joined: judges that are believed to copy others.
+    """
+    voted = ~np.isnan(votes.strength_NJ) & (votes.strength_NJ != 0)
+    labels = [j for j, voter in enumerate(votes.voters) if voter.kind == "label"]
+    judges = [j for j, voter in enumerate(votes.voters) if voter.kind != "label" and voted[:, j].any()]
+    prompts = np.unique(votes.prompt_of_pair[voted[:, judges].any(axis=1)])
+    has_order = bool(votes.prior_N.any()) and not any(votes.voters[j].kind == "prior" for j in judges)
+    if len(prompts) >= IDENTIFIED_PROMPTS and len(judges) + has_order - num_joined >= IDENTIFIED_VOTERS:
+        return True
+    if any(votes.voters[j].given is not None for j in judges) or int(voted[:, labels].sum()) >= IDENTIFIED_LABELS:
+        return True
+    for j in judges:
+        if votes.voters[j].kind == "comparison":
+            counts = np.bincount(votes.prompt_of_pair, voted[:, j], minlength=len(votes.num_responses))
+            if (counts >= np.maximum(votes.num_responses, 3)).sum() >= IDENTIFIED_PROMPTS:
+                return True
+    return False
 
 
-class _Model:
-    def __init__(
-        self,
-        patterns: np.ndarray,
-        counts_U: np.ndarray,
-        judges: Sequence[str],
-        num_levels: Sequence[int],
-        classes: Sequence[tuple[str, str]],
-        given: Mapping[str, float],
-        learn_from: LearnFrom,
-    ) -> None:
-        J = len(judges)
-        self.judges = judges
-        # Pairs with only a prior order, or nothing at all, carry no information on reliabilities.
-        is_labelled = patterns[:, J + 2] != NO_LABEL
-        has_evidence = (patterns[:, :J] != NO_VOTE).any(axis=1) | is_labelled
-        self.counts_U = counts_U * has_evidence
-        self.weight_U = self.counts_U if learn_from == "all" else self.counts_U * is_labelled
-        self.is_weighed = learn_from == "weights"
-        self.say = np.ones(J + 1)
-        self.levels_UJ = patterns[:, :J]
-        self.prior_U, self.class_U, self.label_U = patterns[:, J], patterns[:, J + 1], patterns[:, J + 2]
-        self.has_vote_UJ = self.levels_UJ != NO_VOTE
-        self.num_levels = num_levels
-        rules = sorted({rule for rule, _ in classes})
-        self.rule_C = np.array([rules.index(rule) for rule, _ in classes], dtype=np.int64)
-        self.num_rules = len(rules)
-        self.given_J = [given.get(name) for name in judges]
-        self.has_ties = bool(((self.levels_UJ == 0).any() or (self.label_U == 0).any()) and len(counts_U))
-        self.num_voters = int(sum((self.has_vote_UJ & (self.levels_UJ != 0)).any(axis=0)) + bool(self.prior_U.any()))
-        # Probability of each vote in the states "first" and "neither"; "second" mirrors "first".
-        self.pseudo = [self._pseudo_counts(j) for j in range(J)]
-        self.vote_probabilities = [pseudo / pseudo.sum(axis=1, keepdims=True) for pseudo in self.pseudo]
-        self.given_C = [given.get(f"prior: {rule}") for rule, _ in classes]
-        self.class_accuracy_C = np.array([ASSUMED if share is None else share for share in self.given_C])
-        self.share_neither = 1 / 3 if self.has_ties else 0.0
+def _judge(model: JointModel, states: np.ndarray, j: int) -> Reliability:
+    votes, emission = model.votes, model.emissions[j]
+    strength = votes.strength_NJ[:, j]
+    has, decided = ~np.isnan(strength), ~np.isnan(strength) & (strength != 0)
+    right = np.where(strength > 0, states[:, 2], states[:, 0])[decided]
+    either = (states[:, 2] + states[:, 0])[decided]
+    known = np.clip(right / np.maximum(either, 1e-12), 0, 1)
+    accuracy = emission.voter.given or emission.accuracy
+    if j in model.parents:  # its emission only tells what it adds to the other's
+        accuracy = float(np.clip(right.sum() / max(either.sum(), 1e-12), 0.001, 0.999))
+    interval = (accuracy, accuracy) if emission.voter.given else _interval(accuracy, known, either)
+    return Reliability(
+        accuracy=accuracy,
+        interval=interval,
+        tie_rate=float((strength[has] == 0).mean()) if has.any() else 0.0,
+        num_votes=int(has.sum()),
+        is_given=emission.voter.given is not None,
+        pull=2 * emission.pull,
+        longer=_longer(votes, states, strength, decided, accuracy),
+        curve=_curve(strength[decided], known, either, emission.edges),
+    )
 
-    def _pseudo_counts(self, j: int) -> np.ndarray:
-        """Vote counts assumed before any data, [2, 2 L + 1], or, if given, the fixed reliability as counts."""
-        L, accuracy = self.num_levels[j], self.given_J[j]
-        levels = np.arange(-L, L + 1)
-        can_tie = bool((self.levels_UJ[:, j] == 0).any())
-        if accuracy is None:
-            accuracy, wrong = ASSUMED, 1 - ASSUMED
-            tie = 0.5 * can_tie
-        else:
-            wrong = (1 - accuracy) / 2 if can_tie else 1 - accuracy
-            tie = wrong * can_tie
-        first = np.select([levels > 0, levels < 0], [accuracy / L, wrong / L], tie)
-        tie_in_neither = (ASSUMED if self.given_J[j] is None else accuracy) if can_tie else 0.0
-        neither = np.where(levels == 0, tie_in_neither, (1 - tie_in_neither) / (2 * L))
-        return STRENGTH * np.stack([first, neither])
 
-    def posterior(self) -> np.ndarray:
-        """Probability of each state, [U, 3]."""
-        with np.errstate(divide="ignore"):
-            log_U3 = np.log([(1 - self.share_neither) / 2] * 2 + [self.share_neither]) + np.einsum(
-                "juz,j->uz", self._log_likelihoods(), self.say
-            )
-        log_U3 -= log_U3.max(axis=1, keepdims=True)
-        p_U3 = np.exp(log_U3)
-        p_U3 /= p_U3.sum(axis=1, keepdims=True)
-        for label, state in ((1, 0), (-1, 1), (0, 2)):
-            p_U3[self.label_U == label] = np.eye(3)[state]
-        return p_U3
+def _interval(accuracy: float, right: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
+    """95 % interval from the observed information (Louis 1982), on the scale of log-odds."""
+    variance = accuracy * (1 - accuracy)
+    information = weight.sum() * variance - (weight * right * (1 - right)).sum()
+    middle = math.log(accuracy / (1 - accuracy)) if 0 < accuracy < 1 else math.copysign(20.0, accuracy - 0.5)
+    if information <= 1e-9:
+        return 0.0, 1.0
+    half = QUANTILE / math.sqrt(information)
+    return 1 / (1 + math.exp(min(half - middle, 700))), 1 / (1 + math.exp(min(-half - middle, 700)))
 
-    def _log_likelihoods(self) -> np.ndarray:
-        """Log-likelihood of every judge's vote and of the prior order in each state, [J + 1, U, 3]."""
-        log_JU3 = np.zeros((len(self.judges) + 1, len(self.counts_U), 3))
-        for j, (first, neither) in enumerate(self.vote_probabilities):
-            rows, index = self.has_vote_UJ[:, j], self.levels_UJ[self.has_vote_UJ[:, j], j] + self.num_levels[j]
-            log_JU3[j, rows] = np.log(np.stack([first[index], first[::-1][index], neither[index]], axis=1))
-        ordered = self.prior_U != 0
-        if ordered.any():
-            accuracy = self.class_accuracy_C[self.class_U[ordered]]
-            agrees = np.where(self.prior_U[ordered] > 0, accuracy, 1 - accuracy)
-            log_JU3[-1, ordered] = np.log(np.stack([agrees, 1 - agrees, np.full_like(agrees, 0.5)], axis=1))
-        return log_JU3
 
-    def _weigh(self) -> None:
-        """Logistic regression of the labels on the voters' log-odds, with weights shrunk towards 1 (Newton)."""
-        rows = np.abs(self.label_U) == 1
-        log_JU3 = self._log_likelihoods()
-        x = (log_JU3[:, rows, 0] - log_JU3[:, rows, 1]).T
-        y, n = self.label_U[rows] > 0, self.counts_U[rows]
-        for _ in range(50):
-            p = 1 / (1 + np.exp(-np.clip(x @ self.say, -30, 30)))
-            gradient = x.T @ (n * (p - y)) + STRENGTH * (self.say - 1)
-            hessian = (x.T * (n * p * (1 - p))) @ x + STRENGTH * np.eye(len(self.say))
-            step = np.linalg.solve(hessian, gradient)
-            self.say = self.say - step
-            if np.abs(step).max() < TOLERANCE:
-                break
+def _longer(votes: Votes, states: np.ndarray, strength: np.ndarray, decided: np.ndarray, accuracy: float) -> float:
+    """Mean of vote x longer, less what the states explain."""
+    rows = decided & (votes.longer_N != 0)
+    if not rows.any():
+        return 0.0
+    expected = (2 * accuracy - 1) * (states[rows, 2] - states[rows, 0])
+    return float(((np.sign(strength[rows]) - expected) * votes.longer_N[rows]).mean())
 
-    def fit(self) -> None:
-        for _ in range(MAX_ITERATIONS):
-            p_U3 = self.posterior() * self.weight_U[:, None]
-            change = max(self._fit_judges(p_U3), self._fit_prior(p_U3))
-            if self.has_ties:
-                share = (p_U3[:, 2].sum() + 1) / (self.weight_U.sum() + 3)
-                change, self.share_neither = max(change, abs(share - self.share_neither)), share
-            if change < TOLERANCE:
-                break
-        if self.is_weighed:
-            self._weigh()
 
-    def _fit_judges(self, p_U3: np.ndarray) -> float:
-        change = 0.0
-        for j, pseudo in enumerate(self.pseudo):
-            if self.given_J[j] is not None:
-                continue
-            rows, L = self.has_vote_UJ[:, j], self.num_levels[j]
-            index = self.levels_UJ[rows, j] + L
-            first, second, neither = (np.bincount(index, p_U3[rows, s], minlength=2 * L + 1) for s in range(3))
-            counts = pseudo + np.stack([first + second[::-1], 0.5 * (neither + neither[::-1])])
-            new = counts / counts.sum(axis=1, keepdims=True)
-            change = max(change, float(np.abs(new - self.vote_probabilities[j]).max()))
-            self.vote_probabilities[j] = new
-        return change
+def _curve(
+    strength: np.ndarray, right: np.ndarray, weight: np.ndarray, edges: np.ndarray
+) -> tuple[tuple[float, float, int], ...]:
+    level = np.searchsorted(edges, np.abs(strength), side="left")
+    out = []
+    for k in np.unique(level).tolist():
+        rows = level == k
+        share = float((right[rows] * weight[rows]).sum() / max(weight[rows].sum(), 1e-12))
+        out.append((float(np.abs(strength[rows]).mean()), share, int(rows.sum())))
+    return tuple(out)
 
-    def _fit_prior(self, p_U3: np.ndarray) -> float:
-        C = len(self.class_accuracy_C)
-        if not C:
-            return 0.0
-        ordered = self.prior_U != 0
-        p_U3, prior, index = p_U3[ordered], self.prior_U[ordered], self.class_U[ordered]
-        right_C = np.bincount(index, np.where(prior > 0, p_U3[:, 0], p_U3[:, 1]), minlength=C)
-        all_C = np.bincount(index, p_U3[:, :2].sum(axis=1), minlength=C)
-        right_R = np.bincount(self.rule_C, right_C, minlength=self.num_rules)
-        all_R = np.bincount(self.rule_C, all_C, minlength=self.num_rules)
-        rule_R = (right_R + STRENGTH * ASSUMED) / (all_R + STRENGTH)
-        new = (right_C + CLASS_STRENGTH * rule_R[self.rule_C]) / (all_C + CLASS_STRENGTH)
-        new = np.array([share if own is None else own for share, own in zip(new, self.given_C, strict=True)])
-        change = float(np.abs(new - self.class_accuracy_C).max())
-        self.class_accuracy_C = new
-        return change
 
-    def misfits(self) -> dict[tuple[str, str], tuple[float, float]]:
-        """Observed and expected agreement of two voters, if they differ by over ``MISFIT`` and four standard errors.
-
-        The likelihood is a mixture over the three states, within which voters are independent. Expected agreement is
-        its prediction for the pairs on which neither of the two ties.
-        """
-        out = {}
-        J = len(self.judges)
-        names = [*self.judges, "prior"]
-        votes = np.column_stack([np.where(self.has_vote_UJ, np.sign(self.levels_UJ), 0), self.prior_U])
-        for a, b in itertools.combinations(range(J + 1), 2):
-            rows = (votes[:, a] != 0) & (votes[:, b] != 0)
-            n = self.counts_U[rows].sum()
-            if n < MIN_VOTES_PER_LEVEL:
-                continue
-            first_a, first_b = self._chance_of_first(a, rows), self._chance_of_first(b, rows)
-            state = np.array([(1 - self.share_neither) / 2] * 2 + [self.share_neither])
-            both = state * first_a.sum(axis=1) * first_b.sum(axis=1)
-            agree = state * (first_a * first_b).sum(axis=1)
-            share = (agree.sum(axis=1) / both.sum(axis=1)) @ self.counts_U[rows] / n
-            observed = self.counts_U[rows & (votes[:, a] == votes[:, b])].sum() / n
-            if abs(observed - share) > max(MISFIT, 4 * np.sqrt(share * (1 - share) / n)):
-                out[names[a], names[b]] = (float(observed), float(share))
-        return out
-
-    def _chance_of_first(self, voter: int, rows: np.ndarray) -> np.ndarray:
-        """Probability of a vote for the first and for the second response in each state, [rows, 2, 3]."""
-        if voter < len(self.judges):
-            L, (first, neither) = self.num_levels[voter], self.vote_probabilities[voter]
-            right, wrong, either = first[L + 1 :].sum(), first[:L].sum(), neither[L + 1 :].sum()
-            one = np.array([[right, wrong, either], [wrong, right, either]])
-            return np.broadcast_to(one, (int(rows.sum()), 2, 3))
-        accuracy = self.class_accuracy_C[self.class_U[rows]]
-        half = np.full_like(accuracy, 0.5)
-        return np.stack(
-            [np.stack([accuracy, 1 - accuracy, half], axis=1), np.stack([1 - accuracy, accuracy, half], axis=1)], axis=1
-        )
-
-    def judge_reliability(self, j: int) -> Reliability:
-        L, (first, _) = self.num_levels[j], self.vote_probabilities[j]
-        rows = self.has_vote_UJ[:, j]
-        num_votes = self.counts_U[rows].sum()
-        ties = self.counts_U[rows & (self.levels_UJ[:, j] == 0)].sum()
-        return Reliability(
-            accuracy=float(first[L + 1 :].sum() / (first[L + 1 :].sum() + first[:L].sum())),
-            tie_rate=float(ties / num_votes) if num_votes else 0.0,
-            num_votes=int(num_votes),
-            is_given=self.given_J[j] is not None,
-        )
-
-    def class_reliability(self, c: int) -> Reliability:
-        num_votes = self.counts_U[(self.prior_U != 0) & (self.class_U == c)].sum()
-        return Reliability(
-            accuracy=float(self.class_accuracy_C[c]),
+def _rules(votes: Votes, states: np.ndarray) -> dict[str, Reliability]:
+    """How often each rule of the prior order is right, where one of two responses is better and somebody voted."""
+    voted = np.zeros(len(votes.num_responses), dtype=bool)
+    voted[votes.prompt_of_pair[~np.isnan(votes.strength_NJ).all(axis=1)]] = True
+    given = {voter.name: voter.given for voter in votes.voters if voter.kind == "prior"}
+    out = {}
+    for k, rule in enumerate(votes.rules):
+        rows = (votes.rules_N == k) & (votes.prior_N != 0) & voted[votes.prompt_of_pair] & ~votes.is_same_N
+        if not rows.any():
+            continue
+        right = np.where(votes.prior_N > 0, states[:, 2], states[:, 0])[rows]
+        either = (states[:, 2] + states[:, 0])[rows]
+        share = float(right.sum() / max(either.sum(), 1e-12))
+        fixed = given.get(f"prior: {rule}")
+        out[rule] = Reliability(
+            accuracy=share if fixed is None else fixed,
+            interval=_interval(share, np.clip(right / np.maximum(either, 1e-12), 0, 1), either),
             tie_rate=0.0,
-            num_votes=int(num_votes),
-            is_given=self.given_C[c] is not None,
+            num_votes=int(rows.sum()),
+            is_given=fixed is not None,
         )
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- graded
+
+
+def _combine_graded(votes: Votes, scores_RM: np.ndarray, told: np.ndarray) -> Combination:
+    normal_RM = np.column_stack([normal_scores(column) for column in scores_RM.T])
+    sample = votes.only(told)
+    rows = np.concatenate([np.arange(a, b) for a, b in zip(votes.offsets[told], votes.offsets[told + 1], strict=True)])
+    # Without labels, which are few, and whose certainty the logistic bound would exaggerate.
+    model = GradedModel(sample.without_labels(np.ones(len(sample.prior_N), dtype=bool)), normal_RM[rows])
+    model.fit()
+    first = model.applied(votes, normal_RM).probabilities
+    states = np.column_stack([1 - first, np.zeros(len(first)), first])
+    judges: dict[str, Reliability] = {}
+    for k, j in enumerate(model.score_voters):
+        judges[votes.voters[j].name] = _scorer(votes, states, j, float(model.accuracies[k]))
+    for j in model.pair_voters:
+        judges[votes.voters[j].name] = _scorer(votes, states, j, None)
+    return Combination(
+        probabilities=states[:, [2, 0, 1]],
+        judges=judges,
+        prior=_rules(votes, states),
+        quality="graded",
+        is_identified=is_identified(votes, 0),
+        num_iterations=model.num_iterations,
+    )
+
+
+def _scorer(votes: Votes, states: np.ndarray, j: int, accuracy: float | None) -> Reliability:
+    strength = votes.strength_NJ[:, j]
+    has, decided = ~np.isnan(strength), ~np.isnan(strength) & (strength != 0)
+    right = np.where(strength > 0, states[:, 2], states[:, 0])[decided]
+    share = (float(right.mean()) if len(right) else 0.5) if accuracy is None else accuracy
+    edges = np.unique(np.quantile(np.abs(strength[decided]), np.arange(1, 8) / 8)) if decided.any() else np.zeros(0)
+    voters: Voter = votes.voters[j]
+    return Reliability(
+        accuracy=share,
+        interval=_interval(share, right, np.ones(len(right))),
+        tie_rate=float((strength[has] == 0).mean()) if has.any() else 0.0,
+        num_votes=int(has.sum()),
+        is_given=voters.given is not None,
+        longer=_longer(votes, states, strength, decided, share),
+        curve=_curve(strength[decided], right, np.ones(len(right)), edges),
+    )
