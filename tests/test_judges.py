@@ -297,7 +297,7 @@ def refusal(*judges: JudgeConfig, **settings: Any) -> str:
         ),
         ({"kind": "agreement", "cell": "policy"}, "cell: it has no effect on a judge of kind 'agreement'; leave it"),
         ({"kind": "agreement", "args": {"n": 1}}, "args: it has no effect on a judge of kind 'agreement'"),
-        ({"kind": "agreement", "name": "human"}, "name: 'human' is taken; set a name of its own"),
+        ({"kind": "agreement", "name": "human"}, "name: 'human' is reserved for labels of pairs; set another name"),
         ({"kind": "verifier"}, "verifier: missing; a judge of kind 'verifier' needs a program"),
         ({"kind": "verifier", "verifier": "nmeric"}, "verifier: got 'nmeric', expected one of exact, numeric"),
         ({"kind": "verifier", "verifier": "regex"}, "verifier_pattern: it goes with verifier 'regex', and regex needs"),

@@ -4,15 +4,19 @@ import copy
 import html.parser
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+from helpers import write_rows
 
 from tso_fast.errors import InputError
+from tso_fast.progress import make_console
 from tso_fast.report import print_summary, write_report
 from tso_fast.report.summary import comparisons, summarise
+from tso_fast.report.tables import make_table
 
 NASTY = "<script>alert('x')</script> & [red]50 $ \\frac"
 
@@ -244,6 +248,41 @@ def test_plain_output_fits_80_columns(tmp_path, capsys, monkeypatch):
         assert name in out
     assert f"report: {run}/report.html" in out
     assert f'from_pretrained("{run}") loads the newest policy, tso-2' in out
+
+
+def test_a_pipe_gets_whole_lines(tmp_path):
+    judges = ["-".join([name, *["with-a-long-name"] * 6]) for name in ("one", "two")]
+    models = [{"model": model, "text": model, "version_rank": rank} for rank, model in enumerate("ab")]
+    said = [(i, judge) for i in range(2) for judge in judges]
+    files = {
+        "responses": write_rows(tmp_path / "r.jsonl", [{"id": "q", "prompt": "q", "responses": models}]),
+        "verdicts": write_rows(
+            tmp_path / "v.jsonl", [{"prompt_id": "q", "response": i, "judge": judge, "score": i} for i, judge in said]
+        ),
+        "output": tmp_path / f"{'pairs-' * 20}[a].jsonl",
+    }
+    command = [sys.executable, "-m", "tso_fast.cli", "pairs", *(f"--{key}={file}" for key, file in files.items())]
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
+
+    def shown(**more):
+        files["output"].unlink(missing_ok=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment | more)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    whole, narrow = shown(), shown(COLUMNS="80")
+    assert whole.stderr.splitlines()[-1] == f"1 pairs in {files['output']}"
+    lines = whole.stdout.splitlines()
+    assert {line.split()[0] for line in lines if "with-a-long-name" in line} >= set(judges)
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert max(map(len, narrow.stdout.splitlines())) <= 80
+
+
+def test_the_title_of_a_narrow_table_stays_on_its_line(capsys):
+    table = make_table("A title that is longer than its table, in [brackets]", ("a", "b"), [("x", "1")], ("", ""))
+    make_console().print(table, "")
+    rule = "─" * 3
+    assert capsys.readouterr().out == f"A title that is longer than its table, in [brackets]\na b\n{rule}\nx 1\n\n\n\n"
 
 
 @pytest.fixture(scope="module")

@@ -370,6 +370,8 @@ VERDICT = {"prompt_id": "q", "response": 0, "judge": "j", "score": 1.0}
         ({"score": "good"}, "field 'score' is a string (\"good\"); expected a number"),
         ({"score": float("nan")}, "field 'score' is nan; expected a finite number or null"),
         ({"judge": "j"}, "judge 'j' has a verdict on response 0 of 'q' already at"),
+        ({"judge": "human"}, "field 'judge' is 'human' in a verdict on one response; expected another name"),
+        ({"judge": "human"}, "labels, which name two 'responses': rename the judge, or write labels"),
     ],
     ids=str,
 )
@@ -410,6 +412,19 @@ def test_a_bad_comparison_is_named(tmp_path: Path, change: dict[str, Any], messa
         read_verdicts(file, [TWO], BadRows())
     assert str(caught.value).startswith(f"{file}:2: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("row", "key"), [(VERDICT, "score"), (COMPARISON, "probability")], ids=["one", "two"])
+def test_a_judge_abstains_by_null_not_by_a_missing_key(tmp_path: Path, row: dict[str, Any], key: str) -> None:
+    rest = {name: value for name, value in row.items() if name != key}
+    file = write_rows(tmp_path / "v.jsonl", [{**rest, key: None}, {**rest, "judge": "other", f"{key}s": 1.0}])
+    bad = BadRows("skip")
+    (verdict,) = read_verdicts(file, [TWO], bad)
+    assert getattr(verdict, key) is None
+    (skipped,) = bad.rows
+    assert skipped["error"].startswith(f"{file}:2: field {key!r} is missing, but there is '{key}s'; expected ")
+    assert "or null where the judge abstains" in skipped["error"]
+    assert verdict_row(verdict)[key] is None
 
 
 def test_an_annotator_labels_a_pair_once(tmp_path: Path) -> None:

@@ -9,18 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tso_fast.config.settings import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import check_writable, write_json, write_jsonl
 from tso_fast.files.rows import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
 from tso_fast.files.run import SKIPPED_FILE
-from tso_fast.progress import console, progress_bar
+from tso_fast.progress import console, make_console, progress_bar
 from tso_fast.report.tables import comparisons_table, decisions_table, errors_table, make_table, scores_table
 from tso_fast.types import Comparison, Verdict
 
-stdout = Console()
+stdout = make_console(highlight=False, markup=False)
 
 
 def _new_file(path: str) -> Path:
@@ -34,11 +32,12 @@ def _new_file(path: str) -> Path:
 
 def _finish(file: Path | None, what: str, bad: BadRows) -> None:
     if file is not None:
-        console.print(f"{what} in {file}", highlight=False)
+        console.print(f"{what} in {file}", highlight=False, markup=False)
         for aside in bad.set_aside(file.with_name(f"{file.name}.{SKIPPED_FILE}")):
-            console.print(f"{len(bad.rows)} bad rows set aside in {aside}", highlight=False)
+            console.print(f"{len(bad.rows)} bad rows set aside in {aside}", highlight=False, markup=False)
     elif bad.rows:
-        console.print(f"{len(bad.rows)} bad rows skipped, the first: {bad.rows[0]['error']}", highlight=False)
+        first = bad.rows[0]["error"]
+        console.print(f"{len(bad.rows)} bad rows skipped, the first: {first}", highlight=False, markup=False)
 
 
 def train(config: TrainConfig) -> None:
@@ -164,7 +163,7 @@ def pairs(config: PairsConfig) -> None:
     from tso_fast.files.labels import read_labels
     from tso_fast.judges import panel
     from tso_fast.judges.judge import Bench
-    from tso_fast.report.tables import JUDGE_COLUMNS, judge_rows
+    from tso_fast.report.tables import judge_table
 
     judges = panel.make_judges(config)
     if config.verdicts is not None and judges:
@@ -187,14 +186,14 @@ def pairs(config: PairsConfig) -> None:
     stdout.print(decisions_table(info["decisions"]), "")
     if info["errors"] is not None:
         stdout.print(errors_table(info["errors"], config.oracle or ""), "")
-    if config.evidence == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
-        stdout.print(make_table("Evidence", JUDGE_COLUMNS, judge_rows(info["judges"])), "")
+    if info["evidence"]["method"] == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
+        stdout.print(make_table("Evidence", *judge_table(info["judges"])), "")
+    stdout.print(f"evidence  {info['evidence']['method']}: {info['evidence']['why']}", highlight=False)
     reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
-    stdout.print(f"reasons   {'; '.join(reasons)}", highlight=False)
+    stdout.print(f"reasons   {'; '.join(reasons)}")
     stdout.print(
         f"used      {len(made)} pairs of {info['prompts_with_pairs']} of {info['prompts']} prompts "
-        f"({info['used']['keep']} kept, {info['used']['swap']} swapped)",
-        highlight=False,
+        f"({info['used']['keep']} kept, {info['used']['swap']} swapped)"
     )
     if (found := info["calibration"]) is not None:
         tempered = (
@@ -202,10 +201,11 @@ def pairs(config: PairsConfig) -> None:
             if found["ece_tempered"] is None
             else (f"; tempered by {found['temperature']:.2f}: {found['ece_tempered']:.3f}")
         )
+        measured = (
+            "too few to measure" if found["ece"] is None else f"expected calibration error {found['ece']:.3f}{tempered}"
+        )
         stdout.print(
-            f"labels    soft labels against {found['labels']} human ones held back: expected calibration "
-            f"error {found['ece']:.3f}{tempered}",
-            highlight=False,
+            f"labels    soft labels against {found['labels']} human ones held back: {measured}", highlight=False
         )
     _finish(file, f"{len(made)} pairs", bad)
 

@@ -1,4 +1,4 @@
-"""Progress display: bars on a terminal, one line per stage elsewhere."""
+"""What commands show: consoles, and progress as bars on a terminal, as one line per stage elsewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+WHOLE = 10_000
+"""Columns of a pipe or a file: wider than any table or line, so that none is folded."""
+
+
+def make_console(**options: Any) -> Console:
+    """A console as wide as its terminal, or as ``COLUMNS`` says; in a pipe or a file every line stays whole."""
+    console = Console(**options)
+    if not console.is_jupyter and not console.file.isatty() and not os.environ.get("COLUMNS", "").isdigit():
+        console.size = (WHOLE, 25)  # the height too, without which a TERM of `dumb` means 80 columns
+    return console
+
+
 # Not on stdout, which carries results and can be piped. Only the first of several processes prints.
-console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+console = make_console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextlib.contextmanager

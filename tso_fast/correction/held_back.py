@@ -13,6 +13,9 @@ from tso_fast.correction.calibration import expected_calibration_error, fit_temp
 from tso_fast.correction.decide import Counts, correct
 from tso_fast.correction.pairing import soft_label
 
+MIN_MEASURED = 30
+"""Fewest labels of which a calibration error is told."""
+
 
 def calibrate(beliefs: Beliefs, config: PairingConfig) -> dict[str, Any] | None:
     """Calibration of soft labels against hidden human labels, and the temperature that corrects them."""
@@ -21,6 +24,8 @@ def calibrate(beliefs: Beliefs, config: PairingConfig) -> dict[str, Any] | None:
     stated, right = _against_labels(beliefs, config)
     if not len(stated):
         return None
+    if len(stated) < MIN_MEASURED:
+        return {"labels": len(stated), "accuracy": None, "temperature": 1.0, "ece": None, "ece_tempered": None}
     out = {
         "labels": len(stated),
         "accuracy": float(right.mean()),

@@ -141,13 +141,19 @@ def _kind(value: Any) -> str:
     return "null" if value is None else f"{names[type(value)]} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
 
 
+def _missing(row: Row, name: str, where: str, expected: str) -> InputError:
+    close = difflib.get_close_matches(name, row, n=1)
+    but = f", but there is {close[0]!r}" if close else ""
+    return InputError(f"{where}: field {name!r} is missing{but}; expected {expected}")
+
+
 def _get(row: Row, name: str, where: str, types: type | tuple[type, ...], expected: str, required: bool = False) -> Any:
     value = row.get(name)
     if value is None:
         if required:
-            close = difflib.get_close_matches(name, row, n=1)
-            given = "null" if name in row else f"missing, but there is {close[0]!r}" if close else "missing"
-            raise InputError(f"{where}: field {name!r} is {given}; expected {expected}")
+            if name not in row:
+                raise _missing(row, name, where, expected)
+            raise InputError(f"{where}: field {name!r} is null; expected {expected}")
         return None
     is_bool = isinstance(value, bool) and bool not in (types if isinstance(types, tuple) else (types,))
     if is_bool or not isinstance(value, types):
@@ -387,7 +393,7 @@ def read_verdicts(
     """Reads verdicts, on single responses and on two; each must name responses of ``candidates``.
 
     A judge gives one verdict on a response, and one on two of them, in either order; so does an annotator. A labels
-    file, where later labels replace earlier ones and may be withdrawn, is read by ``judges.human.read_labels``.
+    file, where later labels replace earlier ones and may be withdrawn, is read by ``files.labels.read_labels``.
     """
     texts = texts_of(candidates)
     seen: dict[tuple[Any, ...], str] = {}
@@ -436,6 +442,13 @@ def _verdict(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> Verd
     assert judge is not None
     if not 0 <= index < len(texts):
         raise InputError(f"{where}: field 'response' is {index}; prompt {prompt_id!r} has {len(texts)} responses")
+    if judge == HUMAN:
+        raise InputError(
+            f"{where}: field 'judge' is {HUMAN!r} in a verdict on one response; expected another name, since {HUMAN!r} "
+            "is reserved for labels, which name two 'responses': rename the judge, or write labels"
+        )
+    if "score" not in row:
+        raise _missing(row, "score", where, "a number, or null where the judge abstains")
     return Verdict(
         prompt_id=prompt_id,
         response=index,
@@ -454,6 +467,13 @@ def _comparison(row: Row, where: str, prompt_id: str, texts: Sequence[str]) -> C
         )
     judge = _text(row, "judge", where, required=True)
     assert judge is not None
+    if "probability" not in row:
+        raise _missing(
+            row,
+            "probability",
+            where,
+            "the probability in [0, 1] that the first response is better, or null where the judge abstains",
+        )
     orders = _get(row, "orders", where, list, "two probabilities")
     if orders is not None:
         if len(orders) != 2:

@@ -18,7 +18,7 @@ from tso_fast.judges.llm import LlmJudge
 from tso_fast.judges.self_consistency import SelfConsistencyJudge
 from tso_fast.judges.verifier import VerifierJudge
 from tso_fast.matrix import ModelMatrix
-from tso_fast.types import Candidates, Comparison, Verdict
+from tso_fast.types import HUMAN, Candidates, Comparison, Verdict
 
 JUDGES: dict[str, type[Judge]] = {
     "llm": LlmJudge,
@@ -42,7 +42,9 @@ def make_judges(config: VerifierConfig) -> list[Judge]:
         judges.append(_make(program, ""))
     for i, own in enumerate((config.judges if isinstance(config, JudgesConfig) else None) or []):
         judge = _make(own, f"judges[{i}].")
-        if judge.name in ("human", *(other.name for other in judges)):
+        if judge.name == HUMAN:
+            raise InputError(f"judges[{i}].name: {HUMAN!r} is reserved for labels of pairs; set another name")
+        if judge.name in [other.name for other in judges]:
             raise InputError(f"judges[{i}].name: {judge.name!r} is taken; set a name of its own")
         judges.append(judge)
     return judges

@@ -20,7 +20,7 @@ from tso_fast.report.summary import (
     summarise,
     version_rows,
 )
-from tso_fast.report.tables import COST_COLUMNS, JUDGE_COLUMNS, cost_rows, judge_rows
+from tso_fast.report.tables import COST_COLUMNS, cost_rows, judge_table
 from tso_fast.types import PreferencePair
 
 NUM_PAIRS = 8
@@ -172,9 +172,11 @@ def _judges(run: Summary) -> Iterable[str]:
     last = max((v for v in run.versions if v.judges), key=lambda v: v.iteration, default=None)
     if last is None or (len(last.judges) < 2 and not last.costs):
         return
-    yield f"<h2>Judges of iteration {last.iteration}</h2>" + _table(JUDGE_COLUMNS, judge_rows(last.judges))
+    yield f"<h2>Judges of iteration {last.iteration}</h2>" + _table(*judge_table(last.judges))
     yield """<p class="soft">With the rest: correlation of ranks with those of the other judges. Believed right: share
-of right votes that was estimated from agreement and human labels.</p>"""
+of right votes, estimated from agreement and human labels, with its 95 % interval. Shown first: log-odds by which a
+judge prefers the response that it saw first, whatever the responses. Longer: how much more often than its other votes
+explain it prefers the longer response, a mean of signs.</p>"""
     if last.costs:
         yield _table(COST_COLUMNS, cost_rows(last.costs))
         yield """<p class="soft">Contradictions: pairs on which the two orders disagree; they are ties. First shown: how

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tso_fast.files.run import METRICS_FILE, REPORT_FILE, RUN_FILE, parse_stage, read_run
+from tso_fast.progress import make_console
 from tso_fast.report.tables import make_table
 
 # Field of Version -> its name among the means of a train stage.
@@ -273,7 +272,7 @@ def print_summary(folders: Sequence[str | Path]) -> None:
         InputError: a folder is not a run.
     """
     runs = [summarise(folder) for folder in folders]
-    run, console = runs[0], Console(highlight=False, markup=False)
+    run, console = runs[0], make_console(highlight=False, markup=False)
     console.print(make_table(f"{run.loss_name}, {run.progress}", VERSION_COLUMNS, version_rows(run)))
     console.print(f"\ngain: {gain_text(run)}")
     if len(runs) > 1:

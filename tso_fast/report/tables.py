@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
 from tso_fast.types import Candidates, Comparison, Verdict
+
+
+@dataclass(frozen=True)
+class TitledTable:
+    """A table below a title that is not folded to the table's width; no line ends with spaces."""
+
+    title: str
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text(self.title, style="table.title")
+        for segments in console.render_lines(self.table, options, pad=False):
+            parts = ((segment.text, segment.style or "") for segment in segments)
+            line = Text.assemble(*parts, no_wrap=True, overflow="ignore")
+            line.rstrip()
+            yield line
 
 
 def make_table(
@@ -18,14 +36,14 @@ def make_table(
     rows: Iterable[Sequence[str | Text]],
     total: Sequence[str] | None = None,
     num_labels: int = 1,
-) -> Table:
+) -> TitledTable:
     """A table in the common style.
 
     Args:
         total: last row, below a line.
         num_labels: number of text columns, at the left; the other columns hold right-aligned numbers.
     """
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for i, name in enumerate(columns):  # only labels shrink on a narrow terminal
         is_label = i < num_labels
         table.add_column(name, justify="left" if is_label else "right", no_wrap=not is_label, overflow="fold")
@@ -34,10 +52,22 @@ def make_table(
     if total is not None:
         table.add_section()
         table.add_row(*map(Text, total))
-    return table
+    return TitledTable(title, table)
 
 
-JUDGE_COLUMNS = ("voter", "verdicts", "abstained", "with the rest", "votes on pairs", "ties", "believed right")
+JUDGE_COLUMNS = (
+    "voter",
+    "verdicts",
+    "abstained",
+    "with the rest",
+    "votes on pairs",
+    "ties",
+    "believed right",
+    "95 %",
+    "shown first",
+    "longer",
+    "shares errors with",
+)
 COST_COLUMNS = (
     "judge",
     "requests",
@@ -59,7 +89,19 @@ def judge_rows(judges: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, .
         rest = "-" if row.get("correlation") is None else f"{row['correlation']:.2f}"
         ties = f"{row['ties_share']:.1%}" if "ties_share" in row else "-"
         believed = "-" if "accuracy" not in row else f"{row['accuracy']:.1%}" + (" (given)" if row["is_given"] else "")
-        yield name, verdicts, abstained, rest, pairs, ties, believed
+        low, high = row.get("interval", (0.0, 0.0))
+        interval = f"{100 * low:.0f}–{100 * high:.0f}" if high > low else "-"
+        first = f"{row['shown_first']:+.1f}" if abs(row.get("shown_first", 0)) >= 0.1 else "-"
+        longer = f"{row['longer']:+.2f}" if abs(row.get("longer", 0)) >= 0.05 else "-"
+        copies = row.get("shares_errors_with") or "-"
+        yield name, verdicts, abstained, rest, pairs, ties, believed, interval, first, longer, copies
+
+
+def judge_table(judges: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows of the table of judges, without the columns in which nothing is told."""
+    rows = list(judge_rows(judges))
+    used = [k for k in range(len(JUDGE_COLUMNS)) if any(row[k] != "-" for row in rows)]
+    return tuple(JUDGE_COLUMNS[k] for k in used), [tuple(row[k] for k in used) for row in rows]
 
 
 def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -72,7 +114,7 @@ def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...
         yield (name, *numbers, *shares)
 
 
-def scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> Table:
+def scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> TitledTable:
     """Mean score of each model by each judge of single responses."""
     model_of = {(c.prompt.id, i): r.model for c in candidates for i, r in enumerate(c.responses)}
     scores: dict[tuple[str, str], list[float | None]] = {}
@@ -89,7 +131,7 @@ def scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) 
     return make_table("Verdicts on single responses", columns, rows, num_labels=2)
 
 
-def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
+def comparisons_table(comparisons: Sequence[Comparison]) -> TitledTable:
     """Decisions of each judge that compares two responses."""
 
     def row(judge: str) -> tuple[str, ...]:
@@ -104,7 +146,7 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> Table:
     return make_table("Verdicts on two responses", columns, map(row, sorted({c.judge for c in comparisons})))
 
 
-def errors_table(errors: Mapping[str, Mapping[str, int]], oracle: str) -> Table:
+def errors_table(errors: Mapping[str, Mapping[str, int]], oracle: str) -> TitledTable:
     """Errors of the prior and of the pairs kept by correction, and the smallest error the same evidence allows."""
 
     def row(rule: str, counts: Mapping[str, int], has_prior: bool) -> tuple[str, ...]:
@@ -128,7 +170,7 @@ def errors_table(errors: Mapping[str, Mapping[str, int]], oracle: str) -> Table:
     )
 
 
-def decisions_table(decisions: Mapping[str, Mapping[str, int]]) -> Table:
+def decisions_table(decisions: Mapping[str, Mapping[str, int]]) -> TitledTable:
     """Pairs kept, swapped and dropped, by the rule that gave the prior order."""
     names = ("keep", "swap", "drop")
 
