@@ -227,20 +227,21 @@ class Beliefs:
         return self._choose_by_labels(len(labelled), told == "auto")
 
     def _choose_by_labels(self, count: int, is_free: bool) -> Chosen:
-        losses: dict[LearnFrom, float] = {}
+        parents = combine(self.votes, self.pointwise.scores).parents
+        losses: dict[LearnFrom, np.ndarray] = {}
         errors: dict[LearnFrom, dict[Any, bool]] = {}
         for learn_from in get_args(LearnFrom):
-            loss, is_wrong = 0.0, {}
+            nats, is_wrong = [], {}
             for fold in range(FOLDS):
                 votes = self.votes.without_labels(self._hidden(is_in(fold)))
-                found = combine(votes, self.pointwise.scores, learn_from=learn_from, parents={})
+                found = combine(votes, self.pointwise.scores, learn_from=learn_from, parents=parents)
                 for pairs, p in zip(self.evidence, self.by_prompt(found), strict=True):
                     for n, pair in enumerate(pairs):
                         if fold_of(pair.prompt_id) == fold and (label := pair.label):
                             first, second = p[n][:2] + 1e-9
-                            loss -= math.log((first if label > 0 else second) / (first + second))
+                            nats.append(-math.log((first if label > 0 else second) / (first + second)))
                             is_wrong[pair.prompt_id, pair.responses] = (first > second) != (label > 0)
-            losses[learn_from], errors[learn_from] = loss / count, is_wrong
+            losses[learn_from], errors[learn_from] = np.array(nats), is_wrong
         if (names := self._contradicted(errors["all"])) is not None:
             logger.warning(
                 "evidence: the labels of %s contradict the judges and the prior order more often than not: they may be "
@@ -248,8 +249,11 @@ class Beliefs:
                 names,
             )
             return Chosen("calibrated", f"the labels of {names} may be inverted")
-        best: LearnFrom = min(losses, key=lambda name: losses[name])
-        told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        # Labels are few: they teach alone only where that is better by more than chance.
+        gain = losses["all"] - losses["labels"]
+        is_better = gain.mean() > 2 * gain.std() / math.sqrt(count)
+        best: LearnFrom = "labels" if is_better else "all"
+        told = ", ".join(f"{name} {loss.mean():.3f}" for name, loss in losses.items())
         chosen = Chosen("calibrated", f"reliabilities from {best} pairs predict labels best ({told} nats each)", best)
         if is_free and (reason := self._consensus_is_better(errors[best])) is not None:
             return Chosen("consensus", reason)
