@@ -233,8 +233,9 @@ def test_responses_are_compared_on_the_scores_that_both_have() -> None:
     assert info["reasons"]["keep"] == {"prior alone": 4}  # 5 against 6 have no judge in common, and 7 has none
 
 
+@pytest.mark.slow
 def test_a_person_who_is_always_inverted_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    candidates, verdicts, truth = simulated(300)
+    candidates, verdicts, truth = simulated(200)
     people = [label(float(truth[k] < 0), id=f"q{k}", annotator="upside down") for k in range(100)]
     with caplog.at_level(logging.WARNING, "tso_fast"):
         make_pairs(candidates, [*verdicts, *people], EvidenceConfig(evidence="calibrated"), PairingConfig(), 0)
@@ -331,6 +332,7 @@ def test_errors_count_only_what_the_oracle_orders() -> None:
 # ---- calibration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evidence", ["consensus", "calibrated"])
 def test_soft_labels_match_held_back_labels(evidence: str) -> None:
     """Judges that state 0.99 and are right on 75 %: people temper them."""
@@ -363,15 +365,16 @@ def test_a_few_labels_do_not_temper() -> None:
 
 
 def test_no_tempering_when_told_so() -> None:
-    candidates, verdicts, truth = simulated(300)
-    people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(200)]
+    candidates, verdicts, truth = simulated(100)
+    people = [label(float(truth[k] > 0), id=f"q{k}") for k in range(60)]
     config = PairingConfig(soft_label_by="probability", calibrate_soft_labels=False)
     _, info = make_pairs(candidates, [*verdicts, *people], EvidenceConfig(evidence="calibrated"), config, 0)
     assert info["calibration"]["temperature"] == 1.0
 
 
+@pytest.mark.slow
 def test_judges_that_copy_each_other_are_named_and_count_as_one(caplog: pytest.LogCaptureFixture) -> None:
-    candidates, verdicts, truth = simulated(1200, judges=(0.7, 0.7, 0.7))
+    candidates, verdicts, truth = simulated(800, judges=(0.7, 0.7, 0.7))
     copies = [said(v.probability, judge="copy", id=v.prompt_id) for v in verdicts if v.judge == "j0"]
     with caplog.at_level(logging.WARNING, "tso_fast"):
         pairs, info = make_pairs(candidates, [*verdicts, *copies], EvidenceConfig(), PairingConfig(), 0)
