@@ -10,10 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from helpers import write_rows
 
 from tso_fast.errors import InputError
-from tso_fast.progress import make_console
+from tso_fast.progress import WHOLE, make_console
 from tso_fast.report import print_summary, write_report
 from tso_fast.report.summary import comparisons, summarise
 from tso_fast.report.tables import make_table
@@ -250,32 +249,39 @@ def test_plain_output_fits_80_columns(tmp_path, capsys, monkeypatch):
     assert f'from_pretrained("{run}") loads the newest policy, tso-2' in out
 
 
-def test_a_pipe_gets_whole_lines(tmp_path):
-    judges = ["-".join([name, *["with-a-long-name"] * 6]) for name in ("one", "two")]
-    models = [{"model": model, "text": model, "version_rank": rank} for rank, model in enumerate("ab")]
-    said = [(i, judge) for i in range(2) for judge in judges]
-    files = {
-        "responses": write_rows(tmp_path / "r.jsonl", [{"id": "q", "prompt": "q", "responses": models}]),
-        "verdicts": write_rows(
-            tmp_path / "v.jsonl", [{"prompt_id": "q", "response": i, "judge": judge, "score": i} for i, judge in said]
-        ),
-        "output": tmp_path / f"{'pairs-' * 20}[a].jsonl",
-    }
-    command = [sys.executable, "-m", "tso_fast.cli", "pairs", *(f"--{key}={file}" for key, file in files.items())]
+def test_a_pipe_gets_whole_lines():
+    code = """
+from tso_fast import commands
+name = "a judge with a long name, " * 9
+commands.stdout.print(commands.make_table("Evidence", ("voter", "what"), [(name, "1"), ("b", "")], num_labels=2), "")
+for console in (commands.stdout, commands.console):
+    console.print(f"reasons   {name}")
+"""
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    name = "a judge with a long name, " * 9
+    lines = [
+        "Evidence",
+        f"{'voter':<{len(name)}} what",
+        "─" * (len(name) + 5),
+        f"{name} 1",
+        "b",
+        "",
+        f"reasons   {name}",
+    ]
+    assert done.stdout.splitlines() == lines
+    assert done.stderr.splitlines() == lines[-1:]
 
-    def shown(**more):
-        files["output"].unlink(missing_ok=True)
-        done = subprocess.run(command, capture_output=True, text=True, env=environment | more)
-        assert done.returncode == 0, done.stderr
-        return done
 
-    whole, narrow = shown(), shown(COLUMNS="80")
-    assert whole.stderr.splitlines()[-1] == f"1 pairs in {files['output']}"
-    lines = whole.stdout.splitlines()
-    assert {line.split()[0] for line in lines if "with-a-long-name" in line} >= set(judges)
-    assert [line for line in lines if line != line.rstrip()] == []
-    assert max(map(len, narrow.stdout.splitlines())) <= 80
+def test_columns_and_terminals_are_as_wide_as_they_say(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    assert make_console().width == 90
+    monkeypatch.delenv("COLUMNS")
+    assert make_console().width == WHOLE
+    leader, follower = os.openpty()
+    with os.fdopen(leader), os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert make_console().width != WHOLE
 
 
 def test_the_title_of_a_narrow_table_stays_on_its_line(capsys):
