@@ -6,6 +6,8 @@ import dataclasses
 import gzip
 import itertools
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,17 @@ def train_afresh(settings: TrainConfig) -> None:
     train(settings)
 
 
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """The launcher sets its own, and leaves them to whoever comes next in this process."""
+    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {name: signal.getsignal(name) for name in names}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+@pytest.mark.usefixtures("signal_handlers")
 def test_two_processes_give_the_trajectory_of_one(few: TrainConfig, tmp_path: Path) -> None:
     """Torch's own launcher, gloo, DDP: the same pairs in a step, the same loss, gradient and metrics."""
     settings = dataclasses.replace(few, scale_by="gap", num_train_epochs=3)
