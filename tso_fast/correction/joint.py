@@ -249,6 +249,7 @@ class JointModel:
         self._iterate(max_iterations, tolerance, set(), fits_pulls=True)
 
     def _iterate(self, max_iterations: int, tolerance: float, without: set[int], fits_pulls: bool) -> None:
+        self.log_likelihood = -np.inf  # of the stage before, to which nothing is compared
         for _ in range(max_iterations):
             before = self.log_likelihood
             states = self.expect(without, learn_prior=True)
