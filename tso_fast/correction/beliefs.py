@@ -156,7 +156,7 @@ class Beliefs:
             self._agree()
 
     def _calibrate(self) -> None:
-        self.combination = self._combined(self.votes)
+        self.combination = combine(self.votes, self.pointwise.scores, learn_from=self.chosen.learn_from)
         _warn(self.combination)
         self.probabilities = self.by_prompt(self.combination)
         self.scores = [self.expected_win_rates(p) for p in range(len(self.candidates))]
@@ -175,15 +175,6 @@ class Beliefs:
         if matrix.scorers:
             rates = consensus(matrix.scores, matrix.offsets, method="win_rate", normalize="none").scores
             self.win_rates = np.split(rates, bounds) if len(self.candidates) else []
-
-    def _combined(self, votes: Any, learn_from: LearnFrom | None = None, is_again: bool = False) -> Combination:
-        """
-        Args:
-            is_again: whether judges were joined before, on all the labels.
-        """
-        parents = self.combination.parents if is_again and self.combination is not None else None
-        scores = self.pointwise.scores
-        return combine(votes, scores, learn_from=learn_from or self.chosen.learn_from, parents=parents)
 
     @property
     def given(self) -> dict[str, float]:
@@ -300,13 +291,14 @@ class Beliefs:
 
     def without(self, hidden: Callable[[PairEvidence], bool]) -> list[Any]:
         """Probabilities when the labels of ``hidden`` pairs are not used."""
-        if self.chosen.method != "calibrated":
+        if self.combination is None:
             return [None] * len(self.candidates)
-        votes = self.votes.without_labels(self._hidden(hidden))
-        return self.by_prompt(self._combined(votes, is_again=True))
+        votes, parents = self.votes.without_labels(self._hidden(hidden)), self.combination.parents
+        learn_from = self.chosen.learn_from
+        return self.by_prompt(combine(votes, self.pointwise.scores, learn_from=learn_from, parents=parents))
 
     def by_prompt(self, combination: Combination) -> list[Any]:
-        """Probabilities of each prompt's pairs; NaN where no judge voted on the prompt."""
+        """Probabilities of each prompt's pairs."""
         return list(np.split(combination.probabilities, self.votes.bounds[1:-1])) if len(self.candidates) else []
 
     @functools.cached_property

@@ -9,7 +9,6 @@ et al. 1997, doi:10.1023/A:1007465528199), if that explains the votes better tha
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,8 +16,6 @@ import numpy as np
 
 from tso_fast.correction.joint import JointModel
 from tso_fast.correction.votes import Votes
-
-logger = logging.getLogger(__name__)
 
 EXCESS = 0.05
 """Smallest excess of agreement, as a mean product of signs in [-1, 1], that is looked into."""

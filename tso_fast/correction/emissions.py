@@ -126,7 +126,7 @@ class Emission:
         target, total = self._targets(counts)
         observed = counts.sum(axis=3) @ self.sign
         for _ in range(STEPS):
-            self._scale(target, total, observed)
+            self._scale(target, total)
             if self.voter.kind != "comparison" or not fits_pull:
                 continue
             mean = np.einsum("l,sqld->sqd", self.sign, self.table)
@@ -159,7 +159,7 @@ class Emission:
             total = total + self.assumed.sum(axis=0) * middle[:, None, None] * middle[:, None]
         return target, total
 
-    def _scale(self, target: np.ndarray, total: np.ndarray, observed: np.ndarray) -> None:
+    def _scale(self, target: np.ndarray, total: np.ndarray) -> None:
         """One step of iterative scaling of the symmetric part towards its targets."""
         expected = (self.table * total[:, :, None, :]).sum(axis=0)
         if self.has_parent:
@@ -190,14 +190,10 @@ class Emission:
     @property
     def accuracy(self) -> float:
         """Share of right votes, ties and silences aside, where one response is better and both orders were shown."""
-        right, wrong = self.right_and_wrong()
-        return float(right.sum() / (right.sum() + wrong.sum()))
-
-    def right_and_wrong(self) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities of votes for the better and for the worse response by level, weakest first, [L] each."""
         L = self.num_levels
         table = self.symmetric.mean(axis=0)
-        return table[L + 1 : 2 * L + 1, 2], table[:L, 2][::-1]
+        right, wrong = table[L + 1 : 2 * L + 1, 2].sum(), table[:L, 2].sum()
+        return float(right / (right + wrong))
 
 
 def _levels(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

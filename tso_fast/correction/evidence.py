@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from tso_fast.correction.votes import prior_order
+from tso_fast.correction.votes import prior_order, refuse_two_kinds
 from tso_fast.errors import InputError
 from tso_fast.scoring import bradley_terry
 from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
@@ -100,11 +100,9 @@ def evidence_of(
         vote = None if p is None else (2 * p - 1) * (1 if comparison.responses == (i, j) else -1)
         if comparison.judge == HUMAN:
             labels.setdefault((comparison.prompt_id, i, j), {})[comparison.annotator or ""] = vote
-        elif comparison.judge in matrix.scorers:
-            raise InputError(
-                f"verdicts: judge {comparison.judge!r} has verdicts on single responses and on two; expected one kind"
-            )
-        elif vote is not None:
+            continue
+        refuse_two_kinds(comparison.judge, matrix)
+        if vote is not None:
             votes.setdefault((comparison.prompt_id, i, j), {})[comparison.judge] = vote
     out = []
     for p, item in enumerate(candidates):

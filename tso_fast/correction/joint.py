@@ -20,16 +20,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from tso_fast.correction.emissions import NO_VOTE, Emission
-from tso_fast.correction.votes import Votes
-
-logger = logging.getLogger(__name__)
+from tso_fast.correction.votes import Votes, pair_number
 
 BLOCK = 8
 """Most responses that are enumerated together."""
@@ -88,8 +85,8 @@ def _groups(votes: Votes) -> list[Group]:
         for members in blocks_of(count) if count > 1 else []:
             place = np.array(members)
             a, b = (place[k] for k in np.triu_indices(len(place), 1))
-            pairs = a * count - a * (a + 1) // 2 + b - a - 1
-            group = Group(votes.offsets[prompts][:, None] + place, votes.bounds[prompts][:, None] + pairs)
+            pairs = votes.bounds[prompts][:, None] + pair_number(a, b, count)
+            group = Group(votes.offsets[prompts][:, None] + place, pairs)
             found.setdefault(len(place), []).append(group)
     return [Group(*(np.concatenate(parts) for parts in zip(*groups, strict=True))) for groups in found.values()]
 

@@ -19,7 +19,7 @@ import numpy as np
 from tso_fast.correction.dependence import Excess, fit_with_dependence
 from tso_fast.correction.graded import GradedModel, normal_scores
 from tso_fast.correction.joint import JointModel
-from tso_fast.correction.votes import Voter, Votes, with_meaningful_silence
+from tso_fast.correction.votes import PRIOR, Votes, with_meaningful_silence
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,12 @@ def _combine_right_or_wrong(
         model, joined = fit_with_dependence(sample, make)
     else:
         model, joined = make(parents), {}
-    states = model.posterior(sample)
+    own, states = model.expect(), model.posterior(votes)
     names = [voter.name for voter in votes.voters]
     return Combination(
-        probabilities=model.posterior(votes)[:, [2, 0, 1]],
-        judges={voter.name: _judge(model, states, j) for j, voter in enumerate(votes.voters) if voter.kind != "prior"},
-        prior=_rules(votes, model.posterior(votes)),
+        probabilities=states[:, [2, 0, 1]],
+        judges={voter.name: _judge(model, own, j) for j, voter in enumerate(votes.voters) if voter.kind != "prior"},
+        prior=_rules(votes, states),
         joined={(names[a], names[b]): excess for (a, b), excess in joined.items()},
         parents=model.parents,
         is_identified=is_identified(votes, len(joined)),
@@ -238,7 +238,7 @@ def _rules(votes: Votes, states: np.ndarray) -> dict[str, Reliability]:
         right = np.where(votes.prior_N > 0, states[:, 2], states[:, 0])[rows]
         either = (states[:, 2] + states[:, 0])[rows]
         share = float(right.sum() / max(either.sum(), 1e-12))
-        fixed = given.get(f"prior: {rule}")
+        fixed = given.get(PRIOR + rule)
         out[rule] = Reliability(
             accuracy=share if fixed is None else fixed,
             interval=_interval(share, np.clip(right / np.maximum(either, 1e-12), 0, 1), either),
@@ -282,13 +282,12 @@ def _scorer(votes: Votes, states: np.ndarray, j: int, accuracy: float | None) ->
     right = np.where(strength > 0, states[:, 2], states[:, 0])[decided]
     share = (float(right.mean()) if len(right) else 0.5) if accuracy is None else accuracy
     edges = np.unique(np.quantile(np.abs(strength[decided]), np.arange(1, 8) / 8)) if decided.any() else np.zeros(0)
-    voters: Voter = votes.voters[j]
     return Reliability(
         accuracy=share,
         interval=_interval(share, right, np.ones(len(right))),
         tie_rate=float((strength[has] == 0).mean()) if has.any() else 0.0,
         num_votes=int(has.sum()),
-        is_given=voters.given is not None,
+        is_given=votes.voters[j].given is not None,
         longer=_longer(votes, states, strength, decided, share),
         curve=_curve(strength[decided], right, np.ones(len(right)), edges),
     )

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -184,6 +184,20 @@ def _equal_groups(voted: np.ndarray, count: int) -> _Groups:
     )
 
 
+def pair_number(i: Any, j: Any, count: int) -> Any:
+    """Place of the pair (i, j), i < j, among those of ``itertools.combinations(range(count), 2)``; ints or arrays."""
+    return i * count - i * (i + 1) // 2 + j - i - 1
+
+
+def refuse_two_kinds(judge: str, matrix: ScoreMatrix) -> None:
+    """
+    Raises:
+        InputError: a judge of two responses has scores of single ones, too.
+    """
+    if judge in matrix.scorers:
+        raise InputError(f"verdicts: judge {judge!r} has verdicts on single responses and on two; expected one kind")
+
+
 def _ranges(bounds: np.ndarray, which: np.ndarray) -> np.ndarray:
     """All indices in the ranges ``bounds[k] : bounds[k + 1]``, for k in ``which``."""
     lengths = (bounds[1:] - bounds[:-1])[which]
@@ -215,10 +229,8 @@ def votes_of(
     for comparison in comparisons:
         is_label = comparison.judge == HUMAN
         key = ("label", comparison.annotator or "") if is_label else ("comparison", comparison.judge)
-        if not is_label and comparison.judge in matrix.scorers:
-            raise InputError(
-                f"verdicts: judge {comparison.judge!r} has verdicts on single responses and on two; expected one kind"
-            )
+        if not is_label:
+            refuse_two_kinds(comparison.judge, matrix)
         if key not in columns:
             columns[key] = (
                 np.full(len(first), np.nan, np.float32),
@@ -227,7 +239,7 @@ def votes_of(
             )
         (i, j), p = sorted(comparison.responses), number[comparison.prompt_id]
         count = int(offsets[p + 1] - offsets[p])
-        n = int(bounds[p]) + i * count - i * (i + 1) // 2 + j - i - 1
+        n = int(bounds[p]) + pair_number(i, j, count)
         if comparison.probability is None:
             columns[key][2][n] = not is_label
             continue
