@@ -16,7 +16,7 @@ import numpy as np
 
 from tso_fast.config.settings import EvidenceConfig
 from tso_fast.correction.decide import Belief, from_scores
-from tso_fast.correction.evidence import Evidence, with_comparisons
+from tso_fast.correction.evidence import Evidence, evidence_of, score_matrix, with_comparisons
 from tso_fast.correction.reliability import Combination, LearnFrom, combine, is_identified
 from tso_fast.correction.votes import PRIOR, votes_of
 from tso_fast.errors import InputError, did_you_mean
@@ -118,6 +118,22 @@ def _common_gap(gap_NM: np.ndarray, weights: np.ndarray, method: str) -> np.ndar
     else:
         out[some] = np.nansum(gap_NM[some] * weights, axis=1) / (known[some] @ weights)
     return out
+
+
+def believe(
+    candidates: Sequence[Candidates],
+    verdicts: Sequence[Verdict | Comparison],
+    settings: EvidenceConfig,
+    hidden: str | None = None,
+) -> Beliefs:
+    """Beliefs that follow from the scores in the data, from verdicts and from labels.
+
+    Args:
+        hidden: name of a scorer in the data that is no evidence.
+    """
+    pointwise = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)], hidden)
+    comparisons = [v for v in verdicts if isinstance(v, Comparison)]
+    return Beliefs(candidates, evidence_of(candidates, pointwise, comparisons), settings, pointwise, comparisons)
 
 
 class Beliefs:

@@ -8,9 +8,8 @@ from typing import Any
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
 from tso_fast.correction import pairing
-from tso_fast.correction.beliefs import Beliefs
+from tso_fast.correction.beliefs import believe
 from tso_fast.correction.decide import Counts, correct
-from tso_fast.correction.evidence import evidence_of, score_matrix
 from tso_fast.correction.held_back import calibrate
 from tso_fast.correction.oracle import Oracle, errors_against
 from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
@@ -29,13 +28,8 @@ def make_pairs(
     Args:
         oracle: scores that are not evidence; decisions are measured against them.
     """
-    comparisons = [v for v in verdicts if isinstance(v, Comparison)]
-    pointwise = score_matrix(
-        candidates, [v for v in verdicts if isinstance(v, Verdict)], None if oracle is None else oracle.name
-    )
-    evidence = evidence_of(candidates, pointwise, comparisons)
-    beliefs = Beliefs(candidates, evidence, settings, pointwise, comparisons)
-    counts = Counts()
+    beliefs = believe(candidates, verdicts, settings, None if oracle is None else oracle.name)
+    evidence, counts = beliefs.evidence, Counts()
     decided = [correct(item, evidence[p], beliefs.about(p), config, counts) for p, item in enumerate(candidates)]
     calibration = calibrate(beliefs, config)
     temperature = 1.0 if calibration is None else calibration["temperature"]
