@@ -104,6 +104,68 @@ def test_expectations_are_those_of_brute_force() -> None:
         np.testing.assert_allclose(states[3 * p : 3 * p + 3], sums / total, rtol=1e-9)
 
 
+def test_gains_of_labels_are_those_of_brute_force() -> None:
+    """Errors expected after each of three labels, from possibilities weighted by what a person would say."""
+    votes = votes_on(judged(planted(40, 3), [0.8, 0.7]), 3, np.array([-0.5, 0.0, 0.5]))
+    found = combine(votes)
+    gains = found.label_gains()
+    model = found.find_label_gains.func.__self__  # type: ignore[union-attr]
+    evidence = model.evidence()
+    for p in (0, 7):
+        weights = {}
+        for right in itertools.product([0, 1], repeat=3):
+            state = tuple(right[i] - right[j] for i, j in itertools.combinations(range(3), 2))
+            log = float(
+                model.prior @ model._features(block_of(3), votes.order_R[None, :3])[0][int("".join(map(str, right)), 2)]
+            )
+            weights[right] = state, math.exp(log + sum(evidence[3 * p + k, s + 1] for k, s in enumerate(state)))
+        total = sum(weight for _, weight in weights.values())
+
+        def errors(seen: dict[int, float], pair: int, weights: Any = weights) -> float:
+            """Errors times the probability of a label, whose likelihood by the state of ``pair`` is ``seen``."""
+            out = 0.0
+            for other in range(3):
+                side = [sum(w * seen[s[pair]] for s, w in weights.values() if s[other] == way) for way in (1, -1)]
+                out += min(side)
+            return out
+
+        for k in range(3):
+            before = errors(dict.fromkeys((-1, 0, 1), 1.0), k)
+            after = sum(errors({s: 0.95 if s == said else 0.025 for s in (-1, 0, 1)}, k) for said in (-1, 0, 1))
+            assert gains[3 * p + k] == pytest.approx((before - after) / total, abs=1e-9)
+    assert gains.min() > -1e-12
+    assert found.expected_wrong == pytest.approx(found.probabilities[:, :2].min(axis=1).sum())
+
+
+def test_labels_of_the_best_pairs_put_most_right() -> None:
+    truth = planted(order=ORDERED)
+    votes = votes_on(judged(truth, [0.7, 0.7, 0.7]), 4, ORDERED)
+    found = combine(votes)
+    gains, errors = found.label_gains(), []
+    for key in (gains, np.random.default_rng(0).random(len(gains)), -gains):
+        first = np.full(len(gains), NAN)
+        best = key.reshape(-1, 6).argmax(axis=1) + 6 * np.arange(len(gains) // 6)
+        chosen = best[np.argsort(-key[best])[:150]]
+        first[chosen] = truth[chosen]
+        errors.append(error(combine(votes.with_label("ada", first)), truth))
+    assert errors[0] < errors[1] < errors[2] <= error(found, truth)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_intervals_hold_the_truth(silent: bool) -> None:
+    """Votes that are silent on ties tell more, and the interval says so."""
+    inside, widths = [], []
+    for seed in range(4):
+        truth = planted(seed=seed, order=ORDERED)
+        found = combine(votes_on(judged(truth, [0.6, 0.7, 0.8], seed, silent), 4, ORDERED))
+        for row, accuracy in zip(found.judges.values(), (0.6, 0.7, 0.8), strict=True):
+            low, high = row.interval
+            inside.append(low <= accuracy <= high)
+            widths.append(high - low)
+    assert np.mean(inside) >= 0.8
+    assert np.mean(widths) < (0.07 if silent else 0.16)
+
+
 @pytest.mark.parametrize("count", [2, BLOCK, BLOCK + 1, 30])
 def test_blocks_hold_every_pair(count: int) -> None:
     found = [set(itertools.combinations(block, 2)) for block in blocks_of(count)]

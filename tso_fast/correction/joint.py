@@ -18,14 +18,15 @@ of its pairs, not from its own coherence.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from tso_fast.correction.emissions import NO_VOTE, Emission
+from tso_fast.correction.emissions import ASSUMED_ANNOTATOR, NO_VOTE, Emission
 from tso_fast.correction.votes import Votes, pair_number
 
 BLOCK = 8
@@ -39,6 +40,8 @@ TOLERANCE = 1e-6
 """Change of the log-likelihood, nats a prompt, at which EM has converged."""
 CHUNK = 20_000
 """Prompts that are enumerated at once."""
+LABEL_CHUNK = 500
+"""The same where every two pairs of a prompt are looked at together."""
 
 
 class Block(NamedTuple):
@@ -89,6 +92,23 @@ def _groups(votes: Votes) -> list[Group]:
             group = Group(votes.offsets[prompts][:, None] + place, pairs)
             found.setdefault(len(place), []).append(group)
     return [Group(*(np.concatenate(parts) for parts in zip(*groups, strict=True))) for groups in found.values()]
+
+
+class Possibilities(NamedTuple):
+    """All possibilities of some blocks of one size, T of them."""
+
+    block: Block
+    pairs: np.ndarray
+    """[T, pairs] rows of the pairs."""
+    order: np.ndarray
+    """[orders, R] different orders of the responses by the prior, in log-odds."""
+    which: np.ndarray
+    """[T] index into ``order``."""
+    log_prior: np.ndarray
+    """[orders, C]"""
+    p_TC: np.ndarray
+    """[T, C] probability of each possibility."""
+    log_likelihood_T: np.ndarray
 
 
 class Voice(NamedTuple):
@@ -182,10 +202,32 @@ class JointModel:
         out = np.zeros_like(evidence)
         self.log_likelihood = 0.0
         moments: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for part in self._possibilities(evidence):
+            share = 1 / self.times_N[part.pairs].mean(axis=1)
+            self.log_likelihood += float(part.log_likelihood_T @ share)
+            states = (part.p_TC @ part.block.state_SC.T).reshape(-1, 3)
+            for state in range(3):
+                out[:, state] += np.bincount(part.pairs.ravel(), states[:, state], minlength=len(out))
+            if learn_prior:
+                found = np.zeros(part.log_prior.shape)
+                np.add.at(found, part.which, part.p_TC * share[:, None])
+                moments.append((self._features(part.block, part.order), part.log_prior, found))
+        if learn_prior:
+            self._fit_prior(moments)
+        out /= np.maximum(self.times_N, 1)[:, None]
+        out[self.times_N == 0] = [0.0, 1.0, 0.0]
+        return out
+
+    def _possibilities(self, evidence: np.ndarray, most: int = CHUNK) -> Iterator[Possibilities]:
+        """Probabilities of all possibilities of all blocks, at most so many blocks at once.
+
+        Args:
+            evidence: [N, 3] log-likelihood of each pair's states.
+        """
         for group in self.groups:
             block = block_of(group.rows.shape[1])
-            for start in range(0, len(group.rows), CHUNK):
-                rows, pairs = (x[start : start + CHUNK] for x in group)
+            for start in range(0, len(group.rows), most):
+                rows, pairs = (x[start : start + most] for x in group)
                 order, which = np.unique(self.votes.order_R[rows], axis=0, return_inverse=True)
                 log_prior = self._log_prior(block, order)
                 log = evidence[pairs].reshape(len(pairs), -1) @ block.state_SC + log_prior[which.ravel()]
@@ -193,20 +235,54 @@ class JointModel:
                 p = np.exp(log - top)
                 total = p.sum(axis=1, keepdims=True)
                 p /= total
-                share = 1 / self.times_N[pairs].mean(axis=1)
-                self.log_likelihood += float((top + np.log(total))[:, 0] @ share)
-                states = (p @ block.state_SC.T).reshape(-1, 3)
-                for state in range(3):
-                    out[:, state] += np.bincount(pairs.ravel(), states[:, state], minlength=len(out))
-                if learn_prior:
-                    found = np.zeros(log_prior.shape)
-                    np.add.at(found, which.ravel(), p * share[:, None])
-                    moments.append((self._features(block, order), log_prior, found))
-        if learn_prior:
-            self._fit_prior(moments)
-        out /= np.maximum(self.times_N, 1)[:, None]
-        out[self.times_N == 0] = [0.0, 1.0, 0.0]
-        return out
+                yield Possibilities(block, pairs, order, which.ravel(), log_prior, p, (top + np.log(total))[:, 0])
+
+    def standard_errors(self) -> np.ndarray:
+        """Standard error of the log-odds of each voter's being right, [J].
+
+        From the outer products of the prompts' scores by all voters and the prior together: that judges err, and that
+        responses are right alike, can look the same, and then both are uncertain.
+        """
+        states, num_prompts, J = self.expect(), len(self.votes.num_responses), len(self.emissions)
+        score = np.zeros((num_prompts, J + 3))
+        for j, (voice, emission) in enumerate(zip(self.voices, self.emissions, strict=True)):
+            prompt = self.votes.prompt_of_pair[voice.rows]
+            weight = voice.weight if self.learn_N is None else voice.weight * self.learn_N[voice.rows]
+            mean = emission.sign @ emission.symmetric.mean(axis=0)[:, 2]
+            first, second = states[voice.rows, 2], states[voice.rows, 0]
+            sign = np.sign(np.nan_to_num(self.votes.strength_NJ[voice.rows, j]))
+            own = (sign * (first - second) - mean * (first + second)) / 2
+            score[:, j] = np.bincount(prompt, weight * own, minlength=num_prompts)
+        for part in self._possibilities(self.evidence()):
+            features = self._features(part.block, part.order)
+            expected = np.einsum("oc,ocf->of", np.exp(part.log_prior), features)
+            found = np.einsum("tc,tcf->tf", part.p_TC, features[part.which]) - expected[part.which]
+            share = 1 / self.times_N[part.pairs].mean(axis=1)
+            np.add.at(score[:, J:], self.votes.prompt_of_pair[part.pairs[:, 0]], found * share[:, None])
+        information = score.T @ score + 1e-3 * np.eye(J + 3)
+        return np.sqrt(np.diag(np.linalg.inv(information))[:J])
+
+    def label_gains(self, votes: Votes) -> np.ndarray:
+        """Expected number of pairs of its prompt that one more label on a pair puts right, [N].
+
+        A pair is decided for the likelier side, so it is wrong with the probability of the other side. A label that is
+        right on ``ASSUMED_ANNOTATOR`` of the pairs changes the probabilities of all pairs of the prompt, and the
+        expected number of wrong ones falls by this much. Beyond ``BLOCK`` responses each label is heard in its blocks.
+        """
+        with self._reading(votes):
+            evidence, out = self.evidence(), np.zeros(len(votes.prior_N))
+            wrong = 1 - ASSUMED_ANNOTATOR
+            says = np.full((3, 3), wrong / 2) + (1 - 1.5 * wrong) * np.eye(3)
+            for part in self._possibilities(evidence, LABEL_CHUNK):
+                S, C = part.block.state_SC.shape
+                weighted = part.p_TC[:, None, :] * part.block.state_SC
+                both = (weighted.reshape(-1, C) @ part.block.state_SC.T).reshape(len(part.pairs), S // 3, 3, S // 3, 3)
+                before = both.sum(axis=2)[:, 0]
+                after = np.einsum("la,tnamb->tnlmb", says, both)
+                gain = np.minimum(before[..., 0], before[..., 2]).sum(axis=1)[:, None]
+                gain = gain - np.minimum(after[..., 0], after[..., 2]).sum(axis=(2, 3))
+                out += np.bincount(part.pairs.ravel(), gain.ravel(), minlength=len(out))
+            return out / np.maximum(self.times_N, 1)
 
     def _features(self, block: Block, order: np.ndarray) -> np.ndarray:
         """Number right, their order, and unequal pairs of every possibility, [orders, C, 3]."""
@@ -277,9 +353,15 @@ class JointModel:
 
     def posterior(self, votes: Votes) -> np.ndarray:
         """Probabilities of the states of each pair of other prompts with the same voters, [N, 3], by this model."""
+        with self._reading(votes):
+            return self.expect()
+
+    @contextlib.contextmanager
+    def _reading(self, votes: Votes) -> Iterator[None]:
+        """A context in which the model, as it is, reads other votes."""
         own = self.votes
         self._read(votes)
         try:
-            return self.expect()
+            yield
         finally:
             self._read(own)

@@ -8,9 +8,10 @@ fail.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,6 +76,22 @@ class Combination:
     is_identified: bool = True
     """False: there are too few independent voters, and reliabilities rest on what is assumed of them."""
     num_iterations: int = 0
+    find_label_gains: Callable[[], np.ndarray] | None = None
+
+    @property
+    def expected_wrong(self) -> float:
+        """Expected number of pairs that are decided for the worse response."""
+        return float(self.probabilities[:, :2].min(axis=1).sum())
+
+    def label_gains(self) -> np.ndarray:
+        """Expected number of pairs that one more label on a pair puts right, [N].
+
+        Where responses are right or wrong a label also tells of the other pairs of its prompt, see
+        ``JointModel.label_gains``; where they are graded, of its own pair only.
+        """
+        if self.find_label_gains is None:
+            return self.probabilities[:, :2].min(axis=1)
+        return self.find_label_gains()
 
 
 def combine(
@@ -130,16 +147,21 @@ def _combine_right_or_wrong(
         model, joined = fit_with_dependence(sample, make)
     else:
         model, joined = make(parents), {}
-    own, states = model.expect(), model.posterior(votes)
+    own, errors, states = model.expect(), model.standard_errors(), model.posterior(votes)
     names = [voter.name for voter in votes.voters]
     return Combination(
         probabilities=states[:, [2, 0, 1]],
-        judges={voter.name: _judge(model, own, j) for j, voter in enumerate(votes.voters) if voter.kind != "prior"},
+        judges={
+            voter.name: _judge(model, own, j, errors[j])
+            for j, voter in enumerate(votes.voters)
+            if voter.kind != "prior"
+        },
         prior=_rules(votes, states),
         joined={(names[a], names[b]): excess for (a, b), excess in joined.items()},
         parents=model.parents,
         is_identified=is_identified(votes, len(joined)),
         num_iterations=model.num_iterations,
+        find_label_gains=functools.partial(model.label_gains, votes),
     )
 
 
@@ -170,7 +192,7 @@ def is_identified(votes: Votes, num_joined: int = 0) -> bool:
     return False
 
 
-def _judge(model: JointModel, states: np.ndarray, j: int) -> Reliability:
+def _judge(model: JointModel, states: np.ndarray, j: int, standard_error: float) -> Reliability:
     votes, emission = model.votes, model.emissions[j]
     strength = votes.strength_NJ[:, j]
     has, decided = ~np.isnan(strength), ~np.isnan(strength) & (strength != 0)
@@ -180,7 +202,7 @@ def _judge(model: JointModel, states: np.ndarray, j: int) -> Reliability:
     accuracy = emission.voter.given or emission.accuracy
     if j in model.parents:  # its emission only tells what it adds to the other's
         accuracy = float(np.clip(right.sum() / max(either.sum(), 1e-12), 0.001, 0.999))
-    interval = (accuracy, accuracy) if emission.voter.given else _interval(accuracy, known, either)
+    interval = (accuracy, accuracy) if emission.voter.given else _around(accuracy, standard_error)
     return Reliability(
         accuracy=accuracy,
         interval=interval,
@@ -195,12 +217,14 @@ def _judge(model: JointModel, states: np.ndarray, j: int) -> Reliability:
 
 def _interval(accuracy: float, right: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
     """95 % interval from the observed information (Louis 1982), on the scale of log-odds."""
-    variance = accuracy * (1 - accuracy)
-    information = weight.sum() * variance - (weight * right * (1 - right)).sum()
+    information = weight.sum() * accuracy * (1 - accuracy) - (weight * right * (1 - right)).sum()
+    return _around(accuracy, 1 / math.sqrt(information)) if information > 1e-9 else (0.0, 1.0)
+
+
+def _around(accuracy: float, standard_error: float) -> tuple[float, float]:
+    """95 % interval from the standard error of the log-odds."""
     middle = math.log(accuracy / (1 - accuracy)) if 0 < accuracy < 1 else math.copysign(20.0, accuracy - 0.5)
-    if information <= 1e-9:
-        return 0.0, 1.0
-    half = QUANTILE / math.sqrt(information)
+    half = QUANTILE * standard_error
     return 1 / (1 + math.exp(min(half - middle, 700))), 1 / (1 + math.exp(min(-half - middle, 700)))
 
 
