@@ -25,6 +25,12 @@ def evaluation(model, accuracy):
     return {"model": model, "accuracy": accuracy, "low": low, "high": high, "responses": 600, "mean_tokens": 3.0}
 
 
+def judge(**changes):
+    """Facts about a judge, as ``correction.beliefs`` tells them."""
+    facts = {"accuracy": 0.8, "interval": [0.75, 0.84], "ties_share": 0.1, "pairs": 100, "is_given": False}
+    return {**facts, "shown_first": 0.0, "longer": 0.0, "shares_errors_with": None, "curve": [], **changes}
+
+
 def iteration(t, title="a loss (ours)"):
     means = {
         "loss": 0.6 - 0.01 * t,
@@ -55,6 +61,11 @@ def iteration(t, title="a loss (ours)"):
                 "used": {"keep": 19, "swap": 6},
                 "abstained": 0,
                 "human_chosen": 2,
+                "evidence": {"method": "calibrated", "why": "2 judges voted <b>"},
+                "judges": {
+                    NASTY: judge(curve=[[0.1, 0.6, 40], [0.9, 0.9, 60]], shares_errors_with="b"),
+                    "b": judge(curve=[[1.0, 0.7, 100]], shown_first=0.8),
+                },
                 "pairs": 25,
             },
         ),
@@ -301,7 +312,7 @@ def whole(tmp_path_factory):
 def test_page_needs_nothing_else_and_escapes(whole):
     run, found, text = whole
     assert {"script", "link", "img", "iframe"}.isdisjoint(found.tags)
-    assert found.tags.count("svg") == 5
+    assert found.tags.count("svg") == 6
     assert not re.search(r"https?://|@import", text)
     loads = [value for name, value in found.attributes if name in ("src", "href", "srcset", "data")]
     assert loads
@@ -318,6 +329,16 @@ def test_page_needs_nothing_else_and_escapes(whole):
     assert text.count('class="pair"') == 8
     assert sum(found.text.count(f"prior: {kind} (confirmed)") for kind in ("human · keep", "newer · swap")) >= 4
     assert not list(run.glob(".tmp-*"))
+
+
+def test_the_panel_of_judges(whole):
+    _, found, text = whole
+    assert "Evidence: calibrated, as 2 judges voted &lt;b&gt;." in text
+    for title in ("Judges of iteration 2", "believed right", "shown first", "shares errors with"):
+        assert title in found.text
+    for number in ("80.0%", "75–84", "+0.8"):
+        assert number in found.text
+    assert found.text.count("Right votes by their strength") == 1
 
 
 @pytest.mark.slow
@@ -364,7 +385,7 @@ def test_pairs_file_that_was_removed(tmp_path):
     (run / "metrics.jsonl").unlink()
     found, _ = page(run)
     assert "Pairs of iteration" not in found.text
-    assert found.tags.count("svg") == 3
+    assert found.tags.count("svg") == 4
 
 
 def test_no_run(tmp_path):

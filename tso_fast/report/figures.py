@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tso_fast.report.summary import Summary
@@ -41,19 +41,30 @@ STYLE = {
 
 def draw(name: str, plot: Callable[[Any], None], height: float) -> str:
     """SVG markup of ``plot(figure)``, at most 7.6 inches wide; ``name`` makes its ids unique in the page."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(7.6, height), layout="constrained")
-        plot(figure)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    out = io.StringIO()
+    options = {"format": "svg", "metadata": dict.fromkeys(("Creator", "Date", "Format", "Type"))}
+    save(out, plot, height, {"svg.hashsalt": name}, **options)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
     # HTML parsers know SVG's namespaces, and unused ids would only collide between figures.
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg)
     return re.sub(r' width="[^"]*pt" height="[^"]*pt"', "", svg, count=1)
+
+
+def save(file: Any, plot: Callable[[Any], None], height: float, style: Mapping[str, Any] = {}, **options: Any) -> None:
+    """Draws ``plot(figure)`` in the common style into a file or a buffer.
+
+    Args:
+        style: matplotlib settings beside the common ones.
+        options: of matplotlib's ``savefig``.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, **style}):
+        figure = Figure(figsize=(7.6, height), layout="constrained")
+        plot(figure)
+        figure.savefig(file, **options)
 
 
 def accuracy(run: Summary, others: Sequence[Summary]) -> str | None:
@@ -173,6 +184,39 @@ def _curves(run: Summary, name: str, panels: Sequence[Panel]) -> str | None:
                 axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.1)
 
     return draw(name, plot, 2.7)
+
+
+def judges(panel: Mapping[str, Mapping[str, Any]]) -> tuple[Callable[[Any], None], float] | None:
+    """Share of right votes of each judge by their strength, as a plot and its height; None: nobody grades its votes.
+
+    Args:
+        panel: facts by judge, see ``correction.beliefs.Beliefs.judges``.
+    """
+    curves = {name: row["curve"] for name, row in panel.items() if len(row.get("curve", ())) > 1}
+    if not curves:
+        return None
+    num_columns = min(max(len(curves), 2), 4)
+    num_rows = -(-len(curves) // num_columns)
+
+    def plot(figure: Any) -> None:
+        grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(curves) :]:
+            axes.set_axis_off()
+        for axes, (name, curve) in zip(grid.flat, curves.items(), strict=False):
+            # By rank, since a score's strengths may span orders of magnitude.
+            ends = list(itertools.accumulate(count for *_, count in curve))
+            middles = [100 * (end - count / 2) / ends[-1] for end, (*_, count) in zip(ends, curve, strict=True)]
+            axes.plot(middles, [100 * right for _, right, _ in curve], "o-", color=CHOSEN, markersize=4)
+            axes.axhline(50, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            axes.set_title(name if len(name) <= 22 else f"{name[:21]}…")
+            axes.set_xlim(0, 100)
+        low = min(50.0, *(100 * right for curve in curves.values() for _, right, _ in curve))
+        grid[0][0].set_ylim(low - 5, 103)
+        for row in grid:
+            row[0].set_ylabel("right, %")
+        figure.supxlabel("votes from weak to strong, %", fontsize=9)
+
+    return plot, 0.3 + 1.9 * num_rows
 
 
 def lengths(run: Summary) -> str | None:

@@ -134,9 +134,7 @@ means over the iteration.</p>"""
         ),
     ):
         if svg is not None:
-            label = f'<svg role="img" aria-label="{escape(heading)}"'
-            svg = svg.replace("<svg", label, 1)
-            yield f"<figure><h2>{heading}</h2><figcaption>{caption}</figcaption>{svg}</figure>"
+            yield _figure(heading, svg, caption)
     yield from _judges(run)
     yield from _pairs(run)
     yield "<h2>Configuration</h2>" + _settings(run.config)
@@ -168,19 +166,40 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
 
 
 def _judges(run: Summary) -> Iterable[str]:
-    """Table of the judges in the newest iteration; empty for a single verifier, which has nothing to compare."""
+    """The panel of the newest iteration: how evidence was combined, each judge's reliability, and what models cost.
+
+    Empty for a single verifier, which has nothing to compare.
+    """
+    from tso_fast.report import figures
+
     last = max((v for v in run.versions if v.judges), key=lambda v: v.iteration, default=None)
     if last is None or (len(last.judges) < 2 and not last.costs):
         return
-    yield f"<h2>Judges of iteration {last.iteration}</h2>" + _table(*judge_table(last.judges))
+    yield f"<h2>Judges of iteration {last.iteration}</h2>"
+    if last.evidence:
+        yield f"<p>Evidence: {escape(last.evidence['method'])}, as {escape(last.evidence['why'])}.</p>"
+    yield _table(*judge_table(last.judges))
     yield """<p class="soft">With the rest: correlation of ranks with those of the other judges. Believed right: share
 of right votes, estimated from agreement and human labels, with its 95 % interval. Shown first: log-odds by which a
 judge prefers the response that it saw first, whatever the responses. Longer: how much more often than its other votes
-explain it prefers the longer response, a mean of signs.</p>"""
+explain it prefers the longer response, a mean of signs. Shares errors with: a judge that it agrees with more often than
+independent judges would; the two count as little more than one.</p>"""
+    if (plot := figures.judges(last.judges)) is not None:
+        yield _figure(
+            "Right votes by their strength",
+            figures.draw("judges", *plot),
+            "Believed share of right votes among those of like strength. The strength is the gap of two scores, or the "
+            "distance of a stated probability from one half.",
+        )
     if last.costs:
         yield _table(COST_COLUMNS, cost_rows(last.costs))
         yield """<p class="soft">Contradictions: pairs on which the two orders disagree; they are ties. First shown: how
 often the response shown first is preferred; 50 % without bias.</p>"""
+
+
+def _figure(heading: str, svg: str, caption: str) -> str:
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(heading)}"', 1)
+    return f"<figure><h2>{heading}</h2><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
 def _pairs(run: Summary) -> Iterable[str]:

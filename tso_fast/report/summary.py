@@ -43,6 +43,8 @@ class Version:
     """Verdicts, abstentions and reliability by judge or rule of the prior order, see ``correction.make_pairs``."""
     costs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Requests, tokens and contradictions by judge that is a model, see ``judges.llm.Cost``."""
+    evidence: Mapping[str, str] = field(default_factory=dict)
+    """``method`` by which evidence was combined, and ``why``."""
     used: Mapping[str, int] | None = None
     """Pairs selected for training, by decision."""
     is_trained: bool = False
@@ -174,6 +176,7 @@ def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str)
         **{key: evaluated.get(key) for key in ("accuracy", "low", "high")},
         **{key: paired.get(key) for key in ("decisions", "used")},
         judges=paired.get("judges") or {},
+        evidence=paired.get("evidence") or {},
         costs=stages.get("score", {}).get("costs") or {},
         **{key: trained.get("means", {}).get(mean) for key, mean in _MEANS.items()},
         is_trained="train" in stages,
