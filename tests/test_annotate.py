@@ -23,9 +23,11 @@ from test_cli import assert_error
 from tso_fast.annotate.agreement import agreement, between_people, with_judges
 from tso_fast.annotate.desk import Desk
 from tso_fast.annotate.exchange import export_labels, import_labels
-from tso_fast.annotate.order import evidence_of, informativeness, ordered, sides
+from tso_fast.annotate.order import gains_of, informativeness, ordered, sides
+from tso_fast.config.settings import EvidenceConfig
+from tso_fast.correction.beliefs import believe
 from tso_fast.errors import InputError, OutputError
-from tso_fast.files.labels import Label, LabelFile, label_row, make_label, read_labels, standing
+from tso_fast.files.labels import Label, LabelFile, Pair, label_row, make_label, read_labels, standing
 from tso_fast.files.rows import BadRows, read_candidates, read_verdicts, text_hash
 from tso_fast.types import Candidates, Comparison, PairEvidence, Prompt, Response, Verdict
 
@@ -59,7 +61,7 @@ def file(tmp_path: Path) -> LabelFile:
 
 
 def desk(file: LabelFile, candidates: list[Candidates] = CANDIDATES, **options: Any) -> Desk:
-    return Desk(candidates, evidence_of(candidates, []), file, **options)
+    return Desk(believe(candidates, [], EvidenceConfig()), file, **options)
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -80,12 +82,19 @@ def test_evidence_is_all_pairs_of_different_texts_with_every_vote() -> None:
         Comparison(prompt_id="p", responses=(0, 1), judge="llm", probability=None),
         Comparison(prompt_id="q", responses=(0, 1), judge="human", annotator="ada", probability=None),
     ]
-    found = {(e.prompt_id, *e.responses): e for e in evidence_of(CANDIDATES, verdicts)}
-    assert sorted(found) == [("p", 0, 1), ("p", 0, 2), ("p", 1, 2), ("q", 0, 1)]  # "same" and "same " are one text
+    beliefs = believe(CANDIDATES, verdicts, EvidenceConfig())
+    assert sorted(gains_of(beliefs)) == [
+        ("p", 0, 1),
+        ("p", 0, 2),
+        ("p", 1, 2),
+        ("q", 0, 1),
+    ]  # "same", "same ": one text
+    found = {(e.prompt_id, *e.responses): e for pairs in beliefs.evidence for e in pairs}
     assert found["p", 0, 1].votes == {"exact": 0.75}
     assert found["p", 0, 2].votes == {"llm": -0.5}
     assert found["q", 0, 1].labels == {"ada": None}
     assert {(e.prior, e.rule) for e in found.values()} == {(-1, "newer")}
+    assert gains_of(beliefs) == {name: informativeness(found[name]) for name in gains_of(beliefs)}  # nothing estimated
 
 
 def test_informativeness_by_hand() -> None:
@@ -98,17 +107,14 @@ def test_informativeness_by_hand() -> None:
     assert informativeness(pair(1, a=1, b=1, c=-1)) == pytest.approx(1 - 1 / 9 + 1 / 3)
 
 
-def evidence(prompts: int, pairs: int) -> list[PairEvidence]:
-    votes = [{"a": -1.0}, {"a": 1.0}, {}]
-    return [
-        replace(pair(1, **votes[k % 3]), prompt_id=f"p{p}", responses=(0, k + 1))
-        for p in range(prompts)
-        for k in range(pairs)
-    ]
+def gains(prompts: int, pairs: int) -> dict[Pair, float]:
+    """Of each prompt: contradicted, settled, unknown, contradicted."""
+    each = [informativeness(pair(1, **votes)) for votes in ({"a": -1.0}, {"a": 1.0}, {})]
+    return {(f"p{p}", 0, k + 1): each[k % 3] for p in range(prompts) for k in range(pairs)}
 
 
 def test_every_prompt_comes_once_before_one_comes_twice_and_the_settled_come_last() -> None:
-    queue = ordered(evidence(20, 4), seed=0)  # of each prompt: contradicted, settled, unknown, contradicted
+    queue = ordered(gains(20, 4), seed=0)
     assert len(queue) == len(set(queue)) == 80
     for start in (0, 20, 40):
         assert len({name for name, *_ in queue[start : start + 20]}) == 20
@@ -118,8 +124,9 @@ def test_every_prompt_comes_once_before_one_comes_twice_and_the_settled_come_las
 
 
 def test_the_order_depends_on_the_seed_and_on_nothing_else() -> None:
-    pairs = evidence(20, 4)
-    assert ordered(pairs, 0) == ordered(pairs[::-1], 0) != ordered(pairs, 1)
+    found = gains(20, 4)
+    backwards = dict(reversed(found.items()))
+    assert ordered(found, 0) == ordered(backwards, 0) != ordered(found, 1)
 
 
 def test_sides_are_shuffled_by_pair_annotator_and_seed() -> None:

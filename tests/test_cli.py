@@ -124,6 +124,17 @@ def test_pairs_shows_prior_corrected_and_oracle_errors(cli: Cli, gsm8k_dev: Path
     low, high = map(int, interval.split("–"))
     assert low < float(believed.rstrip("%")) < high
     assert float(numbers_of("a", ended.out)[5].rstrip("%")) > 70
+    same = cli("judges", [gsm8k_dev, file, "--output", tmp_path / "judges.json", "--figure", tmp_path / "judges.png"])
+    assert same.status == 0, same.err
+    assert numbers_of("prior: newer+larger", same.out)[5:7] == [believed, interval]
+    assert "evidence  calibrated: 3 judges voted whose reliability can be estimated" in same.out
+    assert "no figure: no judge has votes of several strengths" in same.err
+    told = json.loads((tmp_path / "judges.json").read_text())
+    assert told["judges"]["a"]["accuracy"] > 0.7
+    assert all(row["best_pairs"] > row["random_pairs"] > 0 for row in told["labels"])
+    assert [(s["gain"] > 0, len(s["responses"])) for s in told["suggested"]] == [(True, 2)] * 5
+    first = told["suggested"][0]
+    assert f"label     prompt {first['prompt_id']}, responses {first['responses'][0]} and" in same.out
     ended = cli("pairs", [*arguments, "--min_confidence", 0.9, "--output", tmp_path / "sure.jsonl"])
     _, _, corrected, kept, _ = numbers_of("all ordered", ended.out)
     assert float(corrected.rstrip("%")) < 2.5
@@ -261,6 +272,8 @@ def test_usage(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
         ("pairs", ["--responses", "gone.jsonl", "--output", "o"], ["gone.jsonl: no such file; expected JSONL"]),
         ("score", ["--responses", "r", "--output", "o"], ["verifier: missing; `tso-fast score` needs a judge"]),
         ("eval", ["--prompts", "p", "--cells", "[{path: a}]"], ["verifier: missing; `tso-fast eval` needs one"]),
+        ("judges", ["gone.jsonl"], ["gone.jsonl: no such file; expected JSONL"]),
+        ("judges", ["a.jsonl", "b.jsonl", "c.jsonl"], ["c.jsonl"]),
         ("pairs", ["config.yaml"], ["config: 'config.yaml' is no file; expected YAML"]),
         ("report", [], ["report: got nothing, expected one run folder"]),
         ("report", ["gone"], ["gone: holds no run.json"]),

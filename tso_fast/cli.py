@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
   train      the whole loop; without a configuration: the quickstart, entire, in minutes
   generate   prompts in, responses of every cell out
   score      responses in, verdicts out
+  judges     how far each judge can be believed, and which labels would help
   pairs      responses in, preference pairs out
   eval       accuracy of models on prompts
   annotate   a local page on which people label pairs of responses
@@ -135,6 +137,21 @@ def _annotate(arguments: list[str]) -> None:
     annotate(config)
 
 
+def _judges(arguments: list[str]) -> None:
+    """``tso-fast judges RESPONSES VERDICTS``; a first argument that is YAML is a configuration."""
+    from tso_fast.config.parse import parse
+    from tso_fast.config.settings import AssessConfig
+
+    is_file = (not a.startswith("-") and not a.endswith((".yaml", ".yml")) for a in arguments)
+    files = [a for a, _ in zip(arguments[:2], itertools.takewhile(bool, is_file), strict=False)]
+    named = [part for pair in zip(("--responses", "--verdicts"), files, strict=False) for part in pair]
+    arguments = [*named, *arguments[len(files) :]]
+    config = parse("judges", AssessConfig, arguments)
+    from tso_fast import commands
+
+    commands.judges(config)
+
+
 def _report(arguments: list[str]) -> None:
     from tso_fast.errors import InputError
 
@@ -168,6 +185,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "train": _train,
     "generate": _single("generate", "GenerateConfig"),
     "score": _single("score", "ScoreConfig"),
+    "judges": _judges,
     "pairs": _single("pairs", "PairsConfig"),
     "eval": _single("eval", "EvalConfig", "evaluate"),
     "annotate": _annotate,

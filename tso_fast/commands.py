@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tso_fast.config.settings import EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
+from tso_fast.config.settings import AssessConfig, EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
 from tso_fast.errors import InputError
-from tso_fast.files.atomic import check_writable, write_json, write_jsonl
+from tso_fast.files.atomic import check_writable, write_json, write_jsonl, writing
 from tso_fast.files.rows import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
 from tso_fast.files.run import SKIPPED_FILE
 from tso_fast.progress import console, make_console, progress_bar
 from tso_fast.report.tables import comparisons_table, decisions_table, errors_table, make_table, scores_table
-from tso_fast.types import Comparison, Verdict
+from tso_fast.types import Candidates, Comparison, Verdict
 
 stdout = make_console(highlight=False, markup=False)
 
@@ -156,30 +156,95 @@ def score(config: ScoreConfig) -> None:
     _finish(file, f"{len(verdicts)} verdicts", bad)
 
 
+def _judged(config: AssessConfig | PairsConfig, bad: BadRows) -> tuple[list[Candidates], list[Verdict | Comparison]]:
+    """Responses, and verdicts on them: read from a file or made by judges that are no models; labels are the last."""
+    from tso_fast.files.labels import read_labels
+
+    has_judges = config.verifier is not None or bool(config.judges)
+    if config.verdicts is not None and has_judges:
+        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
+    candidates = read_candidates(config.responses, bad)
+    verdicts: list[Verdict | Comparison] = []
+    if config.verdicts is not None:
+        verdicts = read_verdicts(config.verdicts, candidates, bad)
+    elif has_judges:  # imports every kind of judge, which takes seconds
+        from tso_fast.judges import panel
+        from tso_fast.judges.judge import Bench
+
+        judges = panel.make_judges(config)
+        panel.refuse_models(judges)
+        panel.check(judges, None)
+        verdicts, _ = panel.ask(judges, candidates, Bench(bad=bad))
+    if config.labels is not None:
+        verdicts += read_labels(config.labels, candidates, bad)
+    return candidates, verdicts
+
+
+def judges(config: AssessConfig) -> None:
+    """How far each judge can be believed, how many labels would help, and on which pairs."""
+    from tso_fast.annotate.order import gains_of, ordered
+    from tso_fast.correction.beliefs import believe
+    from tso_fast.report import figures
+    from tso_fast.report.tables import judge_table, label_rows
+
+    bad = BadRows(config.on_bad_row)
+    candidates, verdicts = _judged(config, bad)
+    file, drawing = (None if path is None else _new_file(path) for path in (config.output, config.figure))
+    if not verdicts and not any(r.scores for c in candidates for r in c.responses):
+        raise InputError(f"verdicts: nobody judged {config.responses}; give a file of verdicts, a verifier or judges")
+    beliefs = believe(candidates, verdicts, config)
+    panel, gains = beliefs.judges(verdicts), gains_of(beliefs)
+    queue = ordered(gains, config.seed)
+    stdout.print(make_table("Judges", *judge_table(panel)), "")
+    rows = [] if beliefs.combination is None else list(label_rows(gains, queue))
+    if beliefs.combination is not None:
+        columns = ("labels", "best pairs", "random pairs")
+        wrong = beliefs.combination.expected_wrong
+        title = f"Pairs put right by labels; {wrong:,.0f} of {len(gains):,} are expected to be wrong"
+        stdout.print(
+            make_table(title, columns, ((f"{n:,}", f"{best:.1f}", f"{any_:.1f}") for n, best, any_ in rows)), ""
+        )
+    stdout.print(f"evidence  {beliefs.chosen.method}: {beliefs.chosen.why}")
+    suggested = queue[: config.num_suggestions]
+    for name, first, second in suggested:
+        stdout.print(f"label     prompt {name}, responses {first} and {second}")
+    if drawing is not None:
+        _draw(drawing, figures.judges(panel))
+    if file is not None:
+        content = {
+            "evidence": {"method": beliefs.chosen.method, "why": beliefs.chosen.why},
+            "judges": panel,
+            "concordance": beliefs.concordance,
+            "labels": [{"labels": n, "best_pairs": best, "random_pairs": any_} for n, best, any_ in rows],
+            "suggested": [
+                {"prompt_id": name, "responses": [first, second], "gain": gains[name, first, second]}
+                for name, first, second in suggested
+            ],
+        }
+        write_json(file, content)
+    _finish(file, "figures of the judges", bad)
+
+
+def _draw(file: Path, figure: Any) -> None:
+    from tso_fast.report import figures
+
+    if figure is None:
+        console.print("no figure: no judge has votes of several strengths", highlight=False)
+        return
+    with writing(file):
+        figures.save(file, *figure, dpi=150)
+    console.print(f"figure in {file}", highlight=False, markup=False)
+
+
 def pairs(config: PairsConfig) -> None:
     """Corrects the prior order by the evidence, selects pairs, and prints what was kept, swapped and dropped."""
     from tso_fast.correction.make_pairs import make_pairs
     from tso_fast.correction.oracle import make_oracle
-    from tso_fast.files.labels import read_labels
-    from tso_fast.judges import panel
-    from tso_fast.judges.judge import Bench
     from tso_fast.report.tables import judge_table
 
-    judges = panel.make_judges(config)
-    if config.verdicts is not None and judges:
-        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
-    panel.refuse_models(judges)
     bad = BadRows(config.on_bad_row)
-    candidates = read_candidates(config.responses, bad)
+    candidates, verdicts = _judged(config, bad)
     file = _new_file(config.output)
-    verdicts: list[Verdict | Comparison]
-    if config.verdicts is None:
-        panel.check(judges, None)
-        verdicts, _ = panel.ask(judges, candidates, Bench(bad=bad))
-    else:
-        verdicts = read_verdicts(config.verdicts, candidates, bad)
-    if config.labels is not None:
-        verdicts += read_labels(config.labels, candidates, bad)
     oracle = None if config.oracle is None else make_oracle(config.oracle, candidates)
     made, info = make_pairs(candidates, verdicts, config, config, config.seed, oracle)
     write_jsonl(file, map(pair_row, made))

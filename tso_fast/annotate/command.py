@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tso_fast.annotate.desk import Desk
 from tso_fast.annotate.exchange import LABEL_STUDIO_CONFIG, export_labels, import_labels
-from tso_fast.annotate.order import evidence_of
-from tso_fast.config.settings import AnnotateConfig
+from tso_fast.config.settings import AnnotateConfig, EvidenceConfig
+from tso_fast.correction.beliefs import believe
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import check_writable
 from tso_fast.files.labels import LabelFile
@@ -77,9 +77,9 @@ def annotate(config: AnnotateConfig) -> None:
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(files.responses, bad)
     verdicts = [] if files.verdicts is None else read_verdicts(files.verdicts, candidates, bad, may_be_empty=True)
-    evidence = evidence_of(candidates, verdicts)
+    beliefs = believe(candidates, verdicts, EvidenceConfig())
     labels = LabelFile(files.labels, candidates)
-    desk = Desk(candidates, evidence, labels, seed=config.seed, overlap=config.overlap, max_pairs=config.max_pairs)
+    desk = Desk(beliefs, labels, seed=config.seed, overlap=config.overlap, max_pairs=config.max_pairs)
     if config.export_to is not None:
         output = Path(config.export_to)
         if output.exists():

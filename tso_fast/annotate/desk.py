@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal, get_args
 
 from tso_fast.annotate.agreement import Agreement, between_people, with_judges
-from tso_fast.annotate.order import draw, ordered, sides
+from tso_fast.annotate.order import draw, gains_of, ordered, sides
+from tso_fast.correction.beliefs import Beliefs
 from tso_fast.files.labels import Label, LabelFile, Pair, make_label, standing
-from tso_fast.types import Candidates, PairEvidence
+from tso_fast.types import Candidates
 
 Choice = Literal["left", "right", "tie", "bad"]
 CHOICES: tuple[str, ...] = get_args(Choice)
@@ -73,8 +74,7 @@ class Desk:
 
     def __init__(
         self,
-        candidates: Sequence[Candidates],
-        evidence: Sequence[PairEvidence],
+        beliefs: Beliefs,
         labels: LabelFile,
         *,
         seed: int = 0,
@@ -83,10 +83,10 @@ class Desk:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.labels, self.seed, self.overlap, self.clock = labels, seed, overlap, clock
-        self.queue = ordered(evidence, seed)[:max_pairs]
+        self.queue = ordered(gains_of(beliefs), seed)[:max_pairs]
         self._place = {pair: place for place, pair in enumerate(self.queue)}
-        self._candidates = {c.prompt.id: c for c in candidates}
-        self._votes = {(e.prompt_id, *e.responses): e.votes for e in evidence}
+        self._candidates = {c.prompt.id: c for c in beliefs.candidates}
+        self._votes = {(pair.prompt_id, *pair.responses): pair.votes for pairs in beliefs.evidence for pair in pairs}
         self._seats: dict[str, _Seat] = {}
         self._mutex = threading.RLock()
 

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 
-from tso_fast.correction import evidence
-from tso_fast.correction.evidence import score_matrix
+from tso_fast.correction.beliefs import Beliefs
 from tso_fast.files.labels import Pair
-from tso_fast.types import Candidates, Comparison, PairEvidence, Verdict
-
-
-def evidence_of(candidates: Sequence[Candidates], verdicts: Sequence[Verdict | Comparison]) -> list[PairEvidence]:
-    """All pairs of responses with different texts, with the scores in the data and the verdicts on each."""
-    matrix = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)])
-    found = evidence.evidence_of(candidates, matrix, [v for v in verdicts if isinstance(v, Comparison)])
-    return [pair for pairs in found for pair in pairs if not pair.is_same_text]
+from tso_fast.types import PairEvidence
 
 
 def sign(value: float) -> int:
@@ -47,16 +39,30 @@ def draw(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8])
 
 
-def ordered(evidence: Iterable[PairEvidence], seed: int) -> list[Pair]:
-    """The queue: a prompt's second pair comes after every prompt's first, and uninformative pairs come last.
+def gains_of(beliefs: Beliefs) -> dict[Pair, float]:
+    """How much a label on each pair of different texts would help.
+
+    Where reliabilities are estimated: the expected number of pairs that it puts right, see
+    ``correction.reliability.Combination.label_gains``; elsewhere ``informativeness``.
+    """
+    pairs = [pair for of_prompt in beliefs.evidence for pair in of_prompt]
+    if beliefs.combination is None:
+        gains = [informativeness(pair) for pair in pairs]
+    else:
+        gains = beliefs.combination.label_gains().tolist()
+    return {
+        (pair.prompt_id, *pair.responses): gain
+        for pair, gain in zip(pairs, gains, strict=True)
+        if not pair.is_same_text
+    }
+
+
+def ordered(gains: Mapping[Pair, float], seed: int) -> list[Pair]:
+    """The queue: a prompt's second pair comes after every prompt's first, and pairs without a gain come last.
 
     Ties are broken at random, by ``seed``.
     """
-    keyed = []
-    for pair in evidence:
-        name: Pair = (pair.prompt_id, *pair.responses)
-        keyed.append((-informativeness(pair), draw(seed, *name), name))
-    keyed.sort()
+    keyed = sorted((-gain, draw(seed, *name), name) for name, gain in gains.items())
     seen: Counter[str] = Counter()
     queue = []
     for position, (key, _, name) in enumerate(keyed):

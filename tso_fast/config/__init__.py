@@ -4,6 +4,7 @@ command line and YAML that say so (``parse``).
 
 from tso_fast.config.checks import check as check
 from tso_fast.config.settings import AnnotateConfig as AnnotateConfig
+from tso_fast.config.settings import AssessConfig as AssessConfig
 from tso_fast.config.settings import CellConfig as CellConfig
 from tso_fast.config.settings import EvalConfig as EvalConfig
 from tso_fast.config.settings import GenerateConfig as GenerateConfig

@@ -426,6 +426,27 @@ class PairsConfig(PairingConfig, EvidenceConfig, RowsConfig):
 
 
 @dataclass(kw_only=True)
+class AssessConfig(EvidenceConfig, RowsConfig):
+    """How far each judge can be believed, from its verdicts, and which labels would help; `tso-fast judges RESPONSES
+    VERDICTS`."""
+
+    responses: str
+    """JSONL of responses."""
+    verdicts: str | None = None
+    """JSONL of verdicts, from `tso-fast score` or elsewhere; default: verifiers and `agreement` are run here."""
+    labels: str | None = None
+    """JSONL of human labels, from `tso-fast annotate` or elsewhere."""
+    num_suggestions: Count = 5
+    """Pairs to name that people should label first."""
+    seed: Seed = 0
+    """Seed of the order of pairs that would help equally."""
+    figure: str | None = None
+    """PNG, SVG or PDF to draw: how often each judge is right, by the strength of its votes."""
+    output: str | None = None
+    """JSON of all figures to write; default: they are only printed."""
+
+
+@dataclass(kw_only=True)
 class EvalConfig(VerifierConfig, AnsweringConfig):
     """Accuracy of models on prompts, greedy unless told."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
+from tso_fast.files.labels import Pair
 from tso_fast.types import Candidates, Comparison, Verdict
 
 
@@ -102,6 +104,21 @@ def judge_table(judges: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[str, ...
     rows = list(judge_rows(judges))
     used = [k for k in range(len(JUDGE_COLUMNS)) if any(row[k] != "-" for row in rows)]
     return tuple(JUDGE_COLUMNS[k] for k in used), [tuple(row[k] for k in used) for row in rows]
+
+
+NUM_LABELS = (10, 30, 100, 300, 1000, 3000)
+
+
+def label_rows(gains: Mapping[Pair, float], queue: Sequence[Pair]) -> Iterator[tuple[int, float, float]]:
+    """(Number of labels, pairs that they put right if they go to the first pairs of the queue, or to random ones).
+
+    Gains of labels on different prompts add up, so only as many labels are told of as there are prompts.
+    """
+    num_prompts = len({name for name, *_ in gains})
+    best = list(itertools.accumulate(gains[pair] for pair in queue[:num_prompts]))
+    mean = sum(gains.values()) / max(len(gains), 1)
+    for count in (n for n in NUM_LABELS if n <= num_prompts):
+        yield count, best[count - 1], count * mean
 
 
 def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
