@@ -6,8 +6,8 @@ probability of each level in each of three states, estimated from expected count
 - **Mirror symmetry.** Swapping two responses mirrors states and votes, except for one number, the voter's pull
   towards the response that it was shown first: log-odds, with a Cauchy prior, so that small pulls are taken for
   chance and large ones for what they are.
-- **Strength.** Log-odds of being right grow in proportion to the strength of the vote (Platt scaling) until many
-  votes of a level say otherwise: levels are shrunk towards the line.
+- **Strength.** Log-odds of being right grow in proportion to the strength of the vote (Platt scaling), and a pair of
+  which neither is better is halfway, until many votes of a level say otherwise: levels are shrunk towards both.
 - **Whom it copies.** A voter may depend on another one: it then has a table for each way the other votes, so a copy
   adds what it knows beyond its original, which for an exact copy is nothing.
 
@@ -21,15 +21,20 @@ import numpy as np
 
 from tso_fast.correction.votes import Voter
 
-LEVELS = 8
+LEVELS = 16
 """Most levels of one sign."""
+MOST_CERTAIN = 0.998
+"""Strength of a comparison beyond which votes are equally strong: a stated probability of 0.999."""
 ASSUMED = 0.6
 """Accuracy of a judge before any data."""
 START = 0.75
 """Least accuracy from which the estimation starts: at a lower one nothing tells the two mirror images apart."""
 ASSUMED_ANNOTATOR = 0.95
 STRENGTH = 20.0
-"""Number of votes that the assumed accuracy of a judge counts as; also that a line of strengths counts as, a level."""
+"""Number of votes that the assumed accuracy of a judge counts as."""
+LINE_STRENGTH, HALFWAY_STRENGTH = 200.0, 1000.0
+"""Number of votes of a level that the line of strengths counts as, and of all levels that "neither" being halfway does.
+Levels are many, and without either each would fit the noise of its own votes."""
 ANNOTATOR_STRENGTH = 10.0
 RARE = 0.05
 """Share of ties, and of silences, before any data."""
@@ -46,7 +51,7 @@ class Emission:
 
     def __init__(self, voter: Voter, strength_N: np.ndarray, has_parent: bool = False) -> None:
         self.voter = voter
-        size = np.abs(strength_N[~np.isnan(strength_N)])
+        size = self._size(strength_N[~np.isnan(strength_N)])
         self.edges, self.size_L = _levels(size[size > 0])
         self.has_parent = has_parent
         L = self.num_levels
@@ -67,8 +72,13 @@ class Emission:
     def columns(self, strength_N: np.ndarray) -> np.ndarray:
         """Column of each vote, [N] int16; ``NO_VOTE``: none."""
         has = ~np.isnan(strength_N)
-        level = 1 + np.searchsorted(self.edges, np.abs(np.where(has, strength_N, 0)), side="left")
+        level = 1 + np.searchsorted(self.edges, self._size(np.where(has, strength_N, 0)), side="left")
         return np.where(has, np.sign(strength_N) * level + self.num_levels, NO_VOTE).astype(np.int16)
+
+    def _size(self, strength: np.ndarray) -> np.ndarray:
+        """What log-odds of being right are proportional to: the log-odds that are stated, or the gap of two scores."""
+        size = np.abs(strength)
+        return 2 * np.arctanh(np.minimum(size, MOST_CERTAIN)) if self.voter.kind == "comparison" else size
 
     def _mirrored(self, table: np.ndarray) -> np.ndarray:
         """The table of the two responses swapped; the last two axes are columns and states."""
@@ -173,18 +183,25 @@ class Emission:
         self.update_table()
 
     def _smooth(self, counts: np.ndarray) -> np.ndarray:
-        """Counts whose shares of right votes are shrunk towards a line of the strength, in log-odds."""
+        """Counts pulled towards a line: log-odds of being right in proportion to the strength, and "neither" halfway.
+
+        Votes are exponential in a state that is -1, 0 or 1 if log p(vote | 0) is the mean of log p(vote | -1) and
+        log p(vote | 1), but for a constant. With log-odds b of a level, votes where one response is better are then
+        cosh(b / 2) times as frequent as where neither is, again but for a constant.
+        """
         L = self.num_levels
         if L == 1:
             return counts
         right = counts[L + 1 : 2 * L + 1, 2] + counts[:L, 0][::-1]
         wrong = counts[L + 1 : 2 * L + 1, 0] + counts[:L, 2][::-1]
-        line = line_of_strengths(self.size_L, right, wrong)
-        share = (right + STRENGTH * line) / (right + wrong + STRENGTH)
-        right, wrong = (right + wrong) * share / 2, (right + wrong) * (1 - share) / 2
+        tied = counts[L + 1 : 2 * L + 1, 1] + counts[:L, 1][::-1]
+        odds = line_of_strengths(self.size_L, right, wrong)
+        share = (right + LINE_STRENGTH / (1 + np.exp(-odds))) / (right + wrong + LINE_STRENGTH)
+        either, cosh = right + wrong, np.cosh(odds / 2)
+        either, tied = _pulled(either, tied * cosh), _pulled(tied, either / cosh)
         out = counts.copy()
-        out[L + 1 : 2 * L + 1, 2], out[:L, 0] = right, right[::-1]
-        out[L + 1 : 2 * L + 1, 0], out[:L, 2] = wrong, wrong[::-1]
+        for state, each in ((2, either * share / 2), (1, tied / 2), (0, either * (1 - share) / 2)):
+            out[L + 1 : 2 * L + 1, state], out[:L, 2 - state] = each, each[::-1]
         return out
 
     @property
@@ -194,6 +211,14 @@ class Emission:
         table = self.symmetric.mean(axis=0)
         right, wrong = table[L + 1 : 2 * L + 1, 2].sum(), table[:L, 2].sum()
         return float(right / (right + wrong))
+
+
+def _pulled(counts: np.ndarray, shape: np.ndarray) -> np.ndarray:
+    """Counts with the same sum, as if ``HALFWAY_STRENGTH`` votes of the other shape had been seen, too."""
+    if not shape.sum() > 0:
+        return counts
+    total = counts.sum()
+    return (counts + HALFWAY_STRENGTH * shape / shape.sum()) * total / (total + HALFWAY_STRENGTH)
 
 
 def _levels(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -211,11 +236,11 @@ def _levels(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def line_of_strengths(strength_L: np.ndarray, right_L: np.ndarray, wrong_L: np.ndarray) -> np.ndarray:
-    """Shares of right votes by level, if log-odds are proportional to the strength: maximum likelihood, by Newton."""
+    """Log-odds of being right by level, if they are proportional to the strength: maximum likelihood, by Newton."""
     unit = strength_L / strength_L.mean()
     slope, count = 1.0, right_L + wrong_L
     for _ in range(20):
         share = 1 / (1 + np.exp(-slope * unit))
         gradient = (right_L - count * share) @ unit
         slope = float(np.clip(slope + gradient / (count * share * (1 - share) @ unit**2 + 1e-9), -LARGEST, LARGEST))
-    return 1 / (1 + np.exp(-slope * unit))
+    return np.clip(slope * unit, -LARGEST, LARGEST)

@@ -36,6 +36,8 @@ IDENTIFIED_LABELS = 30
 IDENTIFIED_PROMPTS = 30
 """Fewest prompts on which agreement, or votes of one judge that could contradict each other, tell anything."""
 QUANTILE = 1.96
+CURVE_LEVELS = 8
+"""Most points of a curve of right votes by strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +213,7 @@ def _judge(model: JointModel, states: np.ndarray, j: int, standard_error: float)
         is_given=emission.voter.given is not None,
         pull=2 * emission.pull,
         longer=_longer(votes, states, strength, decided, accuracy),
-        curve=_curve(strength[decided], known, either, emission.edges),
+        curve=_curve(strength[decided], known, either),
     )
 
 
@@ -237,15 +239,18 @@ def _longer(votes: Votes, states: np.ndarray, strength: np.ndarray, decided: np.
     return float(((np.sign(strength[rows]) - expected) * votes.longer_N[rows]).mean())
 
 
-def _curve(
-    strength: np.ndarray, right: np.ndarray, weight: np.ndarray, edges: np.ndarray
-) -> tuple[tuple[float, float, int], ...]:
-    level = np.searchsorted(edges, np.abs(strength), side="left")
+def _curve(strength: np.ndarray, right: np.ndarray, weight: np.ndarray) -> tuple[tuple[float, float, int], ...]:
+    """Share of right votes in levels of strength that hold about equally many votes."""
+    size = np.abs(strength)
+    values = np.unique(size)
+    few = len(values) <= CURVE_LEVELS
+    edges = values[:-1] if few else np.unique(np.quantile(size, np.arange(1, CURVE_LEVELS) / CURVE_LEVELS))
+    level = np.searchsorted(edges, size, side="left")
     out = []
     for k in np.unique(level).tolist():
         rows = level == k
         share = float((right[rows] * weight[rows]).sum() / max(weight[rows].sum(), 1e-12))
-        out.append((float(np.abs(strength[rows]).mean()), share, int(rows.sum())))
+        out.append((float(size[rows].mean()), share, int(rows.sum())))
     return tuple(out)
 
 
@@ -305,7 +310,6 @@ def _scorer(votes: Votes, states: np.ndarray, j: int, accuracy: float | None) ->
     has, decided = ~np.isnan(strength), ~np.isnan(strength) & (strength != 0)
     right = np.where(strength > 0, states[:, 2], states[:, 0])[decided]
     share = (float(right.mean()) if len(right) else 0.5) if accuracy is None else accuracy
-    edges = np.unique(np.quantile(np.abs(strength[decided]), np.arange(1, 8) / 8)) if decided.any() else np.zeros(0)
     return Reliability(
         accuracy=share,
         interval=_interval(share, right, np.ones(len(right))),
@@ -313,5 +317,5 @@ def _scorer(votes: Votes, states: np.ndarray, j: int, accuracy: float | None) ->
         num_votes=int(has.sum()),
         is_given=votes.voters[j].given is not None,
         longer=_longer(votes, states, strength, decided, share),
-        curve=_curve(strength[decided], right, np.ones(len(right)), edges),
+        curve=_curve(strength[decided], right, np.ones(len(right))),
     )
