@@ -38,7 +38,7 @@ def test_what_torch_asks_of_an_operator(impl: str, kind: str) -> None:
         given["pairs"] = torch.tensor([[0, 1], [3, 2], [0, 2]])
     rows, head = (given["hidden"], given["weight"], given["targets"]), (5.0, 1.2, -100, impl)
     of_pairs = given.get("pairs"), given.get("cu_seqlens"), torch.full((S,), -20.0), None, None, None, given["bias"]
-    loss = "dual_clip", "beta,clip_chosen", [0.2, 0.4], None, None, None, None
+    loss = "dual_clip", "beta,clip_chosen", [0.2, 0.4], None, None, None, None, None, None, None, None
     opcheck(torch.ops.tso_fast.preference_loss.default, (*rows, *of_pairs, *loss, *head, "", "", needs))
     opcheck(torch.ops.tso_fast.linear_logprobs.default, (*rows, given["bias"], *head, needs))
 
@@ -73,6 +73,8 @@ def run(model: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.T
         ("inductor", torch.float32, {"loss": "dual_clip", "beta": 0.2, "clip_chosen": 0.3}),
         ("aot_eager", torch.bfloat16, {"loss": "dpo", "scale": torch.tensor([1.0, 2.0])}),
         ("aot_eager", torch.float32, {"loss": "sft", "impl": "reference"}),
+        ("aot_eager", torch.float32, {"loss": "bmc", "delta": 2.0, "token_values": torch.arange(S * L).view(S, L) % 2}),
+        ("aot_eager", torch.float32, {"loss": "selm", "pairs": torch.tensor([[0, 1, 2], [3, 2, 3]])}),
     ],
 )
 def test_a_whole_model_compiles(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:

@@ -82,6 +82,16 @@ CASES: dict[str, dict[str, Any]] = {
     "cached": {"loss": mean_margin, "ref_logprobs": torch.linspace(-30, -20, S)},
     "frozen": {"loss": "dpo", "frozen": ["weight", "bias"]},
     "head only": {"loss": "dpo", "frozen": ["hidden"]},
+    "tokens": {
+        "loss": "bmc",
+        "token_values": (torch.arange(S * L) % 3 == 0).view(S, L),
+        "token_weights": torch.linspace(0.5, 1.5, S * L).view(S, L),
+    },
+    "third sequence": {
+        "loss": "selm",
+        "pairs": torch.tensor([[0, 3, 4], [1, 4, 1], [2, 5, 0]]),
+        "ref_token_logprobs": torch.linspace(-8, -4, S * L).view(S, L),
+    },
 }
 
 
@@ -103,7 +113,7 @@ def step(
     options = dict(CASES[case])
     dtype, frozen, rows = options.pop("dtype", torch.float32), options.pop("frozen", []), options.pop("rows", None)
     given = inputs(dtype) | options
-    if "ref_logprobs" in options:
+    if options.keys() & {"ref_logprobs", "ref_token_logprobs"}:
         given = {name: x for name, x in given.items() if name not in ("ref_hidden", "ref_weight", "ref_bias")}
     given = change(given)
     leaves = {name: given[name].clone().requires_grad_() for name in ("hidden", "weight", "bias") if name not in frozen}
@@ -135,7 +145,7 @@ def token_part(ranks: int, rank: int, group: Any) -> Callable[[dict[str, Any]], 
     mine = slice(ends[rank], ends[rank + 1])
 
     def change(given: dict[str, Any]) -> dict[str, Any]:
-        names = ("hidden", "targets", "ref_hidden", "token_weights")
+        names = ("hidden", "targets", "ref_hidden", "token_weights", "token_values", "ref_token_logprobs")
         return given | {name: given[name][:, mine] for name in names if name in given} | {"sequence_group": group}
 
     return change

@@ -243,7 +243,7 @@ def test_holds_nothing_but_options() -> None:
     [
         ({"loss_type": "hinge"}, "loss_type='hinge' is not supported; expected 'sigmoid'"),
         ({"label_smoothing": 0.1}, r"soft_label, \[N\] filled with 0.9"),
-        ({"loss": "dpu"}, "unknown loss 'dpu'; known: dpo"),
+        ({"loss": "dpu"}, "unknown loss 'dpu'; known: apo_down"),
         ({"loss": "dpo", "clip_chosen": 0.5}, "loss 'dpo' has no option 'clip_chosen'"),
     ],
 )
@@ -255,7 +255,7 @@ def test_unsupported_options(options: dict[str, Any], message: str) -> None:
 def test_arguments_that_do_not_fit() -> None:
     given = inputs()
     policy = (given["lin_weight"], given["_input"], given["target"])
-    with pytest.raises(ValueError, match="give exactly one of ref_logprobs and ref_hidden: neither"):
+    with pytest.raises(ValueError, match="give exactly one of ref_logprobs, ref_hidden and ref_token_logprobs: none"):
         FusedLinearTSOLoss()(*policy)
     with pytest.raises(ValueError, match="ref_logprobs has no effect with use_ref_model=False"):
         FusedLinearTSOLoss(use_ref_model=False)(*policy, ref_logprobs=torch.zeros(6))

@@ -262,6 +262,8 @@ class PairBatch:
     """[N] float32."""
     ref_logprobs: torch.Tensor | None = None
     """[S] float32 sums under the reference, nats."""
+    ref_token_logprobs: torch.Tensor | None = None
+    """[S, L] float32 log-probs of the targets under the reference, instead of their sums; anything where ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +283,30 @@ class PairLogprobs:
     """[N] in [0, 1]; None: 1."""
     margin: torch.Tensor | None = None
     """[N] >= 0; None: 0."""
+    win_rates: torch.Tensor | None = None
+    """[N, 2] in [0, 1]: how often the chosen and the rejected response win against the samples of their prompt."""
+    ref2_chosen: torch.Tensor | None = None
+    """[N] log-probs under a second reference."""
+    ref2_rejected: torch.Tensor | None = None
+    extra: torch.Tensor | None = None
+    """[N, E] log-probs of further sequences of a pair under the policy; their meaning is the loss's."""
+    ref_extra: torch.Tensor | None = None
+    num_extra_tokens: torch.Tensor | None = None
+    chosen_terms: torch.Tensor | None = None
+    """[N] sums over completion tokens of the loss's ``token_term``."""
+    rejected_terms: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """All inputs that the term of a token may use, for R tokens, nats."""
+
+    logprobs: torch.Tensor
+    """[R] under the policy."""
+    ref_logprobs: torch.Tensor | None
+    """[R] under the reference; None: the loss needs none and none is given."""
+    values: torch.Tensor | None
+    """[R] detached numbers whose meaning is the loss's: marks, rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)

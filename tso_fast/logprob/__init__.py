@@ -97,6 +97,10 @@ def preference_loss(
     soft_label: torch.Tensor | None = None,
     margin: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
+    ref_token_logprobs: torch.Tensor | None = None,
+    ref2_logprobs: torch.Tensor | None = None,
+    win_rates: torch.Tensor | None = None,
+    token_values: torch.Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
@@ -114,23 +118,31 @@ def preference_loss(
         hidden: [S, L, D] padded or [T, D] packed hidden states of the policy.
         weight: [V, D] output head of the policy.
         targets: [S, L] or [T] int64, already shifted, ``ignore_index`` outside the completion.
-        pairs: [N, 2] int64 (chosen, rejected) indices of sequences; default: first half against second half.
+        pairs: [N, 2] int64 (chosen, rejected) indices of sequences; default: first half against second half. For a loss
+            of further sequences [N, 2 + E]; a sequence may stand in several places.
         cu_seqlens: [S+1] int, cumulative lengths; packed input only.
         ref_logprobs: [S] sums of reference log-probs, nats.
-        ref_hidden: hidden states of the reference, shaped like ``hidden``, used if ``ref_logprobs`` is not given. One
-            of the two is needed, unless the loss needs no reference.
+        ref_hidden: hidden states of the reference, shaped like ``hidden``, to compute them from. One of
+            ``ref_logprobs``, ``ref_hidden`` and ``ref_token_logprobs`` is needed, unless the loss needs no reference.
         ref_weight: [V, D], default ``weight``; ``ref_bias``: [V], default ``bias`` when ``ref_weight`` is not given.
         loss: a name in ``LOSSES``, ``package.module:function``, a ``losses.Loss``, or a function from ``PairLogprobs``
             to [N] losses.
         scale: [N] >= 0, weight of each pair; default 1. ``soft_label``: [N] in [0, 1]. ``margin``: [N] >= 0.
         token_weights: weight of each token in its sequence's sum, shaped like ``targets``, for policy and reference.
+        ref_token_logprobs: reference log-prob of each target, shaped like ``targets``; the sums are taken here. A loss
+            with terms of tokens (``humanline``, ``bmc``, ``inverse_q``) needs these or ``ref_hidden``.
+        ref2_logprobs: [S] sums under a second reference (``mrpo``).
+        win_rates: [N, 2] in [0, 1], win rates of the chosen and the rejected response (``sppo``).
+        token_values: a number for each target, shaped like ``targets``, detached: marks (``bmc``), rewards
+            (``inverse_q``).
         vocab_group: process group over which the head is split by rows: ``weight``, ``bias``, ``ref_weight`` and
             ``ref_bias`` are this rank's rows, in the order of the ranks; all other arguments are equal on all ranks.
             Every rank gets the whole loss, the whole gradient of ``hidden``, and the gradient of its own rows.
         sequence_group: process group over which every sequence is split by tokens: ``hidden``, ``targets``,
-            ``ref_hidden`` and ``token_weights`` are this rank's tokens of the same sequences; all other arguments are
-            equal on all ranks. Every rank gets the whole loss; the gradient of ``weight`` covers its own tokens only
-            and must be summed over the group (if a wrapper averages gradients, multiply the loss by the group's size).
+            ``ref_hidden``, ``token_weights``, ``token_values`` and ``ref_token_logprobs`` are this rank's tokens of the
+            same sequences; all other arguments are equal on all ranks. Every rank gets the whole loss; the gradient of
+            ``weight`` covers its own tokens only and must be summed over the group (if a wrapper averages gradients,
+            multiply the loss by the group's size).
         loss_options: options of the loss, e.g. ``beta=0.1``, ``clip_chosen``, ``clip_rejected`` of ``dual_clip``.
 
     Returns:
@@ -148,8 +160,9 @@ def preference_loss(
         hidden=hidden, weight=weight, targets=targets, pairs=pairs, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
         ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, bias=bias, loss=loss,
         loss_options=loss_options, scale=scale, soft_label=soft_label, margin=margin, token_weights=token_weights,
-        softcap=softcap, temperature=temperature, ignore_index=ignore_index, impl=impl, vocab_group=vocab_group,
-        sequence_group=sequence_group, needs=_needs(hidden, weight, bias),
+        ref_token_logprobs=ref_token_logprobs, ref2_logprobs=ref2_logprobs, win_rates=win_rates,
+        token_values=token_values, softcap=softcap, temperature=temperature, ignore_index=ignore_index, impl=impl,
+        vocab_group=vocab_group, sequence_group=sequence_group, needs=_needs(hidden, weight, bias),
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return _output(call, *compiled.preference_loss(call))
@@ -157,7 +170,7 @@ def preference_loss(
     total, losses, logprobs, ref_logprobs = fused.preference_loss(
         made.hidden_TD, weight, bias, reference=made.reference, batch=made.batch, head=made.head
     )
-    return _output(call, total, losses, logprobs, ref_logprobs, made.num_tokens_S, made.pairs_N2)
+    return _output(call, total, losses, logprobs, ref_logprobs, made.num_tokens_S, made.pairs)
 
 
 def _output(

@@ -124,7 +124,7 @@ class Layout:
     """[R] int64: rows of the flattened input that are not ignored."""
     num_tokens: list[int]
     pairs: torch.Tensor
-    """[N, 2] int64"""
+    """[N, 2 + E] int64"""
 
 
 def layout(
@@ -183,7 +183,7 @@ def _pairs(pairs: torch.Tensor | None, num_sequences: int) -> torch.Tensor:
                 "no even, positive number"
             )
         return torch.arange(num_sequences).view(2, -1).T
-    if pairs.dim() != 2 or pairs.shape[1] != 2 or pairs.shape[0] == 0 or pairs.dtype != torch.int64:
+    if pairs.dim() != 2 or pairs.shape[1] < 2 or pairs.shape[0] == 0 or pairs.dtype != torch.int64:
         raise ValueError(f"pairs must be [N, 2] int64 with N > 0, got {tuple(pairs.shape)} {pairs.dtype}")
     if (is_bad := (pairs < 0) | (pairs >= num_sequences)).any():
         row = int(is_bad.any(dim=1).nonzero()[0])
@@ -191,14 +191,29 @@ def _pairs(pairs: torch.Tensor | None, num_sequences: int) -> torch.Tensor:
     return pairs
 
 
-def check_pair_scalars(name: str, values: torch.Tensor | None, num_pairs: int, low: float, high: float | None) -> None:
-    """Raises ValueError unless the scalars (on the host) are [N] finite numbers in [low, high]."""
+def check_tokens(name: str, values: torch.Tensor | None, targets: torch.Tensor) -> None:
+    """Raises ValueError unless there is one value a target, on its device."""
     if values is None:
         return
-    if values.shape != (num_pairs,):
-        raise ValueError(f"{name} must be [{num_pairs}], one value a pair, got {tuple(values.shape)}")
+    if values.shape != targets.shape:
+        raise ValueError(f"{name} must be {tuple(targets.shape)}, got {tuple(values.shape)}")
+    if values.device != targets.device:
+        raise ValueError(f"{name} are on {values.device} but hidden is on {targets.device}")
+
+
+def check_pair_scalars(
+    name: str, values: torch.Tensor | None, shape: tuple[int, ...], low: float, high: float | None
+) -> None:
+    """Raises ValueError unless the scalars (on the host) are finite numbers in [low, high], of the given shape."""
+    if values is None:
+        return
+    if values.shape != shape:
+        what = (
+            "one value a pair" if len(shape) == 1 else "a value for the chosen and for the rejected side of each pair"
+        )
+        raise ValueError(f"{name} must be {list(shape)}, {what}, got {tuple(values.shape)}")
     is_good = (values >= low) & (values <= (torch.inf if high is None else high)) & values.isfinite()
     if not is_good.all():
-        row = int((~is_good).nonzero()[0])
+        row = int((~is_good).nonzero()[0, 0])
         expected = f"finite and >= {low:g}" if high is None else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name}[{row}] is {values[row].item()}; expected {expected}")
+        raise ValueError(f"{name}[{row}] is {values[row].tolist()}; expected {expected}")

@@ -31,7 +31,8 @@ def preference_loss(call: Call) -> tuple[Tensor, ...]:
     out = torch.ops.tso_fast.preference_loss(
         call.hidden, call.weight, call.targets, call.pairs, call.cu_seqlens, call.ref_logprobs, call.ref_hidden,
         call.ref_weight, call.ref_bias, call.bias, call.loss, names, list(call.loss_options.values()), call.scale,
-        call.soft_label, call.margin, call.token_weights, call.softcap, call.temperature, call.ignore_index, call.impl,
+        call.soft_label, call.margin, call.token_weights, call.ref_token_logprobs, call.ref2_logprobs, call.win_rates,
+        call.token_values, call.softcap, call.temperature, call.ignore_index, call.impl,
         _group_name(call.vocab_group), _group_name(call.sequence_group), list(call.needs),
     )  # fmt: skip
     return tuple(out[:6])
@@ -53,13 +54,15 @@ def _preference_loss(
     cu_seqlens: torch.Tensor | None, ref_logprobs: torch.Tensor | None, ref_hidden: torch.Tensor | None,
     ref_weight: torch.Tensor | None, ref_bias: torch.Tensor | None, bias: torch.Tensor | None, loss: str,
     option_names: str, option_values: Sequence[float], scale: torch.Tensor | None, soft_label: torch.Tensor | None,
-    margin: torch.Tensor | None, token_weights: torch.Tensor | None, softcap: float | None, temperature: float,
-    ignore_index: int, impl: str, vocab_group: str, sequence_group: str, needs: Sequence[bool],
+    margin: torch.Tensor | None, token_weights: torch.Tensor | None, ref_token_logprobs: torch.Tensor | None,
+    ref2_logprobs: torch.Tensor | None, win_rates: torch.Tensor | None, token_values: torch.Tensor | None,
+    softcap: float | None, temperature: float, ignore_index: int, impl: str, vocab_group: str, sequence_group: str,
+    needs: Sequence[bool],
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     torch.Tensor,
 ]:  # fmt: skip
-    """loss, losses [N], logprobs [S], ref_logprobs [S], num_tokens [S], pairs [N, 2], dhidden, dweight, dbias; a
+    """loss, losses [N], logprobs [S], ref_logprobs [S], num_tokens [S], pairs [N, 2 + E], dhidden, dweight, dbias; a
     gradient that is not needed has no elements."""
     names = option_names.split(",") if option_names else []
     need_dhidden, need_dweight, need_dbias = needs
@@ -67,8 +70,9 @@ def _preference_loss(
         hidden=hidden, weight=weight, targets=targets, pairs=pairs, cu_seqlens=cu_seqlens, ref_logprobs=ref_logprobs,
         ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias, bias=bias, loss=loss,
         loss_options=dict(zip(names, option_values, strict=True)), scale=scale, soft_label=soft_label, margin=margin,
-        token_weights=token_weights, softcap=softcap, temperature=temperature, ignore_index=ignore_index, impl=impl,
-        vocab_group=_group(vocab_group), sequence_group=_group(sequence_group),
+        token_weights=token_weights, ref_token_logprobs=ref_token_logprobs, ref2_logprobs=ref2_logprobs,
+        win_rates=win_rates, token_values=token_values, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, impl=impl, vocab_group=_group(vocab_group), sequence_group=_group(sequence_group),
         needs=(need_dhidden, need_dweight, need_dbias),
     )  # fmt: skip
     made = prepare(call)
@@ -80,7 +84,7 @@ def _preference_loss(
     dhidden, dweight, dbias = (hidden.new_empty(0) if g is None else g for g in gradients)
     if need_dhidden:
         dhidden = dhidden.view(hidden.shape)
-    num_tokens, index = (_own(x, y) for x, y in ((made.num_tokens_S, None), (made.pairs_N2, pairs)))
+    num_tokens, index = (_own(x, y) for x, y in ((made.num_tokens_S, None), (made.pairs, pairs)))
     return total, *sums, num_tokens, index, dhidden, dweight, dbias
 
 
@@ -102,11 +106,12 @@ def _own(result: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
 def _(
     hidden: Tensor, weight: Tensor, targets: Tensor, pairs: Tensor | None, cu_seqlens: Tensor | None,
     ref_logprobs: Any, ref_hidden: Any, ref_weight: Any, ref_bias: Any, bias: Tensor | None, loss: str,
-    option_names: str, option_values: Any, scale: Any, soft_label: Any, margin: Any, token_weights: Any, softcap: Any,
-    temperature: float, ignore_index: int, impl: str, vocab_group: str, sequence_group: str, needs: Sequence[bool],
+    option_names: str, option_values: Any, scale: Any, soft_label: Any, margin: Any, token_weights: Any,
+    ref_token_logprobs: Any, ref2_logprobs: Any, win_rates: Any, token_values: Any, softcap: Any, temperature: float,
+    ignore_index: int, impl: str, vocab_group: str, sequence_group: str, needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     num_sequences = targets.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    num_pairs = num_sequences // 2 if pairs is None else pairs.shape[0]
+    pairs_shape = (num_sequences // 2, 2) if pairs is None else pairs.shape
     need_dhidden, need_dweight, need_dbias = needs
 
     def gradient(tensor: Tensor | None, is_needed: bool) -> Tensor:
@@ -118,8 +123,8 @@ def _(
         return hidden.new_empty(shape, dtype=dtype)
 
     return (
-        numbers(dtype=fused.acc_dtype(hidden.dtype)), numbers(num_pairs), numbers(num_sequences),
-        numbers(num_sequences), numbers(num_sequences, dtype=torch.int64), numbers(num_pairs, 2, dtype=torch.int64),
+        numbers(dtype=fused.acc_dtype(hidden.dtype)), numbers(pairs_shape[0]), numbers(num_sequences),
+        numbers(num_sequences), numbers(num_sequences, dtype=torch.int64), numbers(*pairs_shape, dtype=torch.int64),
         gradient(hidden, need_dhidden), gradient(weight, need_dweight), gradient(bias, need_dbias),
     )  # fmt: skip
 

@@ -24,7 +24,8 @@ from tso_fast.logprob.plan import MIB as MIB
 from tso_fast.logprob.plan import Group, Shape, plan, tiles
 from tso_fast.logprob.plan import memory_budget_mib as memory_budget_mib
 from tso_fast.logprob.rows import Rows, repeated
-from tso_fast.types import PairLogprobs
+from tso_fast.logprob.sums import Sums, checked_losses
+from tso_fast.types import PairLogprobs, TokenLogprobs
 
 
 def _shape(
@@ -166,16 +167,24 @@ class Batch:
     """Maximum over ranks of ``num_tokens``, with which all ranks plan."""
     total_tokens: list[int]
     """Number of completion tokens of each sequence over all ranks."""
-    pairs: list[tuple[int, int]]
+    pairs: list[tuple[int, ...]]
+    """Chosen, rejected and further sequences of each pair."""
     token_weights_T: torch.Tensor | None
+    token_values_T: torch.Tensor | None
+    """Numbers for ``token_term``."""
     scale_N: torch.Tensor | None
     soft_label_N: torch.Tensor | None
     margin_N: torch.Tensor | None
+    win_rates_N2: torch.Tensor | None
+    ref2_logprob_S: torch.Tensor | None
+    """Sums of log-probs under a second reference."""
     loss: Callable[[PairLogprobs], torch.Tensor]
     is_per_pair: bool
     """Whether a pair's loss depends on that pair alone; False for the user's own functions, where it is unknown."""
     dual_clip: dict[str, float] | None
-    """All options of ``dual_clip``; None: another loss."""
+    """Options of ``dual_clip`` for a backend's epilogue; None: another loss, or one with an NLL."""
+    token_term: Callable[[TokenLogprobs], torch.Tensor] | None = None
+    """The loss's term of every token, [R]; None: it has none."""
     sequence_shard: SequenceShard | None = None
     """The ranks over which sequences are split; None: this rank has all tokens."""
 
@@ -191,7 +200,7 @@ class _Group:
     """(start, end) within the rows of the group, and the same rows in the input."""
 
 
-def _components(num_sequences: int, pairs: list[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+def _components(num_sequences: int, pairs: list[tuple[int, ...]]) -> list[tuple[list[int], list[int]]]:
     """Connected components as (sequences, pairs), in the order of their first sequence's first pair."""
     parent = list(range(num_sequences))
 
@@ -201,10 +210,11 @@ def _components(num_sequences: int, pairs: list[tuple[int, int]]) -> list[tuple[
             s = parent[s]
         return s
 
-    for chosen, rejected in pairs:
-        parent[root(rejected)] = root(chosen)
+    for chosen, *others in pairs:
+        for other in others:
+            parent[root(other)] = root(chosen)
     found: dict[int, tuple[list[int], list[int]]] = {}
-    for n, (chosen, _) in enumerate(pairs):
+    for n, (chosen, *_) in enumerate(pairs):
         found.setdefault(root(chosen), ([], []))[1].append(n)
     for s in range(num_sequences):
         found.setdefault(root(s), ([], []))[0].append(s)
@@ -292,9 +302,10 @@ def run_pass(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The reference: either its sums of log-probs, [S], or the tensors to compute them from."""
+    """The reference: its sums of log-probs, [S], its log-probs of tokens, [T], or the tensors to compute them from."""
 
     logprob_S: torch.Tensor | None
+    logprob_T: torch.Tensor | None = None
     hidden_TD: torch.Tensor | None = None
     weight_VD: torch.Tensor | None = None
     bias_V: torch.Tensor | None = None
@@ -315,6 +326,7 @@ class _Pass:
         S, N = len(batch.num_tokens), len(batch.pairs)
         self.logprob_S = torch.zeros(S, dtype=dtype, device=device)
         self.ref_logprob_S = torch.zeros(S, dtype=dtype, device=device)
+        self.term_S = None if batch.token_term is None else torch.zeros_like(self.logprob_S)
         if reference.logprob_S is not None:
             self.ref_logprob_S.copy_(reference.logprob_S)
         self.loss_N = torch.zeros(N, dtype=dtype, device=device)
@@ -354,13 +366,15 @@ class _Pass:
             room = self.room if len(group.chunks) == 1 else None
             logprob_R[start:end], saved = self._forward(self.hidden_TD, self.weight_VD, self.bias_V, rows, room)
 
-        weight_R = None
-        if self.batch.token_weights_T is not None and group.chunks:
-            parts = [rows.take(self.batch.token_weights_T) for _, _, rows in group.chunks]
-            weight_R = torch.cat(parts).to(torch.float64)
-        self._sum(sequences, lengths, weight_R, logprob_R, ref_logprob_R)
-        dlogprob_S = self._losses(group, sequences)
+        weight_R = _of_rows(self.batch.token_weights_T, group)
+        if ref_logprob_R is None:
+            ref_logprob_R = _of_rows(self.reference.logprob_T, group)
+        term_R, dterm_R = self._terms(group, logprob_R, ref_logprob_R)
+        self._sum(sequences, lengths, weight_R, logprob_R, ref_logprob_R, term_R)
+        dlogprob_S, dterm_S = self._losses(group, sequences)
         dlogprob_R = repeated(dlogprob_S, lengths, group.num_rows)
+        if dterm_R is not None and dterm_S is not None:
+            dlogprob_R = dlogprob_R + repeated(dterm_S, lengths, group.num_rows) * dterm_R
         if weight_R is not None:
             dlogprob_R = dlogprob_R * weight_R
         if self.gradients is None:
@@ -374,75 +388,89 @@ class _Pass:
             self.gradients.add(None if is_nothing else saved, upstream, rows)
             saved = None
 
+    def _terms(
+        self, group: _Group, logprob_R: torch.Tensor, ref_logprob_R: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss's terms of the group's tokens, and their derivatives by the log-probs; None if it has none."""
+        if self.batch.token_term is None:
+            return None, None
+        with torch.enable_grad():
+            logprobs = logprob_R.detach().requires_grad_()
+            values_R = _of_rows(self.batch.token_values_T, group)
+            terms = self.batch.token_term(TokenLogprobs(logprobs=logprobs, ref_logprobs=ref_logprob_R, values=values_R))
+            total = terms.sum()
+        if terms.shape != logprob_R.shape:
+            raise ValueError(f"the loss's token_term must return one value a token, [{logprob_R.numel()}], got "
+                             f"{tuple(terms.shape)}")  # fmt: skip
+        if not terms.requires_grad:
+            return terms, torch.zeros_like(terms)
+        (slopes,) = torch.autograd.grad(total, logprobs)
+        return terms.detach(), slopes
+
     def _sum(
         self, sequences: torch.Tensor, lengths: torch.Tensor, weight_R: torch.Tensor | None, logprob_R: torch.Tensor,
-        ref_logprob_R: torch.Tensor | None,
+        ref_logprob_R: torch.Tensor | None, term_R: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        """Fills in the log-prob sums of some sequences, over all ranks that have their tokens."""
+        """Fills in the sums of log-probs and terms of some sequences, over all ranks that have their tokens."""
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        values = [x for x in (logprob_R, ref_logprob_R) if x is not None]
+        values = [x for x in (logprob_R, ref_logprob_R, term_R) if x is not None]
         sums = torch.stack([self.backend.segment_sum(x, weight_R, cu_seqlens) for x in values])
         if self.batch.sequence_shard is not None:
             sums = self.batch.sequence_shard.sum(sums)
         self.logprob_S[sequences] = sums[0]
         if ref_logprob_R is not None:
             self.ref_logprob_S[sequences] = sums[1]
+        if self.term_S is not None:
+            self.term_S[sequences] = sums[-1]
 
-    def _losses(self, group: _Group, sequences: torch.Tensor) -> torch.Tensor:
-        """Fills in the losses of the group's pairs and returns the derivative of the total loss by the log-probs of its
-        sequences."""
+    def _losses(self, group: _Group, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fills in the losses of the group's pairs and returns the derivatives of the total loss by the log-probs and
+        the terms of its sequences."""
         batch, device = self.batch, self.logprob_S.device
+        if not group.pairs:
+            return self.logprob_S.new_zeros(len(group.sequences)), None
         where = {s: i for i, s in enumerate(group.sequences)}
-        chosen, rejected = (_upload([where[batch.pairs[n][side]] for n in group.pairs], device) for side in (0, 1))
+        pairs = zip(*(batch.pairs[n] for n in group.pairs), strict=True)
+        columns = [_upload([where[s] for s in column], device) for column in pairs]
         index = _upload(group.pairs, device)
 
         def of_pairs(values_N: torch.Tensor | None) -> torch.Tensor | None:
             return None if values_N is None else values_N[index].to(self.logprob_S.dtype)
 
-        if not group.pairs:
-            return self.logprob_S.new_zeros(len(group.sequences))
         logprob, ref_logprob, scale = self.logprob_S[sequences], self.ref_logprob_S[sequences], of_pairs(batch.scale_N)
         if batch.dual_clip is not None and self.backend.dual_clip_epilogue is not None:
             soft_label, margin = of_pairs(batch.soft_label_N), of_pairs(batch.margin_N)
             self.loss_N[index], dlogprob = self.backend.dual_clip_epilogue(
-                logprob, ref_logprob, torch.stack([chosen, rejected], 1), scale, soft_label, margin,
+                logprob, ref_logprob, torch.stack(columns, 1), scale, soft_label, margin,
                 weight_sum=self.weight_sum, **batch.dual_clip,
             )  # fmt: skip
-            return dlogprob
+            return dlogprob, None
+        term = None if self.term_S is None else self.term_S[sequences]
+        leaves = [x.requires_grad_() for x in (logprob, term) if x is not None]
         with torch.enable_grad():
-            logprob.requires_grad_()
-            scalars = of_pairs(batch.soft_label_N), of_pairs(batch.margin_N)
-            num_tokens = _upload([batch.total_tokens[s] for s in group.sequences], device)
-            losses = pair_losses(batch.loss, logprob, ref_logprob, num_tokens, chosen, rejected, *scalars)
+            sums = Sums(
+                logprob=logprob,
+                ref_logprob=ref_logprob,
+                ref2_logprob=None if batch.ref2_logprob_S is None else batch.ref2_logprob_S[sequences].to(logprob),
+                term=term,
+                num_tokens=_upload([batch.total_tokens[s] for s in group.sequences], device),
+            )
+            scalars = of_pairs(batch.soft_label_N), of_pairs(batch.margin_N), of_pairs(batch.win_rates_N2)
+            losses = checked_losses(batch.loss(sums.of_pairs(columns, *scalars)), len(group.pairs))
             total = (losses if scale is None else losses * scale).sum() / self.weight_sum
         self.loss_N[index] = losses.detach().to(self.loss_N.dtype)
         if not self.needs_grad or not total.requires_grad:
-            return torch.zeros_like(logprob)
-        (dlogprob,) = torch.autograd.grad(total, logprob, materialize_grads=True)
-        return dlogprob
+            return torch.zeros_like(logprob), None
+        dlogprob, *dterm = torch.autograd.grad(total, leaves, materialize_grads=True)
+        return dlogprob, dterm[0] if dterm else None
 
 
-def pair_losses(
-    loss: Callable[[PairLogprobs], torch.Tensor], logprob_S: torch.Tensor, ref_logprob_S: torch.Tensor,
-    num_tokens_S: torch.Tensor, chosen_N: torch.Tensor, rejected_N: torch.Tensor, soft_label_N: torch.Tensor | None,
-    margin_N: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """Losses [N] of pairs of sequences. Raises ValueError if the loss does not return one value per pair."""
-    losses = loss(
-        PairLogprobs(
-            chosen=logprob_S[chosen_N],
-            rejected=logprob_S[rejected_N],
-            ref_chosen=ref_logprob_S[chosen_N],
-            ref_rejected=ref_logprob_S[rejected_N],
-            num_chosen_tokens=num_tokens_S[chosen_N],
-            num_rejected_tokens=num_tokens_S[rejected_N],
-            soft_label=None if soft_label_N is None else soft_label_N.to(logprob_S),
-            margin=None if margin_N is None else margin_N.to(logprob_S),
-        )
-    )
-    if losses.shape != chosen_N.shape:
-        raise ValueError(f"the loss must return one value a pair, [{chosen_N.numel()}], got {tuple(losses.shape)}")
-    return losses
+def _of_rows(values_T: torch.Tensor | None, group: _Group) -> torch.Tensor | None:
+    """The values of a group's rows, [R] float64."""
+    if values_T is None:
+        return None
+    parts = [rows.take(values_T) for _, _, rows in group.chunks]
+    return torch.cat(parts).to(torch.float64) if parts else values_T.new_zeros(0, dtype=torch.float64)
 
 
 def _upload(values: list[int], device: torch.device) -> torch.Tensor:
@@ -451,8 +479,8 @@ def _upload(values: list[int], device: torch.device) -> torch.Tensor:
 
 
 def make_reference(
-    logprob_S: torch.Tensor | None, hidden_TD: torch.Tensor | None, weight_VD: torch.Tensor | None,
-    bias_V: torch.Tensor | None,
+    logprob_S: torch.Tensor | None, logprob_T: torch.Tensor | None, hidden_TD: torch.Tensor | None,
+    weight_VD: torch.Tensor | None, bias_V: torch.Tensor | None,
 ) -> Reference:  # fmt: skip
     """The reference, with all tensors detached."""
 
@@ -461,6 +489,7 @@ def make_reference(
 
     return Reference(
         logprob_S=logprob_S,
+        logprob_T=None if logprob_T is None else logprob_T.detach(),
         hidden_TD=None if hidden_TD is None else hidden_TD.detach(),
         weight_VD=detached(weight_VD),
         bias_V=detached(bias_V),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -190,19 +191,19 @@ class FusedLinearTSOLoss(torch.nn.Module):
         sums = chosen * num_tokens if self.average_log_prob else chosen
         return -sums.sum() / num_tokens.sum()
 
-    def _with_nll(self, scale: torch.Tensor | None) -> LossFunction:
+    def _with_nll(self, scale: torch.Tensor | None) -> Loss:
         """A loss that gives every pair the mean preference loss plus the NLL.
 
         The NLL then has weight alpha whatever the scales are, and both come from one pass over the head.
         """
         preference = resolve_loss(self.loss, self.loss_options)
 
-        def loss(pairs: PairLogprobs) -> torch.Tensor:
+        def loss(pairs: PairLogprobs, **bound_in_preference: Any) -> torch.Tensor:
             losses = preference(pairs)
             mean = scaled_mean(losses, scale)
             return (mean + self.alpha * self._nll(pairs.chosen, pairs.num_chosen_tokens)).expand_as(losses)
 
-        return loss
+        return dataclasses.replace(preference, function=loss, is_per_pair=False)
 
     def extra_repr(self) -> str:
         loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", repr(self.loss))

@@ -11,7 +11,9 @@ import torch
 
 from tso_fast.logprob import checks, fused, impls
 from tso_fast.logprob.groups import SequenceShard, VocabShard, is_shared
-from tso_fast.losses import Loss, LossFunction, dual_clip, loss_options, resolve_loss
+from tso_fast.losses import FURTHER_INPUTS, Loss, LossFunction, dual_clip, loss_options, resolve_loss
+
+_SCALARS = "scale", "soft_label", "margin", "win_rates"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,10 @@ class Call:
     soft_label: torch.Tensor | None
     margin: torch.Tensor | None
     token_weights: torch.Tensor | None
+    ref_token_logprobs: torch.Tensor | None
+    ref2_logprobs: torch.Tensor | None
+    win_rates: torch.Tensor | None
+    token_values: torch.Tensor | None
     softcap: float | None
     temperature: float
     ignore_index: int
@@ -63,8 +69,8 @@ class Prepared:
     reference: fused.Reference
     batch: fused.Batch
     head: fused.Head
-    pairs_N2: torch.Tensor
-    """Pairs on the device."""
+    pairs: torch.Tensor
+    """[N, 2 + E] on the device."""
     num_tokens_S: torch.Tensor
     """Completion tokens over all ranks, on the device."""
 
@@ -80,7 +86,9 @@ def prepare(call: Call) -> Prepared:
     _check_tensors(call, loss)
     backend = impls.resolve(call.impl, call.hidden.device, call.hidden.dtype)
     device = call.hidden.device
-    host = checks.to_host(call.targets, call.cu_seqlens, call.pairs, call.scale, call.soft_label, call.margin)
+    host = checks.to_host(
+        call.targets, call.cu_seqlens, call.pairs, call.scale, call.soft_label, call.margin, call.win_rates
+    )
     targets, cu_seqlens, pairs, *scalars = host
     assert targets is not None
     shard = VocabShard(call.vocab_group, call.weight.shape[0], device) if _is_vocab_shared(call) else None
@@ -91,8 +99,8 @@ def prepare(call: Call) -> Prepared:
     _check_numbers(call, layout, scalars, total)
     batch = _batch(call, layout, loss, sequence_shard)
     has_unused_pairs = scalars[0] is not None and bool((scalars[0] == 0).any())
-    clips = batch.dual_clip
-    has_clips = clips is not None and min(clips["clip_chosen"], clips["clip_rejected"]) < math.inf
+    options = loss_options(loss)
+    has_clips = loss.function is dual_clip and min(options["clip_chosen"], options["clip_rejected"]) < math.inf
     return Prepared(
         hidden_TD=call.hidden.reshape(-1, call.hidden.shape[-1]),
         reference=_reference(call, total.numel()),
@@ -101,7 +109,7 @@ def prepare(call: Call) -> Prepared:
             backend=backend, softcap=call.softcap, temperature=call.temperature, needs=call.needs,
             may_skip=has_clips or has_unused_pairs, shard=shard,
         ),
-        pairs_N2=layout.pairs.to(device, non_blocking=True),
+        pairs=layout.pairs.to(device, non_blocking=True),
         num_tokens_S=total.to(device, non_blocking=True),
     )  # fmt: skip
 
@@ -109,10 +117,11 @@ def prepare(call: Call) -> Prepared:
 def _reference(call: Call, num_sequences: int) -> fused.Reference:
     """The reference; its log-probs are NaN if none was given and the loss needs none."""
     logprob_S = _upload(call.ref_logprobs, call.hidden.device)
-    if logprob_S is None and call.ref_hidden is None:
+    logprob_T = None if call.ref_token_logprobs is None else call.ref_token_logprobs.reshape(-1)
+    if logprob_S is None and logprob_T is None and call.ref_hidden is None:
         logprob_S = torch.full((num_sequences,), math.nan, device=call.hidden.device)
     hidden_TD = None if call.ref_hidden is None else call.ref_hidden.flatten(0, -2)
-    return fused.make_reference(logprob_S, hidden_TD, call.ref_weight, call.ref_bias)
+    return fused.make_reference(logprob_S, logprob_T, hidden_TD, call.ref_weight, call.ref_bias)
 
 
 def _token_counts(
@@ -136,16 +145,18 @@ def _check_numbers(
 ) -> None:
     """Checks the values of the arguments, on the host."""
     checks.check_no_empty_sequence(num_tokens_S, layout.pairs, call.ignore_index)
-    for name, values, high in zip(("scale", "soft_label", "margin"), scalars, (None, 1.0, None), strict=True):
-        checks.check_pair_scalars(name, values, layout.pairs.shape[0], 0.0, high)
-    if call.ref_logprobs is not None and call.ref_logprobs.shape != num_tokens_S.shape:
-        raise ValueError(f"ref_logprobs must be [{num_tokens_S.numel()}], one sum a sequence, "
-                         f"got {tuple(call.ref_logprobs.shape)}")  # fmt: skip
+    num_pairs = layout.pairs.shape[0]
+    for name, values, high in zip(_SCALARS, scalars, (None, 1.0, None, 1.0), strict=True):
+        checks.check_pair_scalars(name, values, (num_pairs, 2) if name == "win_rates" else (num_pairs,), 0.0, high)
+    for name, sums in (("ref_logprobs", call.ref_logprobs), ("ref2_logprobs", call.ref2_logprobs)):
+        if sums is not None and sums.shape != num_tokens_S.shape:
+            raise ValueError(f"{name} must be [{num_tokens_S.numel()}], one sum a sequence, got {tuple(sums.shape)}")
 
 
 def _batch(call: Call, layout: checks.Layout, loss: Loss, sequence_shard: SequenceShard | None) -> fused.Batch:
     """The batch of this rank."""
-    device = call.hidden.device
+    device, options = call.hidden.device, loss_options(loss)
+    is_plain_dual_clip = loss.function is dual_clip and not options.pop("nll_weight")
     return fused.Batch(
         targets_T=call.targets.reshape(-1),
         index=layout.index.to(device, non_blocking=True),
@@ -154,12 +165,16 @@ def _batch(call: Call, layout: checks.Layout, loss: Loss, sequence_shard: Sequen
         total_tokens=layout.num_tokens,
         pairs=layout.pairs.tolist(),
         token_weights_T=None if call.token_weights is None else call.token_weights.detach().reshape(-1),
+        token_values_T=None if call.token_values is None else call.token_values.detach().reshape(-1),
         scale_N=_upload(call.scale, device),
         soft_label_N=_upload(call.soft_label, device),
         margin_N=_upload(call.margin, device),
+        win_rates_N2=_upload(call.win_rates, device),
+        ref2_logprob_S=_upload(call.ref2_logprobs, device),
         loss=loss,
         is_per_pair=loss.is_per_pair,
-        dual_clip=loss_options(loss) if loss.function is dual_clip else None,
+        dual_clip=options if is_plain_dual_clip else None,
+        token_term=None if loss.token_term is None else loss.terms,
         sequence_shard=sequence_shard,
     )
 
@@ -174,18 +189,12 @@ def _check_tensors(call: Call, loss: Loss) -> None:
     checks.check_head(hidden, weight, call.bias)
     checks.check_scalars(call.softcap, call.temperature)
     checks.check_targets(call.targets, hidden)
-    if call.token_weights is not None and call.token_weights.shape != call.targets.shape:
-        raise ValueError(f"token_weights must be {tuple(call.targets.shape)}, got {tuple(call.token_weights.shape)}")
-    if call.token_weights is not None and call.token_weights.device != device:
-        raise ValueError(f"token_weights are on {call.token_weights.device} but hidden is on {device}")
-    num_given = (call.ref_logprobs is not None) + (call.ref_hidden is not None)
-    if num_given == 2 or (num_given == 0 and loss.needs_reference):
-        given = "both were given" if num_given else f"neither was given, and {loss.title} needs one"
-        raise ValueError(f"give exactly one of ref_logprobs and ref_hidden: {given}")
+    for name in ("token_weights", "token_values", "ref_token_logprobs"):
+        checks.check_tokens(name, getattr(call, name), call.targets)
+    _check_what_the_loss_reads(call, loss)
     if call.ref_hidden is None:
         if call.ref_weight is not None or call.ref_bias is not None:
-            raise ValueError("ref_weight and ref_bias have no effect with ref_logprobs; give ref_hidden or leave "
-                             "them out")  # fmt: skip
+            raise ValueError("ref_weight and ref_bias have no effect without ref_hidden; give it or leave them out")
         return
     assert call.ref_weight is not None
     checks.check_head(call.ref_hidden, call.ref_weight, call.ref_bias, "ref_")
@@ -194,6 +203,29 @@ def _check_tensors(call: Call, loss: Loss) -> None:
                          f"got {tuple(call.ref_hidden.shape)}")  # fmt: skip
     if call.ref_hidden.device != device:
         raise ValueError(f"ref_hidden is on {call.ref_hidden.device} but hidden is on {device}")
+
+
+def _check_what_the_loss_reads(call: Call, loss: Loss) -> None:
+    """Checks that a call has what its loss needs, and nothing that only other losses read."""
+    names = "ref_logprobs", "ref_hidden", "ref_token_logprobs"
+    given = [name for name in names if getattr(call, name) is not None]
+    if len(given) > 1 or (not given and loss.needs_reference):
+        found = f"{' and '.join(given)} were given" if given else f"none was given, and {loss.title} needs one"
+        raise ValueError(f"give exactly one of {', '.join(names[:2])} and {names[2]}: {found}")
+    if loss.token_term is not None and loss.needs_reference and given == ["ref_logprobs"]:
+        raise ValueError(f"{loss.title} needs the reference's log-prob of each token, and ref_logprobs has their sums; "
+                         "give ref_token_logprobs, shaped like targets, or ref_hidden instead")  # fmt: skip
+    for name in sorted(FURTHER_INPUTS):
+        is_given = getattr(call, name) is not None
+        if name in loss.needs and not is_given:
+            raise ValueError(f"{loss.title} needs {name}, which was not given; see preference_loss for its shape")
+        if is_given and name not in loss.needs | loss.takes:
+            raise ValueError(f"{name} has no effect on {loss.title}; leave it out")
+    columns = 2 if call.pairs is None or call.pairs.dim() != 2 else call.pairs.shape[1]
+    if loss.num_extra is not None and columns != 2 + loss.num_extra:
+        found = "none" if call.pairs is None else f"{tuple(call.pairs.shape)}"
+        raise ValueError(f"pairs must be [N, {2 + loss.num_extra}] int64 for {loss.title}: chosen, rejected and "
+                         f"{loss.num_extra or 'no'} further sequences, got {found}")  # fmt: skip
 
 
 def _is_vocab_shared(call: Call) -> bool:
@@ -217,15 +249,15 @@ def _checksum(values: torch.Tensor | None) -> int:
 
 def _facts(call: Call, loss: Loss, layout: checks.Layout, scalars: list[torch.Tensor | None]) -> dict[str, int]:
     """Facts that must agree on all ranks of a group, as numbers."""
-    names = "scale", "soft_label", "margin"
     head = loss.title, sorted(loss_options(loss).items()), call.softcap, call.temperature
     return {
         "the number of sequences": len(layout.num_tokens),
         "the number of pairs": layout.pairs.shape[0],
         "pairs": _checksum(layout.pairs),
-        **{name: _checksum(values) for name, values in zip(names, scalars, strict=True)},
+        **{name: _checksum(values) for name, values in zip(_SCALARS, scalars, strict=True)},
         "loss, options, softcap and temperature": zlib.crc32(repr(head).encode()),
         "whether reference log-probs are given": int(call.ref_logprobs is not None),
+        "whether reference log-probs of tokens are given": int(call.ref_token_logprobs is not None),
         "whether hidden needs a gradient": int(call.needs[0]),
         "whether anything needs a gradient": int(any(call.needs)),
         "the memory budget": int(fused.memory_budget_mib(call.hidden.device.type) * fused.MIB),
