@@ -35,6 +35,9 @@ LEVEL, TRUST, COUPLING = 0, 1, 2
 EXPECTED = np.array([0.0, 1.0, -1.0])
 """Level, trust and coupling before any data, and below how many observations that counts as."""
 CERTAINTY = np.array([30.0, 100.0, 30.0])
+TRUST_SCALE = 0.5
+"""Distance from the expected trust beyond which the prior's tails are those of a Student distribution: an order that
+most votes contradict is given up, or turned round."""
 MAX_ITERATIONS = 300
 TOLERANCE = 1e-6
 """Change of the log-likelihood, nats a prompt, at which EM has converged."""
@@ -305,8 +308,10 @@ class JointModel:
             gradient += np.einsum("tc,tcf->f", found, features) - count @ mean
             second = np.einsum("tc,tcf,tcg->tfg", p, features, features)
             curvature += np.einsum("t,tfg->fg", count, second - mean[:, :, None] * mean[:, None, :])
-        gradient -= CERTAINTY * (self.prior - EXPECTED)
-        self.prior = self.prior + np.clip(np.linalg.solve(curvature + np.diag(CERTAINTY), gradient), -1, 1)
+        away = self.prior - EXPECTED
+        certainty = CERTAINTY / np.array([1.0, 1 + (away[TRUST] / TRUST_SCALE) ** 2, 1.0])
+        gradient -= certainty * away
+        self.prior = self.prior + np.clip(np.linalg.solve(curvature + np.diag(certainty), gradient), -1, 1)
 
     # ---- maximisation
 
