@@ -24,7 +24,7 @@ from tso_fast.files.run import Run
 from tso_fast.losses import LOSSES, Loss
 from tso_fast.models.policy import Policy
 from tso_fast.training import optimise
-from tso_fast.training.batches import EncodedPair, plan_steps
+from tso_fast.training.batches import EncodedPair, completion_lengths, plan_steps
 from tso_fast.training.monitors import Meter
 from tso_fast.types import PairLogprobs, Weights
 
@@ -83,7 +83,7 @@ def settings(folder: Path | str = "", **changes: Any) -> TrainConfig:
 
 
 def gradients(
-    pairs: list[EncodedPair], reference: torch.Tensor, micro: int, accumulation: int, world: int, **changes: Any
+    pairs: list[EncodedPair], reference: Any, micro: int, accumulation: int, world: int, **changes: Any
 ) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Of the first step, by ``world`` processes whose gradients are averaged as DDP does, and the step's means."""
     config = settings(**changes)
@@ -107,7 +107,7 @@ def gradients(
             accelerator=process,
             policy=policy,
             pairs=pairs,
-            ref_logprobs=reference,
+            references=reference if isinstance(reference, dict) else {"ref_logprobs": reference},
             pad_token_id=0,
             config=config,
             loss=optimise.configured_loss(config),
@@ -357,9 +357,79 @@ def test_several_losses_are_trained_on_as_their_weighted_sum(tmp_path: Path) -> 
     assert both["clip/chosen"] == 0
 
 
+NOT_TRAINABLE = {"mrpo": "ref2_logprobs", "selm": "pairs", "srpo": "pairs", "bmc": "token_values",
+                 "inverse_q": "token_values"}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in NOT_TRAINABLE])
+def test_every_loss_that_reads_a_pair_is_trained_on(loss: str, tmp_path: Path) -> None:
+    """The first step has the loss that it must have, and the weights move."""
+    weights, figures = trained(tmp_path, encoded(4), loss_type=loss, logging_steps=1)
+    (row,) = rows(tmp_path)
+    assert not all(torch.equal(a, b) for a, b in zip(weights, tiny().parameters(), strict=True))
+    if LOSSES[loss].needs_reference:
+        assert figures["first_loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert row["rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    else:
+        assert row["rewards/chosen"] is None
+
+
+@pytest.mark.parametrize("loss", ["ipo", "sppo", "humanline", "robust"])
+def test_a_wrong_reduction_of_a_steep_loss_stops_the_run(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Meter.add
+    monkeypatch.setattr(
+        Meter,
+        "add",
+        lambda self, output, *rest: real(self, dataclasses.replace(output, losses=output.losses * 1.1), *rest),
+    )
+    with pytest.raises(TrainingError, match="the first step has loss"):
+        trained(tmp_path, encoded(4), loss_type=loss)
+
+
+def test_humanline_is_trained_on_clamped_ratios_of_tokens() -> None:
+    """Against autograd through full logits, pair by pair."""
+    pairs, model = encoded(5), tiny()
+    g = torch.Generator().manual_seed(1)
+    tokens = [-4 * torch.rand(length, generator=g) for length in completion_lengths(pairs)]
+
+    def terms(pair: EncodedPair, completion: tuple[int, ...], reference: torch.Tensor) -> torch.Tensor:
+        ids = torch.tensor([pair.prompt + completion])
+        logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        return (logprobs[len(pair.prompt) - 1 :] - reference).clamp(-1.0, 1.5).sum()
+
+    total = 0.0
+    for i, pair in enumerate(pairs):
+        sides = zip((pair.chosen, pair.rejected), tokens[2 * i : 2 * i + 2], strict=True)
+        chosen, rejected = (terms(pair, completion, reference) for completion, reference in sides)
+        z = 0.3 * (chosen - rejected) - pair.margin
+        p = pair.soft_label
+        total = total + pair.scale * (p * nn.functional.softplus(-z) + (1 - p) * nn.functional.softplus(z))
+    loss = total / sum(pair.scale for pair in pairs)
+    want = torch.autograd.grad(loss, list(model.parameters()))
+    got, means = gradients(pairs, {"ref_tokens": tokens}, 2, 2, 2, loss_type="humanline", beta=0.3)
+    assert means["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        *(
+            (
+                {"loss_type": name},
+                f"loss_type: .* which training does not make; call preference_loss with {argument} in",
+            )
+            for name, argument in NOT_TRAINABLE.items()
+        ),
+        ({"loss_type": ["dpo", "selm"]}, "needs further sequences for each pair, which training does not make"),
+        ({"loss_type": "soft_ce", "margin_weight": 1.0}, "margin_weight: it has no effect on loss_type 'soft_ce'"),
+        (
+            {"loss_type": "margin_dpo", "soft_label_kappa": 1.0},
+            "soft_label_kappa: it has no effect on loss_type 'margin",
+        ),
         ({"loss_type": "nmae"}, "loss_type: unknown loss 'nmae'"),
         ({"loss_type": "dpo", "clip_chosen": 1.0}, "loss_type: loss 'dpo' has no option 'clip_chosen'"),
         ({"beta": 0.1, "loss_args": {"beta": 0.1}}, "loss_args.beta: beta is given beside loss_args too"),

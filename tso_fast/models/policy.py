@@ -55,10 +55,15 @@ class Policy(nn.Module):
         hidden = self.hidden(input_ids, attention_mask)
         return linear_logprobs(hidden, self.head.weight, targets, impl=impl, **self._head_options())
 
-    def forward(self, batch: PairBatch, *, impl: str, loss: str | Loss | None = None, **options: Any) -> Any:
-        """The ``PreferenceOutput`` of a batch, or, if ``loss`` is None, the log-prob of each sequence, [S] nats."""
+    def forward(
+        self, batch: PairBatch, *, impl: str, loss: str | Loss | None = None, per_token: bool = False, **options: Any
+    ) -> Any:
+        """The ``PreferenceOutput`` of a batch, or, if ``loss`` is None, the log-prob of each sequence, [S] nats, or of
+        each token, [S, L]."""
         if loss is None:
             logprobs = self.logprobs(batch.input_ids, batch.attention_mask, batch.targets, impl=impl)
+            if per_token:
+                return logprobs
             # Summed as in preference_loss, so that equal policy and reference have equal sums.
             return logprobs.sum(dim=1, dtype=torch.float64).to(logprobs.dtype)
         return preference_loss(
@@ -67,6 +72,7 @@ class Policy(nn.Module):
             batch.targets,
             loss=loss,
             ref_logprobs=batch.ref_logprobs,
+            ref_token_logprobs=batch.ref_token_logprobs,
             scale=batch.scale,
             soft_label=batch.soft_label,
             margin=batch.margin,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tso_fast.models.tokens import encode_prompt, pad_sequences, response_ids
+from tso_fast.models.tokens import IGNORE, encode_prompt, pad_sequences, response_ids
 from tso_fast.types import PairBatch, PreferencePair
 
 
@@ -52,6 +52,11 @@ def encode_pairs(
     return encoded, too_long
 
 
+def completion_lengths(pairs: Sequence[EncodedPair]) -> list[int]:
+    """Numbers of tokens of all completions, pair by pair the chosen and the rejected one."""
+    return [len(completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
+
+
 def collate(
     pairs: Sequence[EncodedPair],
     index: Sequence[int],
@@ -59,12 +64,14 @@ def collate(
     pad_token_id: int,
     device: torch.device,
     ref_logprobs: torch.Tensor | None = None,
+    ref_tokens: Sequence[torch.Tensor] | None = None,
     is_padding: Sequence[bool] | None = None,
 ) -> PairBatch:
     """Batch of the pairs ``index``.
 
     Args:
         ref_logprobs: [number of pairs, 2] reference sums (chosen, rejected), or None.
+        ref_tokens: reference log-probs of the tokens of each completion, pair by pair the chosen and the rejected one.
         is_padding: pairs that only fill the batch; they get scale 0.
     """
     chosen = [(pairs[i].prompt, pairs[i].chosen) for i in index]
@@ -72,6 +79,10 @@ def collate(
     ids, mask, targets = pad_sequences(chosen + rejected, pad_token_id)
     keep = 1.0 - torch.tensor(is_padding if is_padding is not None else [False] * len(index), dtype=torch.float32)
     reference = None if ref_logprobs is None else ref_logprobs[list(index)].T.reshape(-1).to(device)
+    tokens = None
+    if ref_tokens is not None:
+        tokens = torch.zeros(targets.shape)
+        tokens[targets != IGNORE] = torch.cat([ref_tokens[2 * i + side] for side in (0, 1) for i in index])
     return PairBatch(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -80,6 +91,7 @@ def collate(
         soft_label=torch.tensor([pairs[i].soft_label for i in index]).to(device),
         margin=torch.tensor([pairs[i].margin for i in index]).to(device),
         ref_logprobs=reference,
+        ref_token_logprobs=None if tokens is None else tokens.to(device),
     )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,17 +25,25 @@ from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.progress import progress_bar
 from tso_fast.seeds import seed_of
 from tso_fast.training import checkpoint
-from tso_fast.training.batches import EncodedPair, Step, collate, num_steps, plan_steps
+from tso_fast.training.batches import EncodedPair, Step, collate, completion_lengths, num_steps, plan_steps
 from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, finite
 from tso_fast.training.reference import load_reference, reference_logprobs
 from tso_fast.types import Weights
+
+_NOT_MADE = {
+    "ref2_logprobs": "log-probs under a second reference",
+    "token_values": "a number for each token",
+    "pairs": "further sequences for each pair",
+}
+"""Arguments of ``preference_loss`` for which training has no values, and what they are."""
+_SOURCES_OF_LABELS = {"soft_label_by": "soft_label", "soft_label_kappa": "soft_label", "margin_weight": "margin"}
 
 
 def configured_loss(config: OptimizationConfig) -> Loss:
     """The loss that is trained on, with its options bound.
 
     Raises:
-        InputError: a loss that is not known, or options that it does not take.
+        InputError: a loss that is not known or needs what training does not make, or options that it does not take.
     """
     flat = {
         name: value for name in ("beta", "clip_chosen", "clip_rejected") if (value := getattr(config, name)) is not None
@@ -48,9 +56,15 @@ def configured_loss(config: OptimizationConfig) -> Loss:
         loss = weighted_sum(names, config.loss_weights, {**flat, **named})
     except ValueError as error:
         raise InputError(f"loss_type: {error}") from error
-    if isinstance(config, PairingConfig) and not loss.takes_labels:
-        for key in ("soft_label_by", "soft_label_kappa", "margin_weight"):
-            if getattr(config, key):
+    for name, what in _NOT_MADE.items():
+        if name in loss.needs or (name == "pairs" and loss.num_extra):
+            raise InputError(
+                f"loss_type: {loss.title} needs {what}, which training does not make; call preference_loss with {name} "
+                "in a loop of your own, or train on another loss"
+            )
+    if isinstance(config, PairingConfig):
+        for key, label in _SOURCES_OF_LABELS.items():
+            if getattr(config, key) and label not in loss.labels:
                 raise InputError(f"{key}: it has no effect on loss_type {config.loss_type!r}; leave it out")
     return loss
 
@@ -126,9 +140,7 @@ def optimise(
         scheduler=transformers.get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps),
         loss=loss,
         pairs=pairs,
-        ref_logprobs=None
-        if not loss.needs_reference
-        else _reference_of(pairs, policy, reference, config, files.number, accelerator, pad_token_id),
+        references=_references(loss, pairs, policy, reference, config, files.number, accelerator, pad_token_id),
         has_own_reference=reference is None and config.disable_dropout,
         guard=NonFiniteGuard(files.folder, config.max_skipped_steps, accelerator.is_main_process),
         files=files,
@@ -153,7 +165,8 @@ def _shares(config: OptimizationConfig, accelerator: Accelerator) -> dict[str, i
     }
 
 
-def _reference_of(
+def _references(
+    loss: Loss,
     pairs: Sequence[EncodedPair],
     policy: Any,
     reference: Weights | None,
@@ -161,8 +174,14 @@ def _reference_of(
     iteration: int,
     accelerator: Accelerator,
     pad_token_id: int,
-) -> torch.Tensor:
-    """Reference sums of all pairs, [pairs, 2]; a separate reference is loaded, asked, and given back."""
+) -> dict[str, Any]:
+    """Reference log-probs of all pairs as the loss needs them, sums or those of tokens, for ``collate``.
+
+    A separate reference is loaded, asked, and given back. Empty if the loss needs no reference.
+    """
+    if not loss.needs_reference:
+        return {}
+    per_token = loss.token_term is not None
     scorer = policy if reference is None else load_reference(config, reference, accelerator.device)
     with progress_bar(f"iteration {iteration}: reference log-probs", len(pairs)) as advance:
         logprobs = reference_logprobs(
@@ -174,12 +193,14 @@ def _reference_of(
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             impl=config.impl,
+            per_token=per_token,
             autocast=accelerator.autocast,
             advance=advance,
         )
     if reference is not None:
         release(scorer)
-    return accelerator.reduce(logprobs.to(accelerator.device)).cpu()
+    logprobs = accelerator.reduce(logprobs.to(accelerator.device)).cpu()
+    return {"ref_tokens": logprobs.split(completion_lengths(pairs))} if per_token else {"ref_logprobs": logprobs}
 
 
 @dataclass(kw_only=True)
@@ -191,8 +212,8 @@ class _Training:
     scheduler: Any
     loss: Loss
     pairs: Sequence[EncodedPair]
-    ref_logprobs: torch.Tensor | None
-    """[pairs, 2]; None: the loss needs no reference."""
+    references: Mapping[str, Any]
+    """Reference log-probs of all pairs, as ``collate`` takes them; empty: the loss needs no reference."""
     has_own_reference: bool
     """Whether the reference is the policy before the first step, so that the first loss is known."""
     guard: NonFiniteGuard
@@ -302,8 +323,8 @@ def backward(run: _Training, step: Step, meter: Meter, first: FirstStep | None =
             micro.index,
             pad_token_id=run.pad_token_id,
             device=accelerator.device,
-            ref_logprobs=run.ref_logprobs,
             is_padding=micro.is_padding,
+            **run.references,
         )
         is_last = n == len(step.micro_batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(run.policy):

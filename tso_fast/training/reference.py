@@ -15,7 +15,8 @@ from tso_fast.files.run import Run
 from tso_fast.matrix import ModelMatrix
 from tso_fast.models.load import load_model, save_model
 from tso_fast.models.policy import Policy
-from tso_fast.training.batches import EncodedPair, collate
+from tso_fast.models.tokens import IGNORE
+from tso_fast.training.batches import EncodedPair, collate, completion_lengths
 from tso_fast.types import Weights
 
 DEFAULT_EMA_ALPHA = 0.6  # TRL's ref_model_mixup_alpha
@@ -68,6 +69,7 @@ def reference_logprobs(
     rank: int,
     world: int,
     impl: str,
+    per_token: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     advance: Callable[[int], None] = lambda n: None,
 ) -> torch.Tensor:
@@ -76,18 +78,27 @@ def reference_logprobs(
     Batches of like length are dealt to the processes; each fills in its own and leaves zeros elsewhere.
 
     Args:
+        per_token: not the sums but the log-probs of all completions' tokens, one after the other in a single dimension,
+            see ``completion_lengths``.
         autocast: the context that the policy is trained in, so that both round alike.
     """
-    out = torch.zeros(len(pairs), 2)
+    lengths = completion_lengths(pairs)
+    out = torch.zeros(sum(lengths)) if per_token else torch.zeros(len(pairs), 2)
+    parts = out.split(lengths) if per_token else ()
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
     for start in range(0, len(order), batch_size * world):
         index = order[start + rank * batch_size :][:batch_size]
         # Wrapped models communicate in their forward pass, so a process without pairs makes the pass all the same.
         batch = collate(pairs, index or order[:1], pad_token_id=pad_token_id, device=device)
         with autocast():
-            logprobs = policy(batch, impl=impl).reshape(2, -1).T.float().cpu()
-        if index:
-            out[index] = logprobs
+            logprobs = policy(batch, impl=impl, per_token=per_token).float()
+        if index and per_token:
+            sides = [2 * i + side for side in (0, 1) for i in index]
+            found = logprobs[batch.targets != IGNORE].cpu().split([lengths[side] for side in sides])
+            for side, values in zip(sides, found, strict=True):
+                parts[side].copy_(values)
+        elif index:
+            out[index] = logprobs.reshape(2, -1).T.cpu()
         advance(batch_size * world)
     return out
 
