@@ -15,7 +15,7 @@ from tso_fast.files.run import Run
 from tso_fast.models.load import load_model, save_model
 from tso_fast.models.policy import Policy
 from tso_fast.quickstart.build import Recipe, make_tokenizer
-from tso_fast.training.batches import EncodedPair
+from tso_fast.training.batches import EncodedPair, completion_lengths
 from tso_fast.training.reference import load_reference, reference_logprobs, reference_weights, save_ema
 from tso_fast.types import Weights
 
@@ -79,20 +79,20 @@ def test_reference_log_probs_do_not_depend_on_how_they_are_shared_out(batch_size
     ]
     model = tiny(0)
     passes = []
-    total = torch.zeros(11, 2)
+    lengths = completion_lengths(pairs)
+    total, flat = torch.zeros(11, 2), torch.zeros(sum(lengths))
     for rank in range(world):
         done: list[int] = []
-        total += reference_logprobs(
-            Policy(model),
-            pairs,
-            batch_size=batch_size,
-            pad_token_id=0,
-            device=CPU,
-            rank=rank,
-            world=world,
-            impl="auto",
-            advance=done.append,
-        )
+        share: dict[str, Any] = {
+            "batch_size": batch_size,
+            "pad_token_id": 0,
+            "device": CPU,
+            "rank": rank,
+            "world": world,
+            "impl": "auto",
+        }
+        total += reference_logprobs(Policy(model), pairs, advance=done.append, **share)
+        flat += reference_logprobs(Policy(model), pairs, per_token=True, **share)
         passes.append(len(done))
     assert len(set(passes)) == 1  # wrapped models need as many forward passes on every process
     for i, pair in enumerate(pairs):
@@ -100,8 +100,9 @@ def test_reference_log_probs_do_not_depend_on_how_they_are_shared_out(batch_size
             ids = torch.tensor([pair.prompt + completion])
             with torch.no_grad():
                 logprobs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
-            want = logprobs[len(pair.prompt) - 1 :].sum()
-            torch.testing.assert_close(total[i, side], want, rtol=1e-5, atol=1e-5)
+            want = logprobs[len(pair.prompt) - 1 :, 0]
+            torch.testing.assert_close(total[i, side], want.sum(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(flat.split(lengths)[2 * i + side], want, rtol=1e-5, atol=1e-5)
     assert not total.requires_grad
 
 
