@@ -16,9 +16,9 @@ import numpy as np
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
 from tso_fast.correction.beliefs import INVERTED, LONGER, PULL, consensus_of
 from tso_fast.correction.calibration import expected_calibration_error
-from tso_fast.correction.evidence import score_matrix
+from tso_fast.correction.evidence import compared_of, score_matrix, votes_of
 from tso_fast.correction.reliability import Combination, combine
-from tso_fast.correction.votes import Voter, Votes, votes_of
+from tso_fast.correction.votes import Voter, Votes
 from tso_fast.files.rows import BadRows, read_candidates
 from tso_fast.types import ScoreMatrix
 
@@ -49,7 +49,7 @@ class Matrix:
         self.candidates = [
             dataclasses.replace(item, responses=tuple(r for r in item.responses if not r.is_human)) for item in rows
         ]
-        self.base = votes_of(self.candidates, score_matrix(self.candidates, []), [])
+        self.base = votes_of(self.candidates, score_matrix(self.candidates, []), compared_of(self.candidates, []))
         right_PR = np.array([[bool(r.is_correct) for r in item.responses] for item in self.candidates]).astype(int)
         first, second = np.triu_indices(right_PR.shape[1], 1)
         self.truth_N = (right_PR[:, first] - right_PR[:, second]).ravel()
@@ -175,7 +175,7 @@ def calibration(log_odds: np.ndarray, truth: np.ndarray) -> Row:
 
 def consensus_gaps(votes: Votes) -> np.ndarray:
     """[N] gaps of the mean win rates, as `evidence: consensus` has them; the prior order where there is none."""
-    offsets, first, second = votes.offsets, *_rows_of_pairs(votes)
+    offsets, (first, second) = votes.offsets, votes.rows_of_pair.T
     won = (1 + votes.strength_NJ.astype(np.float64)) / 2
     rates = []
     for share in won.T:
@@ -188,15 +188,6 @@ def consensus_gaps(votes: Votes) -> np.ndarray:
     found = consensus_of(matrix, EvidenceConfig(evidence="consensus"))
     gaps = found.scores[first] - found.scores[second] if found.gaps is None else found.gaps
     return np.where(np.isnan(gaps), votes.prior_N, gaps.round(6))
-
-
-def _rows_of_pairs(votes: Votes) -> tuple[np.ndarray, np.ndarray]:
-    """[N] rows of the first and of the second response of each pair."""
-    pairs = [
-        np.array(np.triu_indices(n, 1)) + start for n, start in zip(votes.num_responses, votes.offsets, strict=False)
-    ]
-    first, second = np.concatenate(pairs, axis=1)
-    return first, second
 
 
 def named(found: Combination) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,13 +60,18 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, rank: int = 4, strengt
     return folder
 
 
-def corrected(item: Any, scores: Any, config: Any, counts: Any = None) -> list[Any]:
-    """Decisions on the pairs of a prompt of which nothing but consensus scores is known."""
-    from tso_fast.correction.decide import Counts, correct, from_scores
-    from tso_fast.correction.evidence import evidence_of, score_matrix
+def corrected(item: Any, scores: Any, config: Any) -> Any:
+    """Decisions on all pairs of a prompt of which nothing but consensus scores is known."""
+    from tso_fast.correction.decide import correct, from_scores
+    from tso_fast.correction.evidence import compared_of, score_matrix, votes_of
 
-    (evidence,) = evidence_of([item], score_matrix([item], []), [])
-    return correct(item, evidence, from_scores(evidence, scores), config, Counts() if counts is None else counts)
+    votes = votes_of([item], score_matrix([item], []), compared_of([item], []))
+    return correct([item], votes, from_scores(votes, np.asarray(scores, dtype=np.float64)), config)
+
+
+def used(decided: Any) -> list[Any]:
+    """The pairs that were not dropped."""
+    return [decided.pair(n) for n in np.flatnonzero(decided.is_used)]
 
 
 def fork(do: Callable[[], object]) -> int:

@@ -89,7 +89,7 @@ def test_evidence_is_all_pairs_of_different_texts_with_every_vote() -> None:
         ("p", 1, 2),
         ("q", 0, 1),
     ]  # "same", "same ": one text
-    found = {(e.prompt_id, *e.responses): e for pairs in beliefs.evidence for e in pairs}
+    found = {(e.prompt_id, *e.responses): e for e in beliefs.pairs()}
     assert found["p", 0, 1].votes == {"exact": 0.75}
     assert found["p", 0, 2].votes == {"llm": -0.5}
     assert found["q", 0, 1].labels == {"ada": None}

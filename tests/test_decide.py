@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import corrected, read_rows
+from helpers import corrected, read_rows, used
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
-from tso_fast.correction.decide import Corrected, Counts
+from tso_fast.correction.decide import Corrected
 from tso_fast.correction.evidence import prior_order
 from tso_fast.correction.make_pairs import make_pairs
 from tso_fast.files.rows import BadRows, read_candidates
@@ -36,12 +37,13 @@ def item(*responses: Response) -> Candidates:
 
 
 def decide(a: Response, b: Response, scores: tuple[float, float], **settings: Any) -> tuple[str, str, Corrected | None]:
-    counts = Counts()
-    decided = corrected(item(a, b), scores, PairingConfig(**settings), counts)
-    (((decision, reason), count),) = counts.reasons.items()
+    decided = corrected(item(a, b), scores, PairingConfig(**settings))
+    ((decision, reasons),) = decided.counts()["reasons"].items()
+    ((reason, count),) = reasons.items()
     assert count == 1
-    assert [d.decision for d in decided] == ([] if decision == "drop" else [decision])
-    return decision, reason, decided[0] if decided else None
+    pairs = used(decided)
+    assert [pair.decision for pair in pairs] == ([] if decision == "drop" else [decision])
+    return decision, reason, pairs[0] if pairs else None
 
 
 # ---- the prior order
@@ -158,15 +160,14 @@ def test_invariants() -> None:
     for _ in range(500):
         candidates, scores = random_item(r)
         config = PairingConfig(min_margin=r.choice([0, 0.3]), on_no_evidence=r.choice(["prior", "drop"]))
-        counts = Counts()
-        decided = corrected(candidates, scores, config, counts)
-        n = len(candidates.responses)
-        assert counts.decisions.total() == counts.reasons.total() == math.comb(n, 2)
-        assert counts.decisions.total() - sum(v for (_, d), v in counts.decisions.items() if d == "drop") == len(
-            decided
-        )
-        assert len({frozenset((pair.chosen, pair.rejected)) for pair in decided}) == len(decided)
-        for pair in decided:
+        decided = corrected(candidates, scores, config)
+        counts, pairs = decided.counts(), used(decided)
+        decisions = [count for of in counts["decisions"].values() for count in of.items()]
+        reasons = [count for of in counts["reasons"].values() for count in of.values()]
+        assert sum(count for _, count in decisions) == sum(reasons) == math.comb(len(candidates.responses), 2)
+        assert sum(count for decision, count in decisions if decision != "drop") == len(pairs)
+        assert len({frozenset((pair.chosen, pair.rejected)) for pair in pairs}) == len(pairs)
+        for pair in pairs:
             chosen, rejected = scores[pair.chosen], scores[pair.rejected]
             sign, rule = prior_order(candidates.responses[pair.chosen], candidates.responses[pair.rejected])
             assert rule == pair.prior
@@ -180,9 +181,7 @@ def test_invariants() -> None:
 
 
 def test_counts_are_nested_by_rule_and_by_decision() -> None:
-    counts = Counts()
-    corrected(item(A, B, C), (1, 0, 1), PairingConfig(), counts)
-    assert counts.to_dict() == {
+    assert corrected(item(A, B, C), (1, 0, 1), PairingConfig()).counts() == {
         "decisions": {"newer": {"keep": 2}, "none": {"drop": 1}},
         "reasons": {"drop": {"tie": 1}, "keep": {"confirmed": 2}},
     }
@@ -216,14 +215,15 @@ def test_counted_errors_of_the_prior_are_the_real_ones(
     labels = [{r["model"]: r["is_correct"] for r in row["responses"]} for row in read_rows(gsm8k_dev)]
     wrong = sum(label[worse] > label[better] for label in labels)
     right = sum(label[better] > label[worse] for label in labels)
-    counts = Counts()
+    counts: Counter[tuple[str, str]] = Counter()
     for candidates, scores in zip(*judged, strict=True):
         index = [i for i, r in enumerate(candidates.responses) if r.model in (better, worse)]
-        corrected(item(*(candidates.responses[i] for i in index)), scores[index], PairingConfig(), counts)
+        decided = corrected(item(*(candidates.responses[i] for i in index)), scores[index], PairingConfig())
+        counts.update({(rule, d): n for rule, of in decided.counts()["decisions"].items() for d, n in of.items()})
     rule = ORDERED[better, worse]
-    assert counts.decisions[rule, "swap"] == wrong
-    assert counts.decisions[rule, "keep"] == right
-    assert counts.decisions.total() == len(labels) == 660
+    assert counts[rule, "swap"] == wrong
+    assert counts[rule, "keep"] == right
+    assert counts.total() == len(labels) == 660
     assert 0.05 < wrong / (wrong + right) < 0.3
 
 
@@ -258,7 +258,7 @@ def test_order_of_responses_changes_nothing(judged: tuple[list[Candidates], np.n
             shuffled = item(*(candidates.responses[i] for i in order))
             return {
                 (shuffled.responses[p.chosen].text, shuffled.responses[p.rejected].text, p.prior, p.decision, p.reason)
-                for p in corrected(shuffled, scores[order], PairingConfig(), Counts())
+                for p in used(corrected(shuffled, scores[order], PairingConfig()))
             }
 
         assert texts([0, 1, 2, 3, 4]) == texts([3, 1, 4, 0, 2])

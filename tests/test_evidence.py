@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
-from tso_fast.correction.beliefs import Beliefs
-from tso_fast.correction.evidence import evidence_of, score_matrix, with_comparisons
+from tso_fast.correction.beliefs import believe
+from tso_fast.correction.decide import correct
+from tso_fast.correction.evidence import compared_of, score_matrix, with_comparisons
 from tso_fast.correction.make_pairs import make_pairs
 from tso_fast.correction.oracle import errors_against, make_oracle
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_candidates
 from tso_fast.judges.self_consistency import agree
-from tso_fast.types import Candidates, Comparison, PairEvidence, PreferencePair, Prompt, Response, Verdict
+from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
 
 NAN = math.nan
 
@@ -66,8 +67,7 @@ def test_votes_of_every_kind_meet_in_a_pair() -> None:
     candidates = [item("q", "a", "b", "c")]
     verdicts = [Verdict(prompt_id="q", response=i, judge="rater", score=s) for i, s in enumerate([3.0, 1.0, None])]
     comparisons = [said(0.9), said(0.2, 2, 0, judge="other"), said(None, 1, 2), label(0.0, annotator="bo")]
-    (pairs,) = evidence_of(candidates, score_matrix(candidates, verdicts), comparisons)
-    first, second, third = pairs
+    first, second, third = believe(candidates, [*verdicts, *comparisons], EvidenceConfig()).pairs()
     assert first.responses == (0, 1)
     assert (first.prior, first.rule) == (1, "newer")
     assert dict(first.votes) == pytest.approx({"rater": 2.0, "llm": 0.8})
@@ -85,26 +85,55 @@ def test_a_judge_is_of_one_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "expected"),
+    ("labels", "expected", "reason"),
     [
-        ({"a": 1.0}, 1.0),
-        ({"a": 1.0, "b": -1.0}, 0.0),
-        ({"a": 1.0, "b": 1.0, "c": -1.0}, 1 / 3),
-        ({"a": None}, None),
-        ({"a": None, "b": 1.0}, None),
-        ({"a": None, "b": 1.0, "c": 1.0}, 1.0),
+        ([1.0], 1.0, "human: confirmed"),
+        ([1.0, 0.0], 0.0, "human: tie"),
+        ([1.0, 1.0, 0.0], 1 / 3, "human: confirmed"),
+        ([None], NAN, "human: bad"),
+        ([None, 1.0], NAN, "human: bad"),
+        ([None, 1.0, 1.0], 1.0, "human: confirmed"),
+        ([], NAN, "prior alone"),
     ],
 )
-def test_what_people_say_together(labels: dict[str, float | None], expected: float | None) -> None:
-    pair = PairEvidence(prompt_id="q", responses=(0, 1), prior=0, rule="none", votes={}, labels=labels)
-    assert pair.label == (None if expected is None else pytest.approx(expected))
+def test_what_people_say_together(labels: list[float | None], expected: float, reason: str) -> None:
+    """A pair that is bad, or bad to half of them, is dropped, and says nothing of its judges."""
+    people = [label(p, annotator=f"ann{i}") for i, p in enumerate(labels)]
+    candidates = [item("q", "new", "old")]
+    beliefs = believe(candidates, people, EvidenceConfig())
+    np.testing.assert_allclose(beliefs.votes.label, [expected])
+    assert beliefs.votes.is_labelled.tolist() == [bool(labels)]
+    assert beliefs.votes.without_labels(np.ones(1, bool)).is_labelled.tolist() == [False]
+    assert next(beliefs.pairs()).labels == {
+        f"ann{i}": None if p is None else 2 * p - 1 for i, p in sorted(enumerate(labels))
+    }
+    ((found,),) = correct(candidates, beliefs.votes, beliefs.about(), PairingConfig()).counts()["reasons"].values()
+    assert found == reason
+
+
+@pytest.mark.parametrize(("last", "votes", "stated"), [(0.2, {"llm": -0.6}, 0.2), (None, {}, None)])
+def test_the_last_verdict_of_a_voter_on_a_pair_counts(
+    last: float | None, votes: dict[str, float], stated: float | None
+) -> None:
+    """Also if it names the responses the other way round, or takes the verdict back."""
+    again = said(None if last is None else 1 - last, 1, 0)
+    verdicts = [said(0.9), said(0.8, judge="other", id="r"), again, label(1.0), label(last), label(1.0, annotator="bo")]
+    candidates = [item("q", "a", "b"), item("r", "a", "b")]
+    beliefs = believe(candidates, verdicts, EvidenceConfig())
+    first, second = beliefs.pairs()
+    assert first.votes == pytest.approx(votes)
+    assert first.stated == pytest.approx(stated)
+    assert first.labels == {"ann": None if last is None else pytest.approx(-0.6), "bo": 1.0}
+    assert second.votes == pytest.approx({"other": 0.6})
+    assert beliefs.votes.abstained_NJ[0].tolist() == [last is None, False, last is None, False]
+    np.testing.assert_allclose(beliefs.matrix.scores[0], [NAN if last is None else last, NAN], rtol=1e-6)
 
 
 def test_a_comparing_judge_becomes_a_column_of_mean_wins() -> None:
     candidates = [item("p", "x", "y"), item("q", "a", "b", "c")]
     matrix = score_matrix(candidates, [])
     verdicts = [said(0.9), said(0.6, 2, 0), said(None, 1, 2), label(1.0)]
-    with_them = with_comparisons(matrix, candidates, verdicts)
+    with_them = with_comparisons(matrix, compared_of(candidates, verdicts))
     assert with_them.scorers == ("llm",)
     np.testing.assert_allclose(with_them.scores[:, 0], [NAN, NAN, (0.9 + 0.4) / 2, 0.1, 0.6], rtol=1e-6)
 
@@ -113,8 +142,9 @@ def test_bradley_terry_counts_whom_a_response_met() -> None:
     """c beat the best, b beat the worst, equally often: by wins they are alike, by strength c is better."""
     candidates = [item("q", "best", "b", "c", "worst")]
     verdicts = [said(0.5, 0, 2), said(0.9, 0, 3), said(0.5, 1, 3)]
-    wins = with_comparisons(score_matrix(candidates, []), candidates, verdicts).scores[:, 0]
-    strengths = with_comparisons(score_matrix(candidates, []), candidates, verdicts, "bradley_terry").scores[:, 0]
+    matrix, compared = score_matrix(candidates, []), compared_of(candidates, verdicts)
+    wins = with_comparisons(matrix, compared).scores[:, 0]
+    strengths = with_comparisons(matrix, compared, "bradley_terry").scores[:, 0]
     assert wins[1] == wins[2] == 0.5
     assert strengths[2] > strengths[1]
     judging = EvidenceConfig(comparison_scores="bradley_terry")
@@ -318,13 +348,12 @@ def test_an_unknown_oracle_names_the_nearest() -> None:
 
 def test_errors_count_only_what_the_oracle_orders() -> None:
     candidates = [item("q", "a", "b", "c")]
-    matrix = score_matrix(candidates, [])
-    evidence = evidence_of(candidates, matrix, [])
-    beliefs = Beliefs(candidates, evidence, EvidenceConfig(), matrix)
+    beliefs = believe(candidates, [], EvidenceConfig())
     oracle = make_oracle(
         "exact", [Candidates(prompt=Prompt(id="q", prompt="?", answer="b"), responses=candidates[0].responses)]
     )
-    assert errors_against(oracle, candidates, evidence, [[]], beliefs) == {
+    nothing = correct(candidates, beliefs.votes, beliefs.about(), PairingConfig(on_no_evidence="drop"))
+    assert errors_against(oracle, beliefs, nothing) == {
         "newer": {"pairs": 2, "prior": 1, "kept": 0, "corrected": 0, "best": 0}
     }
 

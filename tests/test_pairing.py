@@ -9,10 +9,10 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
-from helpers import corrected
+from helpers import corrected, used
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
-from tso_fast.correction.decide import Corrected, Counts
+from tso_fast.correction.decide import Corrected
 from tso_fast.correction.make_pairs import make_pairs
 from tso_fast.correction.pairing import select, to_pair
 from tso_fast.files.rows import BadRows, pair_row, read_candidates
@@ -30,16 +30,15 @@ def item(*texts: str, id: str = "q") -> Candidates:  # noqa: A002
 
 def selected(candidates: Candidates, scores: Any, seed: int = 0, **settings: Any) -> list[Corrected]:
     config = PairingConfig(**settings)
-    decided = corrected(candidates, scores, config, Counts())
-    (chosen,) = select([candidates], [decided], [np.array(scores, dtype=np.float32)], config, seed)
-    return chosen
+    decided = corrected(candidates, scores, config)
+    chosen = select([candidates], decided, np.array(scores, dtype=np.float32), config, seed)
+    return [decided.pair(n) for n in chosen]
 
 
 def strength(scores: list[float], chosen: int, rejected: int, **settings: Any) -> PreferencePair:
     candidates = item(*"abcdefgh"[: len(scores)])
     config = PairingConfig(**settings)
-    decided = corrected(candidates, scores, config, Counts())
-    (pair,) = [p for p in decided if (p.chosen, p.rejected) == (chosen, rejected)]
+    (pair,) = [p for p in used(corrected(candidates, scores, config)) if (p.chosen, p.rejected) == (chosen, rejected)]
     return to_pair(candidates, pair, scores, config)
 
 
@@ -255,7 +254,7 @@ def test_without_evidence_every_pair_counts_alike(scale_by: str) -> None:
         responses=(Response(model="v1", text="a", version_rank=1), Response(model="v0", text="b", version_rank=0)),
     )
     config = PairingConfig(scale_by=scale_by, soft_label_kappa=2.0, margin_weight=1.0)  # type: ignore[arg-type]
-    (decided,) = corrected(candidates, [NAN, NAN], config, Counts())
+    (decided,) = used(corrected(candidates, [NAN, NAN], config))
     pair = to_pair(candidates, decided, [NAN, NAN], config)
     assert (pair.scale, pair.soft_label, pair.margin) == (1.0, 0.5, 0.0)
     assert (pair.score_chosen, pair.score_rejected, pair.reason) == (None, None, "prior alone")

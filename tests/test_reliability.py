@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from tso_fast.correction.calibration import expected_calibration_error, fit_temperature, tempered
+from tso_fast.correction.evidence import compared_of, votes_of
 from tso_fast.correction.graded import normal_scores
 from tso_fast.correction.joint import BLOCK, JointModel, block_of, blocks_of
 from tso_fast.correction.reliability import Combination, combine, is_identified
-from tso_fast.correction.votes import ORDER, Voter, Votes, votes_of, with_meaningful_silence
+from tso_fast.correction.votes import ORDER, Voter, Votes, with_meaningful_silence
 from tso_fast.types import Candidates, Comparison, Prompt, Response, ScoreMatrix
 
 NAN = math.nan
@@ -382,7 +383,7 @@ def test_a_given_rule_of_the_prior() -> None:
     responses = (Response(model="human", text="a"), Response(model="m", text="b", version_rank=1))
     candidates = [Candidates(prompt=Prompt(id=f"q{k}", prompt="?"), responses=responses) for k in range(4)]
     empty = ScoreMatrix(scores=np.zeros((8, 0), np.float32), offsets=np.arange(5) * 2, scorers=())
-    votes = votes_of(candidates, empty, [], {"prior: human": 0.95})
+    votes = votes_of(candidates, empty, compared_of(candidates, []), {"prior: human": 0.95})
     assert not votes.order_R.any()
     found = combine(votes)
     assert found.probabilities[0, 0] / found.probabilities[0, :2].sum() == pytest.approx(0.95)
@@ -497,12 +498,12 @@ def test_votes_are_read_as_they_were_shown() -> None:
     def said(p: float | None, i: int, j: int, judge: str = "llm", **more: Any) -> Comparison:
         return Comparison(prompt_id="q", responses=(i, j), judge=judge, probability=p, **more)
 
-    votes = votes_of(
+    compared = compared_of(
         candidates,
-        matrix,
         [said(0.9, 1, 0), said(None, 1, 2), said(0.6, 0, 1, "both", orders=(0.7, 0.5)),
          said(0.0, 0, 1, "human", annotator="ann")],
     )  # fmt: skip
+    votes = votes_of(candidates, matrix, compared)
     assert [(voter.name, voter.kind) for voter in votes.voters] == [
         ("rm", "score"), ("both", "comparison"), ("llm", "comparison"), ("ann", "label")
     ]  # fmt: skip

@@ -205,12 +205,6 @@ class PairEvidence:
     is_same_text: bool = False
     """Whether both responses have the same text, apart from surrounding white space."""
 
-    @property
-    def label(self) -> float | None:
-        """Mean of the labels; None: nobody labelled the pair, or most annotators call it bad."""
-        given = [label for label in self.labels.values() if label is not None]
-        return sum(given) / len(given) if 2 * len(given) > len(self.labels) else None
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreMatrix:

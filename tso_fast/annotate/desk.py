@@ -86,7 +86,7 @@ class Desk:
         self.queue = ordered(gains_of(beliefs), seed)[:max_pairs]
         self._place = {pair: place for place, pair in enumerate(self.queue)}
         self._candidates = {c.prompt.id: c for c in beliefs.candidates}
-        self._votes = {(pair.prompt_id, *pair.responses): pair.votes for pairs in beliefs.evidence for pair in pairs}
+        self._votes = {(pair.prompt_id, *pair.responses): pair.votes for pair in beliefs.pairs()}
         self._seats: dict[str, _Seat] = {}
         self._mutex = threading.RLock()
 

@@ -45,7 +45,7 @@ def gains_of(beliefs: Beliefs) -> dict[Pair, float]:
     Where reliabilities are estimated: the expected number of pairs that it puts right, see
     ``correction.reliability.Combination.label_gains``; elsewhere ``informativeness``.
     """
-    pairs = [pair for of_prompt in beliefs.evidence for pair in of_prompt]
+    pairs = list(beliefs.pairs())
     if beliefs.combination is None:
         gains = [informativeness(pair) for pair in pairs]
     else:

@@ -1,6 +1,8 @@
 """Beliefs that follow from the evidence: one score per response, and one probability per pair.
 
-ScoreMatrix, PairEvidence -> consensus of scores, or reliabilities of voters -> Beliefs
+ScoreMatrix, Votes -> consensus of scores, or reliabilities of voters -> Beliefs
+
+Letters in shapes: P prompts, R responses of all prompts, M scorers, N pairs, L labelled pairs.
 """
 
 from __future__ import annotations
@@ -9,16 +11,17 @@ import functools
 import logging
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from tso_fast.config.settings import EvidenceConfig
 from tso_fast.correction.decide import Belief, from_scores
-from tso_fast.correction.evidence import Evidence, evidence_of, score_matrix, with_comparisons
+from tso_fast.correction.evidence import compared_of, score_matrix, stated_of, votes_of, with_comparisons
 from tso_fast.correction.reliability import Combination, LearnFrom, combine, is_identified
-from tso_fast.correction.votes import PRIOR, votes_of
+from tso_fast.correction.votes import PRIOR, rows_of_pairs
 from tso_fast.errors import InputError, did_you_mean
 from tso_fast.scoring import Agreement, agreement, consensus
 from tso_fast.types import Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
@@ -76,8 +79,9 @@ def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> Consensus:
             raise InputError(f"score_weights: {config.score_weights} leaves no scorer; expected a weight > 0")
     if not matrix.scorers:
         return Consensus(np.full(matrix.scores.shape[0], np.nan, dtype=np.float32), None)
-    options: dict[str, Any] = {"method": config.consensus, "normalize": config.score_normalize}
-    scores = consensus(matrix.scores, matrix.offsets, **options, weights=weights).scores
+    scores = consensus(
+        matrix.scores, matrix.offsets, method=config.consensus, normalize=config.score_normalize, weights=weights
+    ).scores
     counts = np.diff(matrix.offsets)
     known = ~np.isnan(matrix.scores[:, weights > 0])
     prompt_R = np.repeat(np.arange(len(counts)), counts)
@@ -87,25 +91,35 @@ def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> Consensus:
     # Win rates and Bradley-Terry strengths compare responses pair by pair as it is.
     if not is_uneven.any() or config.consensus in ("win_rate", "bradley_terry"):
         return Consensus(scores, None)
-    alone = np.stack(
-        [consensus(matrix.scores[:, [k]], matrix.offsets, **options).scores for k in range(len(weights))], axis=1
-    )
-    gaps = []
-    scores = scores.copy()
-    for p, (start, end) in enumerate(zip(matrix.offsets[:-1], matrix.offsets[1:], strict=True)):
-        first, second = np.triu_indices(end - start, 1)
-        if not is_uneven[p]:
-            gaps.append((scores[start + first] - scores[start + second]).astype(np.float64))
-            continue
-        own = np.where(weights > 0, alone[start:end], np.nan)
-        gap = _common_gap(own[first] - own[second], weights, config.consensus)
-        sums, has = np.zeros(end - start), np.zeros(end - start, dtype=bool)
-        np.add.at(sums, first, np.nan_to_num(gap))
-        np.add.at(sums, second, -np.nan_to_num(gap))
-        has[first[~np.isnan(gap)]] = has[second[~np.isnan(gap)]] = True
-        scores[start:end] = np.where(has, sums / max(int(has.sum()), 1), np.nan)
-        gaps.append(gap)
-    return Consensus(scores, np.concatenate([*gaps, np.zeros(0)]))
+    return _over_common_scorers(scores, is_uneven[prompt_R], matrix, weights, config)
+
+
+def _over_common_scorers(
+    scores_R: np.ndarray, is_uneven_R: np.ndarray, matrix: ScoreMatrix, weights: np.ndarray, config: EvidenceConfig
+) -> Consensus:
+    """Consensus of pairs over the scorers of both; a response's is then its mean gap to all that it was compared with.
+
+    Args:
+        scores_R: consensus of the responses of other prompts.
+        is_uneven_R: whether the scorers of the prompt saw different responses.
+    """
+    options: dict[str, Any] = {"method": config.consensus, "normalize": config.score_normalize}
+    each = [consensus(column[:, None], matrix.offsets, **options).scores for column in matrix.scores.T]
+    own_RM = np.where(weights > 0, np.stack(each, axis=1), np.nan)
+    first, second = rows_of_pairs(matrix.offsets).T
+    gaps_N = (scores_R[first] - scores_R[second]).astype(np.float64)
+    pairs = np.flatnonzero(is_uneven_R[first])
+    gaps_N[pairs] = _common_gap(own_RM[first[pairs]] - own_RM[second[pairs]], weights, config.consensus)
+    known = pairs[~np.isnan(gaps_N[pairs])]
+    rows, gaps = np.concatenate([first[known], second[known]]), np.concatenate([gaps_N[known], -gaps_N[known]])
+    has_R = np.zeros(len(scores_R), dtype=bool)
+    has_R[rows] = True
+    counts = np.diff(matrix.offsets)
+    prompt_R = np.repeat(np.arange(len(counts)), counts)
+    num_R = np.bincount(prompt_R, has_R, minlength=len(counts))[prompt_R]
+    mean_R = np.bincount(rows, gaps, minlength=len(scores_R)) / np.maximum(num_R, 1)
+    scores_R = np.where(is_uneven_R, np.where(has_R, mean_R, np.nan), scores_R).astype(np.float32)
+    return Consensus(scores_R, gaps_N)
 
 
 def _common_gap(gap_NM: np.ndarray, weights: np.ndarray, method: str) -> np.ndarray:
@@ -132,12 +146,11 @@ def believe(
         hidden: name of a scorer in the data that is no evidence.
     """
     pointwise = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)], hidden)
-    comparisons = [v for v in verdicts if isinstance(v, Comparison)]
-    return Beliefs(candidates, evidence_of(candidates, pointwise, comparisons), settings, pointwise, comparisons)
+    return Beliefs(candidates, pointwise, [v for v in verdicts if isinstance(v, Comparison)], settings)
 
 
 class Beliefs:
-    """Scores and probabilities of a set of candidates; all lists are by prompt.
+    """Scores and probabilities of a set of candidates.
 
     Args:
         pointwise: scores by the judges of single responses.
@@ -147,50 +160,40 @@ class Beliefs:
     def __init__(
         self,
         candidates: Sequence[Candidates],
-        evidence: Evidence,
-        config: EvidenceConfig,
         pointwise: ScoreMatrix,
-        comparisons: Sequence[Comparison] = (),
+        comparisons: Sequence[Comparison],
+        config: EvidenceConfig,
     ) -> None:
         self.candidates = candidates
-        self.evidence = evidence
         self.config = config
         self.pointwise = pointwise
-        self.matrix = with_comparisons(pointwise, candidates, comparisons, config.comparison_scores)
-        self.votes = votes_of(candidates, pointwise, comparisons, self.given)
+        compared = compared_of(candidates, comparisons)
+        self.votes = votes_of(candidates, pointwise, compared, self.given)
+        self.stated_N = stated_of(compared, len(self.votes.prior_N))
+        self.matrix = with_comparisons(pointwise, compared, config.comparison_scores)
         self._check_names()
         self.combination: Combination | None = None
-        self.probabilities: list[Any] = [None] * len(candidates)
-        """[pairs of the prompt, 3], see ``Combination.probabilities``; None: scores decide."""
-        self.gaps: list[Any] = [None] * len(candidates)
-        """[pairs of the prompt], see ``Consensus.gaps``; None: differences of scores decide."""
+        """None: scores decide."""
+        self.gaps_N: np.ndarray | None = None
+        """See ``Consensus.gaps``; None: differences of scores decide."""
         self.chosen = self._choose()
         logger.info("evidence: %s, as %s", self.chosen.method, self.chosen.why)
         if self.chosen.method == "calibrated":
-            self._calibrate()
+            self.combination = combine(self.votes, pointwise.scores, learn_from=self.chosen.learn_from)
+            _warn(self.combination)
+            self.scores_R = self.win_rates_R = self.expected_win_rates(self.combination.probabilities)
         else:
             self._agree()
 
-    def _calibrate(self) -> None:
-        self.combination = combine(self.votes, self.pointwise.scores, learn_from=self.chosen.learn_from)
-        _warn(self.combination)
-        self.probabilities = self.by_prompt(self.combination)
-        self.scores = [self.expected_win_rates(p) for p in range(len(self.candidates))]
-        self.win_rates = self.scores
-
     def _agree(self) -> None:
-        matrix, bounds = self.matrix, self.matrix.offsets[1:-1]
+        matrix = self.matrix
         if self.chosen.method == "prior":
             nothing = np.full((len(matrix.scores), 0), np.nan, np.float32)
             matrix = ScoreMatrix(scores=nothing, offsets=matrix.offsets, scorers=())
-        found = consensus_of(matrix, self.config)
-        self.scores = np.split(found.scores, bounds) if len(self.candidates) else []
-        if found.gaps is not None:
-            self.gaps = np.split(found.gaps, self.votes.bounds[1:-1])
-        self.win_rates = self.scores
+        self.scores_R, self.gaps_N = consensus_of(matrix, self.config)
+        self.win_rates_R = self.scores_R
         if matrix.scorers:
-            rates = consensus(matrix.scores, matrix.offsets, method="win_rate", normalize="none").scores
-            self.win_rates = np.split(rates, bounds) if len(self.candidates) else []
+            self.win_rates_R = consensus(matrix.scores, matrix.offsets, method="win_rate", normalize="none").scores
 
     @property
     def given(self) -> dict[str, float]:
@@ -227,29 +230,22 @@ class Beliefs:
         if told == "auto" and not is_identified(self.votes):
             names = " and ".join(voter.name for voter in active)
             return Chosen("consensus", f"nothing tells how reliable {names} is, which is taken at its word")
-        labelled = [pair for pairs in self.evidence for pair in pairs if pair.label]
-        if len(labelled) < MIN_LABELS:
+        if np.count_nonzero(self.votes.has_direction) < MIN_LABELS:
             why = "told" if told == "calibrated" else f"{len(active)} judges voted whose reliability can be estimated"
             return Chosen("calibrated", why)
-        return self._choose_by_labels(len(labelled), told == "auto")
+        return self._choose_by_labels(told == "auto")
 
-    def _choose_by_labels(self, count: int, is_free: bool) -> Chosen:
+    def _choose_by_labels(self, is_free: bool) -> Chosen:
+        labelled = np.flatnonzero(self.votes.has_direction)
+        prefers_first = self.votes.label[labelled] > 0
         parents = combine(self.votes, self.pointwise.scores).parents
         losses: dict[LearnFrom, np.ndarray] = {}
-        errors: dict[LearnFrom, dict[Any, bool]] = {}
+        errors: dict[LearnFrom, np.ndarray] = {}
         for learn_from in get_args(LearnFrom):
-            nats, is_wrong = [], {}
-            for fold in range(FOLDS):
-                votes = self.votes.without_labels(self._hidden(is_in(fold)))
-                found = combine(votes, self.pointwise.scores, learn_from=learn_from, parents=parents)
-                for pairs, p in zip(self.evidence, self.by_prompt(found), strict=True):
-                    for n, pair in enumerate(pairs):
-                        if fold_of(pair.prompt_id) == fold and (label := pair.label):
-                            first, second = p[n][:2] + 1e-9
-                            nats.append(-math.log((first if label > 0 else second) / (first + second)))
-                            is_wrong[pair.prompt_id, pair.responses] = (first > second) != (label > 0)
-            losses[learn_from], errors[learn_from] = np.array(nats), is_wrong
-        if (names := self._contradicted(errors["all"])) is not None:
+            first, second = self._held_back(labelled, learn_from, parents).T
+            losses[learn_from] = -np.log(np.where(prefers_first, first, second) / (first + second))
+            errors[learn_from] = (first > second) != prefers_first
+        if (names := self._contradicted(labelled, errors["all"])) is not None:
             logger.warning(
                 "evidence: the labels of %s contradict the judges and the prior order more often than not: they may be "
                 "inverted; labels decide their own pairs, and teach nothing else",
@@ -258,120 +254,151 @@ class Beliefs:
             return Chosen("calibrated", f"the labels of {names} may be inverted")
         # Labels are few: they teach alone only where that is better by more than chance.
         gain = losses["all"] - losses["labels"]
-        is_better = gain.mean() > 2 * gain.std() / math.sqrt(count)
+        is_better = gain.mean() > 2 * gain.std() / math.sqrt(len(gain))
         best: LearnFrom = "labels" if is_better else "all"
         told = ", ".join(f"{name} {loss.mean():.3f}" for name, loss in losses.items())
         chosen = Chosen("calibrated", f"reliabilities from {best} pairs predict labels best ({told} nats each)", best)
-        if is_free and (reason := self._consensus_is_better(errors[best])) is not None:
+        if is_free and (reason := self._consensus_is_better(labelled, errors[best])) is not None:
             return Chosen("consensus", reason)
         return chosen
 
-    def _contradicted(self, is_wrong: dict[Any, bool]) -> str | None:
-        """Annotators whose labels clearly contradict what the others say of the same pairs; None: nobody."""
-        told: dict[str, list[bool]] = {}
-        for pairs in self.evidence:
-            for pair in pairs:
-                for name, vote in pair.labels.items():
-                    if vote and pair.label and (pair.prompt_id, pair.responses) in is_wrong:
-                        disagrees = is_wrong[pair.prompt_id, pair.responses] == (vote * pair.label > 0)
-                        told.setdefault(name, []).append(disagrees)
-        names = [
-            name
-            for name, contrary in told.items()
-            if len(contrary) >= MIN_LABELS / 2 and sum(contrary) - len(contrary) / 2 > math.sqrt(len(contrary))
-        ]
+    def _held_back(self, labelled: np.ndarray, learn_from: LearnFrom, parents: Mapping[int, int]) -> np.ndarray:
+        """[L, 2] probabilities that the first and the second response are better, without the labels of the fold."""
+        out = np.empty((len(labelled), 2))
+        for fold in range(FOLDS):
+            votes = self.votes.without_labels(self.fold_of_pair == fold)
+            found = combine(votes, self.pointwise.scores, learn_from=learn_from, parents=parents)
+            own = self.fold_of_pair[labelled] == fold
+            out[own] = found.probabilities[labelled[own], :2] + 1e-9
+        return out
+
+    def _contradicted(self, labelled: np.ndarray, is_wrong: np.ndarray) -> str | None:
+        """Annotators whose labels clearly contradict what the others say of the same pairs; None: nobody.
+
+        Args:
+            is_wrong: [L] whether what the others say of a pair contradicts the mean of its labels.
+        """
+        names = []
+        for j in self.votes.annotators:
+            own = self.votes.strength_NJ[labelled, j]
+            contrary = (is_wrong == (own * self.votes.label[labelled] > 0))[np.nan_to_num(own) != 0]
+            num = len(contrary)
+            if num >= MIN_LABELS / 2 and contrary.sum() - num / 2 > math.sqrt(num):
+                names.append(self.votes.voters[j].name)
         return " and ".join(names) or None
 
-    def _consensus_is_better(self, is_wrong: dict[Any, bool]) -> str | None:
+    def _consensus_is_better(self, labelled: np.ndarray, is_wrong: np.ndarray) -> str | None:
         """Why consensus is preferred: it errs less on labels, by more than two standard errors; None: it is not."""
-        found = consensus_of(self.matrix, self.config)
-        only_consensus = only_calibrated = 0
-        for p, pairs in enumerate(self.evidence):
-            scores = found.scores[self.matrix.offsets[p] : self.matrix.offsets[p + 1]]
-            for pair in pairs:
-                label = pair.label
-                if not label:
-                    continue
-                i, j = pair.responses
-                gap = float(scores[i] - scores[j])
-                wrong = (pair.prior if math.isnan(gap) or gap == 0 else gap) * label <= 0
-                other = is_wrong[pair.prompt_id, pair.responses]
-                only_consensus += wrong and not other
-                only_calibrated += other and not wrong
+        scores_R, gaps_N = consensus_of(self.matrix, self.config)
+        gap_N = np.nan_to_num(from_scores(self.votes, scores_R).gap_N if gaps_N is None else gaps_N)
+        direction_N = np.where(gap_N == 0, self.votes.prior_N, gap_N)
+        consensus_is_wrong = (direction_N * self.votes.label)[labelled] <= 0
+        only_consensus = np.count_nonzero(consensus_is_wrong & ~is_wrong)
+        only_calibrated = np.count_nonzero(is_wrong & ~consensus_is_wrong)
         if only_calibrated - only_consensus <= 2 * math.sqrt(only_calibrated + only_consensus):
             return None
         return f"it alone is right on {only_calibrated} labels, and calibrated evidence alone on {only_consensus}"
 
-    def _hidden(self, hidden: Callable[[PairEvidence], bool]) -> np.ndarray:
-        return np.array([hidden(pair) for pairs in self.evidence for pair in pairs], dtype=bool)
+    # ---- what is believed
 
-    def without(self, hidden: Callable[[PairEvidence], bool]) -> list[Any]:
-        """Probabilities when the labels of ``hidden`` pairs are not used."""
-        if self.combination is None:
-            return [None] * len(self.candidates)
-        votes, parents = self.votes.without_labels(self._hidden(hidden)), self.combination.parents
-        learn_from = self.chosen.learn_from
-        return self.by_prompt(combine(votes, self.pointwise.scores, learn_from=learn_from, parents=parents))
+    @functools.cached_property
+    def fold_of_pair(self) -> np.ndarray:
+        """[N] fold of each pair, by the id of its prompt."""
+        fold_P = [zlib.crc32(item.prompt.id.encode()) % FOLDS for item in self.candidates]
+        return np.array(fold_P, dtype=np.int64)[self.votes.prompt_of_pair]
 
-    def by_prompt(self, combination: Combination) -> list[Any]:
-        """Probabilities of each prompt's pairs."""
-        return list(np.split(combination.probabilities, self.votes.bounds[1:-1])) if len(self.candidates) else []
+    def without(self, hidden_N: np.ndarray) -> np.ndarray | None:
+        """Probabilities of all pairs when the labels of ``hidden_N`` ([N] bool) are not used; None: scores decide."""
+        if (found := self.combination) is None:
+            return None
+        votes, learn_from = self.votes.without_labels(hidden_N), self.chosen.learn_from
+        return combine(votes, self.pointwise.scores, learn_from=learn_from, parents=found.parents).probabilities
 
     @functools.cached_property
     def has_votes(self) -> np.ndarray:
-        """[P] whether a judge voted on any pair of the prompt."""
+        """[P] bool: a judge voted on a pair of the prompt."""
         judges = [j for j, voter in enumerate(self.votes.voters) if voter.kind in ("comparison", "score")]
-        voted = (
-            ~np.isnan(self.votes.strength_NJ[:, judges]).all(axis=1) if judges else np.zeros(len(self.votes.prior_N))
-        )
+        voted = (~np.isnan(self.votes.strength_NJ[:, judges])).any(axis=1)
         return np.bincount(self.votes.prompt_of_pair, voted, minlength=len(self.candidates)) > 0
 
-    def expected_win_rates(self, p: int, probabilities: np.ndarray | None = None) -> np.ndarray:
-        """Mean probability of being the better of two, "neither" counting half, [R] float32; NaN: no evidence."""
-        states = self.probabilities[p] if probabilities is None else probabilities
-        n = len(self.candidates[p].responses)
-        first, second = np.triu_indices(n, 1)
-        sums = np.bincount(first, states[:, 0] + states[:, 2] / 2, minlength=n)
-        sums += np.bincount(second, states[:, 1] + states[:, 2] / 2, minlength=n)
-        has_evidence = np.full(n, bool(self.has_votes[p]))
-        for pair in self.evidence[p]:
-            if pair.labels:
-                has_evidence[list(pair.responses)] = True
-        return np.where(has_evidence, sums / max(n - 1, 1), np.nan).astype(np.float32)
-
-    def about(self, p: int, scores: np.ndarray | None = None, probabilities: np.ndarray | None = None) -> list[Belief]:
-        """What is believed of each pair of a prompt.
+    def expected_win_rates(self, probabilities: np.ndarray) -> np.ndarray:
+        """Mean probability of being the better of two, "neither" counting half, [R] float32; NaN: no evidence.
 
         Args:
-            scores, probabilities: other ones than ``self.scores`` and ``self.probabilities``.
+            probabilities: [N, 3], see ``Combination.probabilities``.
         """
-        scores = self.scores[p] if scores is None else scores
-        states = self.probabilities[p] if probabilities is None else probabilities
-        if self.chosen.method == "prior":
-            return [Belief(math.nan, None) for _ in self.evidence[p]]
-        if states is None and self.gaps[p] is None:
-            return from_scores(self.evidence[p], scores)
-        if states is None:
-            return [Belief(float(gap), pair.stated) for gap, pair in zip(self.gaps[p], self.evidence[p], strict=True)]
-        out = []
-        for first, second, neither in states.tolist():
-            stated = first / (first + second) if first + second > 0 else 0.5
-            # Rounded, since two equally reliable voters that contradict each other should tie.
-            out.append(Belief(round(first - second, 12) if self.has_votes[p] else math.nan, stated, neither))
-        return out
+        votes, num = self.votes, len(self.votes.order_R)
+        first, second = votes.rows_of_pair.T
+        sums = np.bincount(first, probabilities[:, 0] + probabilities[:, 2] / 2, minlength=num)
+        sums += np.bincount(second, probabilities[:, 1] + probabilities[:, 2] / 2, minlength=num)
+        has_evidence = self.has_votes[votes.prompt_of_response]
+        has_evidence[votes.rows_of_pair[votes.is_labelled]] = True
+        others = np.maximum(votes.num_responses - 1, 1)[votes.prompt_of_response]
+        return np.where(has_evidence, sums / others, np.nan).astype(np.float32)
+
+    def about(self, probabilities: np.ndarray | None = None) -> Belief:
+        """What is believed of all pairs.
+
+        Args:
+            probabilities: [N, 3], other ones than those of ``combination``.
+        """
+        if probabilities is None and self.combination is not None:
+            probabilities = self.combination.probabilities
+        if probabilities is None:
+            belief = from_scores(self.votes, self.scores_R)
+            if self.chosen.method == "prior":
+                return belief
+            return belief._replace(gap_N=belief.gap_N if self.gaps_N is None else self.gaps_N, first_N=self.stated_N)
+        first, second, neither = probabilities.T
+        either = first + second
+        # Rounded, since two equally reliable voters that contradict each other should tie.
+        gap_N = np.where(self.has_votes[self.votes.prompt_of_pair], (first - second).round(12), np.nan)
+        return Belief(gap_N, np.divide(first, either, out=np.full(len(first), 0.5), where=either > 0), neither)
+
+    def responses_of(self, n: int) -> slice:
+        """Rows of the responses to the prompt of a pair."""
+        p = self.votes.prompt_of_pair[n]
+        return slice(int(self.votes.offsets[p]), int(self.votes.offsets[p + 1]))
+
+    def pair(self, n: int) -> PairEvidence:
+        """All evidence on one pair."""
+        votes, voters = self.votes, self.votes.voters
+        p = int(votes.prompt_of_pair[n])
+        i, j = (votes.rows_of_pair[n] - votes.offsets[p]).tolist()
+        strengths, bad, stated = votes.strength_NJ[n].tolist(), votes.abstained_NJ[n].tolist(), float(self.stated_N[n])
+        said = [(voter, vote) for voter, vote in zip(voters, strengths, strict=True) if not math.isnan(vote)]
+        labels: dict[str, float | None] = {voter.name: vote for voter, vote in said if voter.kind == "label"}
+        return PairEvidence(
+            prompt_id=self.candidates[p].prompt.id,
+            responses=(i, j),
+            prior=int(votes.prior_N[n]),
+            rule=votes.rules[votes.rules_N[n]],
+            stated=None if math.isnan(stated) else stated,
+            votes={voter.name: vote for voter, vote in said if voter.kind in ("score", "comparison")},
+            labels=labels | {voters[k].name: None for k in votes.annotators if bad[k]},
+            is_same_text=bool(votes.is_same_N[n]),
+        )
+
+    def pairs(self) -> Iterator[PairEvidence]:
+        """All evidence on every pair, in order."""
+        return map(self.pair, range(len(self.votes.prior_N)))
 
     # ---- what is told
 
     def judges(self, verdicts: Sequence[Verdict | Comparison]) -> dict[str, dict[str, Any]]:
         """Facts about each judge: verdicts, abstentions, correlation with the other judges' ranks and, if evidence is
         calibrated, its reliability; also the reliability of the prior."""
-        out: dict[str, dict[str, Any]] = {}
-        for verdict in verdicts:
-            row = out.setdefault(verdict.judge, {"verdicts": 0, "abstained": 0})
-            row["verdicts"] += 1
-            row["abstained"] += (verdict.score if isinstance(verdict, Verdict) else verdict.probability) is None
-            if isinstance(verdict, Comparison):
-                row["ties"] = row.get("ties", 0) + (verdict.probability == 0.5)
+        compared = [v for v in verdicts if isinstance(v, Comparison)]
+        scored = [v for v in verdicts if isinstance(v, Verdict)]
+        abstained = Counter(v.judge for v in compared if v.probability is None)
+        abstained.update(v.judge for v in scored if v.score is None)
+        ties = Counter(v.judge for v in compared if v.probability == 0.5)
+        out: dict[str, dict[str, Any]] = {
+            judge: {"verdicts": count, "abstained": abstained[judge]}
+            for judge, count in Counter(v.judge for v in verdicts).items()
+        }
+        for judge in {v.judge for v in compared}:
+            out[judge]["ties"] = ties[judge]
         if len(self.matrix.scorers) > 1:
             for name, value in zip(self.matrix.scorers, self._agreement.leave_one_out.tolist(), strict=True):
                 out.setdefault(name, {})["correlation"] = None if math.isnan(value) else value
@@ -448,11 +475,3 @@ def _warn(found: Combination) -> None:
             "evidence: too few independent voters and too few labels to tell how reliable each is; stated "
             "probabilities rest on what is assumed (`tso-fast annotate` collects labels)"
         )
-
-
-def is_in(fold: int) -> Callable[[PairEvidence], bool]:
-    return lambda pair: fold_of(pair.prompt_id) == fold
-
-
-def fold_of(prompt_id: str) -> int:
-    return zlib.crc32(prompt_id.encode()) % FOLDS

@@ -2,19 +2,58 @@
 
 A human label decides; otherwise the judges do, by the gap of their consensus scores or by the probability from
 ``correction.reliability.combine``.
+
+Letters in shapes: N pairs, R responses of all prompts.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from tso_fast.config.settings import PairingConfig
-from tso_fast.types import Candidates, Decision, PairEvidence, Response
+from tso_fast.correction.votes import Votes
+from tso_fast.types import Candidates, Decision
+
+REASONS: dict[str, Decision] = {
+    "same text": "drop",
+    "human: bad": "drop",
+    "human: tie": "drop",
+    "no order": "drop",
+    "no evidence": "drop",
+    "tie": "drop",
+    "unsure": "drop",
+    "chosen is cut off": "drop",
+    "human alone": "keep",
+    "human: confirmed": "keep",
+    "human: contradicted": "swap",
+    "prior alone": "keep",
+    "evidence alone": "keep",
+    "confirmed": "keep",
+    "contradicted": "swap",
+}
+"""Decisions by their reasons. The first reason that holds counts, see ``_reasons``."""
+
+
+class Belief(NamedTuple):
+    """What is believed of all pairs before people are asked, one row a pair."""
+
+    gap_N: np.ndarray
+    """How much better the first response is, as a gap of scores or of probabilities; NaN: no evidence."""
+    first_N: np.ndarray
+    """Probability that the first is better, given that one of them is; NaN: the evidence gives only the order."""
+    neither_N: np.ndarray
+    """Probability that neither is."""
+
+
+def from_scores(votes: Votes, scores_R: np.ndarray) -> Belief:
+    """Belief that follows from one consensus score a response, NaN = no evidence."""
+    first, second = scores_R[votes.rows_of_pair.T].astype(np.float64)
+    return Belief(first - second, np.full(len(first), np.nan), np.zeros(len(first)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,131 +74,119 @@ class Corrected:
     """Whether a human label decided."""
 
 
-class Belief(NamedTuple):
-    """What is believed of a pair before people are asked: ``Belief(gap=0.6, first=0.8, neither=0.0)``."""
+@dataclass(frozen=True, kw_only=True)
+class Decided:
+    """All pairs of all prompts, decided; ``pair`` is one of them."""
 
-    gap: float
-    """How much better the first response is, as a gap of scores or of probabilities; NaN: no evidence."""
-    first: float | None
-    """Probability that the first is better, given that one of them is; None: the evidence gives only the order."""
-    neither: float = 0.0
-    """Probability that neither is."""
+    votes: Votes
+    reason_N: np.ndarray
+    """[N] int64: index into ``REASONS``."""
+    chosen_N: np.ndarray
+    """[N] int64: row of the response that is chosen, unless the pair is dropped."""
+    rejected_N: np.ndarray
+    """[N] int64"""
+    gap_N: np.ndarray
+    """[N] float64, see ``Corrected``; so is the next."""
+    probability_N: np.ndarray
+    """[N] float64, NaN = the evidence gives only the order."""
+
+    @functools.cached_property
+    def is_used(self) -> np.ndarray:
+        """[N] bool: the pair is not dropped."""
+        return np.array([decision != "drop" for decision in REASONS.values()])[self.reason_N]
+
+    def pair(self, n: int) -> Corrected:
+        start, probability = int(self.votes.offsets[self.votes.prompt_of_pair[n]]), float(self.probability_N[n])
+        reason = tuple(REASONS)[self.reason_N[n]]
+        return Corrected(
+            chosen=int(self.chosen_N[n]) - start,
+            rejected=int(self.rejected_N[n]) - start,
+            prior=self.votes.rules[self.votes.rules_N[n]],
+            decision=REASONS[reason],
+            reason=reason,
+            gap=float(self.gap_N[n]),
+            probability=None if np.isnan(probability) else probability,
+            is_human=bool(self.votes.is_labelled[n]),
+        )
+
+    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Numbers of pairs: ``decisions`` by rule of the prior and decision, ``reasons`` by decision and reason."""
+        shape = len(self.votes.rules), len(REASONS)
+        cell = np.ravel_multi_index((self.votes.rules_N, self.reason_N), shape)
+        table = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape).tolist()
+        decisions: dict[tuple[str, str], int] = {}
+        reasons: dict[tuple[str, str], int] = {}
+        for rule, row in zip(self.votes.rules, table, strict=True):
+            for (reason, decision), count in zip(REASONS.items(), row, strict=True):
+                if count:
+                    decisions[rule, decision] = decisions.get((rule, decision), 0) + count
+                    reasons[decision, reason] = reasons.get((decision, reason), 0) + count
+        return {"decisions": _nested(decisions), "reasons": _nested(reasons)}
 
 
-def from_scores(evidence: Sequence[PairEvidence], scores: Sequence[float] | np.ndarray) -> list[Belief]:
-    """Beliefs that follow from one consensus score a response of a prompt, NaN = no evidence."""
-    return [Belief(float(scores[p.responses[0]]) - float(scores[p.responses[1]]), p.stated) for p in evidence]
+def _nested(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    out: dict[str, dict[str, int]] = {}
+    for (first, second), count in sorted(counts.items()):
+        out.setdefault(first, {})[second] = count
+    return out
 
 
-@dataclass
-class Counts:
-    """Numbers of pairs by how they were decided."""
-
-    decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Pairs by (rule of the prior, decision)."""
-    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Pairs by (decision, reason)."""
-
-    def add(self, prior: str, decision: str, reason: str) -> None:
-        self.decisions[prior, decision] += 1
-        self.reasons[decision, reason] += 1
-
-    def to_dict(self) -> dict[str, dict[str, dict[str, int]]]:
-        def nested(counter: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-            out: dict[str, dict[str, int]] = {}
-            for (first, second), count in sorted(counter.items()):
-                out.setdefault(first, {})[second] = count
-            return out
-
-        return {"decisions": nested(self.decisions), "reasons": nested(self.reasons)}
-
-
-def correct(
-    item: Candidates,
-    evidence: Sequence[PairEvidence],
-    beliefs: Sequence[Belief],
-    config: PairingConfig,
-    counts: Counts,
-) -> list[Corrected]:
-    """Decides every pair of responses to one prompt and returns the pairs that are not dropped.
+def correct(candidates: Sequence[Candidates], votes: Votes, belief: Belief, config: PairingConfig) -> Decided:
+    """Decides every pair of responses.
 
     keep: the evidence confirms the prior, or there is only one of the two and it is accepted.
     swap: the evidence contradicts the prior. drop: there is no order, or it is too uncertain to train on.
 
     Args:
-        evidence: evidence on every pair of responses.
-        beliefs: what follows from it for the same pairs.
-        counts: receives every pair, including dropped ones.
+        votes: with the labels that count, and the prior order.
+        belief: what follows from all other evidence.
     """
-    decided = []
-    for pair, (gap, stated, neither) in zip(evidence, beliefs, strict=True):
-        i, j = pair.responses
-        direction = pair.label or (pair.prior if np.isnan(gap) else gap)
-        chosen, rejected = (i, j) if direction > 0 else (j, i)
-        decision: Decision
-        if pair.is_same_text:
-            decision, reason = "drop", "same text"
-        elif pair.labels:
-            decision, reason = _decide_by_label(item.responses[chosen], pair.label, pair.prior)
-        else:
-            decision, reason = _decide(item.responses[chosen], pair.prior, gap, direction, neither, stated, config)
-        counts.add(pair.rule, decision, reason)
-        if decision == "drop":
-            continue
-        signed = gap if chosen == i else -gap
-        if pair.label is not None:
-            stated = (1 + abs(pair.label)) / 2
-        elif stated is not None and chosen != i:
-            stated = 1 - stated
-        decided.append(
-            Corrected(
-                chosen=chosen,
-                rejected=rejected,
-                prior=pair.rule,
-                decision=decision,
-                reason=reason,
-                gap=0.0 if np.isnan(gap) else max(signed, 0.0),
-                probability=stated,
-                is_human=bool(pair.labels),
-            )
-        )
-    return decided
+    is_known, label_N = ~np.isnan(belief.gap_N), votes.label
+    direction_N = np.where(votes.has_direction, label_N, np.where(is_known, belief.gap_N, votes.prior_N))
+    is_first = direction_N > 0
+    first, second = votes.rows_of_pair.T
+    chosen_N, rejected_N = np.where(is_first, first, second), np.where(is_first, second, first)
+    stated_N = np.where(is_first, belief.first_N, 1 - belief.first_N)
+    gap_N = np.where(is_first, belief.gap_N, -belief.gap_N)
+    is_cut_R = np.array([r.finish_reason == "length" for item in candidates for r in item.responses], dtype=bool)
+    return Decided(
+        votes=votes,
+        reason_N=_reasons(votes, belief, stated_N, is_cut_R[chosen_N], config),
+        chosen_N=chosen_N,
+        rejected_N=rejected_N,
+        gap_N=np.where(is_known, np.maximum(gap_N, 0.0), 0.0),
+        probability_N=np.where(np.isnan(label_N), stated_N, (1 + np.abs(label_N)) / 2),
+    )
 
 
-def _decide_by_label(chosen: Response, label: float | None, sign: int) -> tuple[Decision, str]:
-    if label is None:
-        return "drop", "human: bad"
-    if label == 0:
-        return "drop", "human: tie"
-    if chosen.finish_reason == "length":
-        return "drop", "chosen is cut off"
-    if sign == 0:
-        return "keep", "human alone"
-    return ("keep", "human: confirmed") if sign * label > 0 else ("swap", "human: contradicted")
+def _reasons(
+    votes: Votes, belief: Belief, stated_N: np.ndarray, is_cut_N: np.ndarray, config: PairingConfig
+) -> np.ndarray:
+    """[N] index into ``REASONS``.
 
-
-def _decide(
-    chosen: Response,
-    sign: int,
-    gap: float,
-    direction: float,
-    neither: float,
-    stated: float | None,
-    config: PairingConfig,
-) -> tuple[Decision, str]:
-    if np.isnan(gap):
-        if sign == 0:
-            return "drop", "no order"
-        if config.on_no_evidence == "drop":
-            return "drop", "no evidence"
-    elif abs(gap) <= config.min_margin or neither > config.max_tie_probability:
-        return "drop", "tie"
-    if stated is not None and (stated if direction > 0 else 1 - stated) < config.min_confidence:
-        return "drop", "unsure"
-    if chosen.finish_reason == "length":
-        return "drop", "chosen is cut off"
-    if np.isnan(gap):
-        return "keep", "prior alone"
-    if sign == 0:
-        return "keep", "evidence alone"
-    return ("keep", "confirmed") if sign * gap > 0 else ("swap", "contradicted")
+    Args:
+        stated_N: probability that the chosen response is better, NaN = not stated.
+        is_cut_N: whether the chosen response is unfinished.
+    """
+    gap_N, label_N, is_labelled, has_order = belief.gap_N, votes.label, votes.is_labelled, votes.prior_N != 0
+    is_silent = np.isnan(gap_N)
+    is_tie = (np.abs(gap_N) <= config.min_margin) | (belief.neither_N > config.max_tie_probability)
+    holds = {
+        "same text": votes.is_same_N,
+        "human: bad": is_labelled & np.isnan(label_N),
+        "human: tie": is_labelled & (label_N == 0),
+        "no order": ~is_labelled & is_silent & ~has_order,
+        "no evidence": ~is_labelled & is_silent & (config.on_no_evidence == "drop"),
+        "tie": ~is_labelled & ~is_silent & is_tie,
+        "unsure": ~is_labelled & (stated_N < config.min_confidence),
+        "chosen is cut off": is_cut_N,
+        "human alone": is_labelled & ~has_order,
+        "human: confirmed": is_labelled & (votes.prior_N * label_N > 0),
+        "human: contradicted": is_labelled,
+        "prior alone": is_silent,
+        "evidence alone": ~has_order,
+        "confirmed": votes.prior_N * gap_N > 0,
+        "contradicted": np.ones(len(gap_N), dtype=bool),
+    }
+    assert tuple(holds) == tuple(REASONS)
+    return np.stack(list(holds.values())).argmax(axis=0)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from tso_fast.config.settings import PairingConfig
-from tso_fast.correction.beliefs import FOLDS, MIN_LABELS, Beliefs, is_in
+from tso_fast.correction.beliefs import FOLDS, MIN_LABELS, Beliefs
 from tso_fast.correction.calibration import expected_calibration_error, fit_temperature, tempered
-from tso_fast.correction.decide import Counts, correct
+from tso_fast.correction.decide import correct
 from tso_fast.correction.pairing import soft_label
 
 MIN_MEASURED = 30
@@ -50,24 +50,19 @@ def _against_labels(beliefs: Beliefs, config: PairingConfig) -> tuple[np.ndarray
     anything = dataclasses.replace(
         config, min_margin=0.0, min_confidence=0.0, on_no_evidence="prior", max_tie_probability=1.0
     )
-    is_calibrated = beliefs.chosen.method == "calibrated"
+    votes, is_calibrated = beliefs.votes, beliefs.chosen.method == "calibrated"
     for fold in range(FOLDS if is_calibrated else 1):
-        hidden = is_in(fold) if is_calibrated else lambda pair: True
-        if not any(pair.labels and hidden(pair) for pairs in beliefs.evidence for pair in pairs):
+        hidden_N = beliefs.fold_of_pair == fold if is_calibrated else np.ones(len(votes.prior_N), dtype=bool)
+        if not (votes.is_labelled & hidden_N).any():
             continue
-        probabilities = beliefs.without(hidden)
-        for p, item in enumerate(beliefs.candidates):
-            labels = {pair.responses: pair.label for pair in beliefs.evidence[p] if pair.labels and hidden(pair)}
-            if not any(labels.values()):
-                continue
-            unlabelled = [dataclasses.replace(pair, labels={}) for pair in beliefs.evidence[p]]
-            scores, win_rates = beliefs.scores[p], beliefs.win_rates[p]
-            if is_calibrated:  # recomputed without the hidden labels
-                scores = win_rates = beliefs.expected_win_rates(p, probabilities[p])
-            beliefs_of_pairs = beliefs.about(p, scores, probabilities[p])
-            for pair in correct(item, unlabelled, beliefs_of_pairs, anything, Counts()):
-                i, j = sorted((pair.chosen, pair.rejected))
-                if label := labels.get((i, j)):
-                    stated.append(soft_label(pair, scores, config, win_rates))
-                    right.append(float((label > 0) == (pair.chosen == i)))
+        probabilities = beliefs.without(hidden_N)
+        scores_R, win_rates_R = beliefs.scores_R, beliefs.win_rates_R
+        if probabilities is not None:  # recomputed without the hidden labels
+            scores_R = win_rates_R = beliefs.expected_win_rates(probabilities)
+        decided = correct(beliefs.candidates, votes.without_labels(hidden_N), beliefs.about(probabilities), anything)
+        for n in np.flatnonzero(decided.is_used & votes.has_direction & hidden_N).tolist():
+            own = beliefs.responses_of(n)
+            pair, prefers_first = decided.pair(n), votes.label[n] > 0
+            stated.append(soft_label(pair, scores_R[own], config, win_rates_R[own]))
+            right.append(float(prefers_first == (pair.chosen < pair.rejected)))
     return np.array(stated), np.array(right)

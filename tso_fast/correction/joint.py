@@ -161,7 +161,8 @@ class JointModel:
     def _voice(self, j: int) -> Voice:
         votes, emission = self.votes, self.emissions[j]
         column = emission.columns(votes.strength_NJ[:, j])
-        column = np.where(votes.abstained_NJ[:, j], 2 * emission.num_levels + 1, column)
+        if emission.voter.kind != "label":  # a bad pair is no tie
+            column = np.where(votes.abstained_NJ[:, j], 2 * emission.num_levels + 1, column)
         rows = np.flatnonzero(column != NO_VOTE)
         parent = np.zeros(len(rows), dtype=np.int64)
         if j in self.parents:

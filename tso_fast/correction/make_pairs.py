@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
 from tso_fast.correction import pairing
-from tso_fast.correction.beliefs import believe
-from tso_fast.correction.decide import Counts, correct
+from tso_fast.correction.beliefs import Beliefs, believe
+from tso_fast.correction.decide import Decided, correct
 from tso_fast.correction.held_back import calibrate
 from tso_fast.correction.oracle import Oracle, errors_against
+from tso_fast.progress import console, progress_bar
 from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
+
+MANY = 200_000
+"""Verdicts that take some seconds, so that a person at a terminal is told what is being done."""
 
 
 def make_pairs(
@@ -28,29 +33,46 @@ def make_pairs(
     Args:
         oracle: scores that are not evidence; decisions are measured against them.
     """
-    beliefs = believe(candidates, verdicts, settings, None if oracle is None else oracle.name)
-    evidence, counts = beliefs.evidence, Counts()
-    decided = [correct(item, evidence[p], beliefs.about(p), config, counts) for p, item in enumerate(candidates)]
-    calibration = calibrate(beliefs, config)
-    temperature = 1.0 if calibration is None else calibration["temperature"]
-    selected = pairing.select(candidates, decided, beliefs.scores, config, seed)
-    pairs = [
-        pairing.to_pair(item, pair, beliefs.scores[p], config, win_rates=beliefs.win_rates[p], temperature=temperature)
-        for p, item in enumerate(candidates)
-        for pair in selected[p]
-    ]
-    used = Counter(pair.decision for pair in pairs)
-    info = {
-        **counts.to_dict(),
+    with _progress(len(verdicts)) as advance:
+        beliefs = believe(candidates, verdicts, settings, None if oracle is None else oracle.name)
+        advance(1)
+        decided = correct(candidates, beliefs.votes, beliefs.about(), config)
+        calibration = calibrate(beliefs, config)
+        errors = None if oracle is None else errors_against(oracle, beliefs, decided)
+        advance(1)
+        pairs = _pairs(beliefs, decided, config, seed, 1.0 if calibration is None else calibration["temperature"])
+        advance(1)
+    used, judges = Counter(pair.decision for pair in pairs), beliefs.judges(verdicts)
+    return pairs, {
+        **decided.counts(),
         "prompts": len(candidates),
         "prompts_with_pairs": len({pair.prompt.id for pair in pairs}),
         "used": {"keep": used["keep"], "swap": used["swap"]},
-        "abstained": sum((v.score if isinstance(v, Verdict) else v.probability) is None for v in verdicts),
+        "abstained": sum(row.get("abstained", 0) for row in judges.values()),
         "human_chosen": sum(pair.chosen.is_human for pair in pairs),
         "evidence": {"method": beliefs.chosen.method, "why": beliefs.chosen.why},
-        "judges": beliefs.judges(verdicts),
+        "judges": judges,
         "concordance": beliefs.concordance,
         "calibration": calibration,
-        "errors": None if oracle is None else errors_against(oracle, candidates, evidence, decided, beliefs),
+        "errors": errors,
     }
-    return pairs, info
+
+
+def _progress(count: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """Shows, on a terminal, how far so many verdicts are: evidence, decisions, selection."""
+    if count < MANY or not console.is_terminal:
+        return contextlib.nullcontext(lambda n: None)
+    return progress_bar(f"pairs: {count:,} verdicts", 3)
+
+
+def _pairs(
+    beliefs: Beliefs, decided: Decided, config: PairingConfig, seed: int, temperature: float
+) -> list[PreferencePair]:
+    """The training pairs of the selected pairs."""
+    out = []
+    for n in pairing.select(beliefs.candidates, decided, beliefs.scores_R, config, seed).tolist():
+        own = beliefs.responses_of(n)
+        scores, win_rates = beliefs.scores_R[own], beliefs.win_rates_R[own]
+        item = beliefs.candidates[beliefs.votes.prompt_of_pair[n]]
+        out.append(pairing.to_pair(item, decided.pair(n), scores, config, win_rates=win_rates, temperature=temperature))
+    return out

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tso_fast.correction.beliefs import FOLDS, Beliefs, fold_of
-from tso_fast.correction.decide import Corrected
-from tso_fast.correction.evidence import Evidence
+from tso_fast.correction.beliefs import FOLDS, Beliefs
+from tso_fast.correction.decide import Decided
 from tso_fast.correction.reliability import combine
 from tso_fast.errors import InputError, did_you_mean
 from tso_fast.judges.verifier import VERIFIERS, make_verifier
-from tso_fast.types import Candidates, PairEvidence
+from tso_fast.types import Candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,51 +53,39 @@ def make_oracle(name: str, candidates: Sequence[Candidates]) -> Oracle:
     return Oracle(name=name, scores=scores)
 
 
-def errors_against(
-    oracle: Oracle,
-    candidates: Sequence[Candidates],
-    evidence: Evidence,
-    decided: Sequence[Sequence[Corrected]],
-    beliefs: Beliefs,
-) -> dict[str, dict[str, int]]:
+def errors_against(oracle: Oracle, beliefs: Beliefs, decided: Decided) -> dict[str, dict[str, int]]:
     """By rule of the prior, over the pairs that the oracle orders: how many, and how many each way gets wrong.
 
     ``prior``: the matrix's order. ``kept``: pairs that correction decided; ``corrected``: those of them that it decided
     wrongly. ``best``: the kept pairs that the same evidence gets wrong with reliabilities counted on the oracle itself
     (on other prompts, in five folds): what correction could reach with nothing left to estimate.
     """
-    told = [[_told(pair, oracle.scores[p]) for pair in pairs] for p, pairs in enumerate(evidence)]
-    best = _best(told, beliefs)
+    votes = beliefs.votes
+    known_R = np.array([score for of_prompt in oracle.scores for score in of_prompt], dtype=np.float64)
+    first, second = known_R[votes.rows_of_pair.T]
+    truth_N = (first > second).astype(np.int64) - (first < second)
+    best_N3, is_kept = _best(truth_N, beliefs), decided.is_used
+    columns = {
+        "pairs": truth_N != 0,
+        "prior": votes.prior_N == -truth_N,
+        "kept": is_kept,
+        "corrected": is_kept & ((decided.chosen_N == votes.rows_of_pair[:, 0]) != (truth_N > 0)),
+        "best": is_kept & ((best_N3[:, 0] > best_N3[:, 1]) != (truth_N > 0)),
+    }
     out: dict[str, dict[str, int]] = {}
-    for p, pairs in enumerate(evidence):
-        chosen = {frozenset((d.chosen, d.rejected)): d.chosen for d in decided[p]}
-        for n, (pair, truth) in enumerate(zip(pairs, told[p], strict=True)):
-            if not truth:
-                continue
-            row = out.setdefault(pair.rule, {"pairs": 0, "prior": 0, "kept": 0, "corrected": 0, "best": 0})
-            row["pairs"] += 1
-            row["prior"] += pair.prior == -truth
-            if (of := chosen.get(frozenset(pair.responses))) is not None:
-                row["kept"] += 1
-                row["corrected"] += (of == pair.responses[0]) != (truth > 0)
-                first, second, _ = best[p][n]
-                row["best"] += (first > second) != (truth > 0)
+    for k, rule in enumerate(votes.rules):
+        rows = (votes.rules_N == k) & (truth_N != 0)
+        if rows.any():
+            out[rule] = {name: int(column[rows].sum()) for name, column in columns.items()}
     return out
 
 
-def _told(pair: PairEvidence, scores: Sequence[float | None]) -> int:
-    a, b = (scores[i] for i in pair.responses)
-    return 0 if a is None or b is None else (a > b) - (a < b)
-
-
-def _best(told: Sequence[Sequence[int]], beliefs: Beliefs) -> list[np.ndarray]:
-    """Probabilities with the oracle's order as labels of the other folds."""
-    fold_P = np.array([fold_of(item.prompt.id) for item in beliefs.candidates], dtype=np.int64)
-    fold_N = fold_P[beliefs.votes.prompt_of_pair]
-    truth_N = np.array([truth for truths in told for truth in truths], dtype=np.float32)
+def _best(truth_N: np.ndarray, beliefs: Beliefs) -> np.ndarray:
+    """[N, 3] probabilities with the oracle's order as labels of the other folds."""
     out = np.full((len(truth_N), 3), np.nan)
     for fold in range(FOLDS):
-        votes = beliefs.votes.with_label("oracle", np.where(fold_N == fold, np.nan, truth_N))
+        is_own = beliefs.fold_of_pair == fold
+        votes = beliefs.votes.with_label("oracle", np.where(is_own, np.nan, truth_N))
         found = combine(votes, beliefs.pointwise.scores, learn_from="labels", parents={})
-        out[fold_N == fold] = found.probabilities[fold_N == fold]
-    return list(np.split(out, beliefs.votes.bounds[1:-1]))
+        out[is_own] = found.probabilities[is_own]
+    return out

@@ -2,135 +2,99 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tso_fast.config.settings import PairingConfig
 from tso_fast.correction.calibration import tempered
-from tso_fast.correction.decide import Corrected
+from tso_fast.correction.decide import Corrected, Decided
+from tso_fast.correction.evidence import text_ids
+from tso_fast.correction.votes import Votes, pairs_of_rows
 from tso_fast.scoring import pairwise_distances, select_decided, select_pairs
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, PreferencePair
 
 
 def select(
-    candidates: Sequence[Candidates],
-    decided: Sequence[Sequence[Corrected]],
-    scores: Sequence[np.ndarray],
-    config: PairingConfig,
-    seed: int,
-) -> list[list[Corrected]]:
-    """At most ``max_pairs`` of the decided pairs of each prompt, no two with the same texts.
+    candidates: Sequence[Candidates], decided: Decided, scores_R: np.ndarray, config: PairingConfig, seed: int
+) -> np.ndarray:
+    """At most ``max_pairs`` of the decided pairs of each prompt, no two with the same texts: [S] numbers of the pairs.
 
     The random choice depends on prompt and seed only, not on the other prompts. ``best_worst`` and ``random`` may take
     any decided pair. The other strategies rank responses by their scores, so they skip pairs of unscored responses and
     pairs decided against the scores (by a person, or because preferences are cyclic).
 
     Args:
-        scores: [responses] consensus scores for each prompt, NaN = none.
+        scores_R: [R] consensus scores, NaN = none.
+
+    Returns:
+        [S] numbers of pairs, by prompt, in the order in which they were selected.
     """
-    offsets = np.cumsum([0] + [len(item.responses) for item in candidates], dtype=np.int64)
-    allowed = [
-        [pair for pair in pairs if _has_roles(item, pair, config)]
-        for item, pairs in zip(candidates, decided, strict=True)
-    ]
-    texts: dict[str, int] = {}
+    chosen_R, rejected_R = (
+        _plays(candidates, decided.votes, roles) for roles in (config.chosen_from, config.rejected_from)
+    )
+    is_allowed_N = decided.is_used & chosen_R[decided.chosen_N] & rejected_R[decided.rejected_N]
     shared: dict[str, Any] = {
         "max_pairs": config.max_pairs,
-        "text_ids": np.array(
-            [texts.setdefault(r.text.strip(), len(texts)) for c in candidates for r in c.responses], dtype=np.int64
-        ),
+        "text_ids": text_ids(response for item in candidates for response in item.responses),
         "seed": seed,
         "keys": np.array([seed_of("pairs", item.prompt.id) for item in candidates], dtype=np.int64),
     }
     if config.pair_strategy in ("best_worst", "random"):
-        return _select_decided(allowed, offsets, config.pair_strategy, shared)
-    return _select_ranked(candidates, allowed, offsets, np.concatenate([*scores, []]), config, shared)
+        return _select_decided(decided, is_allowed_N, config.pair_strategy, shared)
+    if config.pair_strategy == "diverse":
+        tokens, bounds = _tokens(candidates)
+        shared["band"] = config.diversity_band
+        shared["distances"] = pairwise_distances(tokens, bounds, decided.votes.offsets, n=config.diversity_ngram)
+    return _select_ranked(decided, is_allowed_N, scores_R, config.pair_strategy, shared)
 
 
-def _has_roles(item: Candidates, pair: Corrected, config: PairingConfig) -> bool:
-    return _plays(item, pair.chosen, config.chosen_from) and _plays(item, pair.rejected, config.rejected_from)
-
-
-def _plays(item: Candidates, index: int, roles: Sequence[str] | None) -> bool:
+def _plays(candidates: Sequence[Candidates], votes: Votes, roles: Sequence[str] | None) -> np.ndarray:
+    """[R] bool: the response is of one of the models, or the newest or largest of its prompt; None: all are."""
     if roles is None:
-        return True
-    response = item.responses[index]
-    if response.model in roles:
-        return True
-    return any(
-        role in roles
-        and (own := getattr(response, name)) is not None
-        and own == max(value for r in item.responses if (value := getattr(r, name)) is not None)
-        for role, name in (("newest", "version_rank"), ("largest", "size_b"))
-    )
-
-
-def _select_decided(
-    decided: Sequence[Sequence[Corrected]], offsets: np.ndarray, strategy: Any, shared: dict[str, Any]
-) -> list[list[Corrected]]:
-    flat = [pair for pairs in decided for pair in pairs]
-    rows = [
-        (first + pair.chosen, first + pair.rejected)
-        for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True)
-        for pair in pairs
-    ]
-    bounds = np.cumsum([0] + [len(pairs) for pairs in decided], dtype=np.int64)
-    margins = np.array([pair.gap for pair in flat], dtype=np.float32)
-    taken = select_decided(
-        np.array(rows, dtype=np.int64).reshape(-1, 2), margins, bounds, strategy=strategy, reuse_texts=True, **shared
-    )
-    out: list[list[Corrected]] = [[] for _ in decided]
-    for prompt, index in zip(np.searchsorted(bounds, taken, side="right") - 1, taken, strict=True):
-        out[prompt].append(flat[index])
+        return np.ones(len(votes.order_R), dtype=bool)
+    responses = [response for item in candidates for response in item.responses]
+    out = np.array([response.model in roles for response in responses], dtype=bool)
+    for role, name in (("newest", "version_rank"), ("largest", "size_b")):
+        if role in roles:
+            own_R = np.array([getattr(response, name) for response in responses], dtype=np.float64)
+            most_P = np.full(len(candidates), np.nan)
+            np.fmax.at(most_P, votes.prompt_of_response, own_R)
+            out |= own_R == most_P[votes.prompt_of_response]
     return out
+
+
+def _select_decided(decided: Decided, is_allowed_N: np.ndarray, strategy: Any, shared: Mapping[str, Any]) -> np.ndarray:
+    allowed = np.flatnonzero(is_allowed_N)
+    taken = select_decided(
+        np.column_stack([decided.chosen_N[allowed], decided.rejected_N[allowed]]),
+        decided.gap_N[allowed].astype(np.float32),
+        np.searchsorted(allowed, decided.votes.bounds),
+        strategy=strategy,
+        reuse_texts=True,
+        **shared,
+    )
+    return allowed[taken]
 
 
 def _select_ranked(
-    candidates: Sequence[Candidates],
-    decided: Sequence[Sequence[Corrected]],
-    offsets: np.ndarray,
-    scores: np.ndarray,
-    config: PairingConfig,
-    shared: dict[str, Any],
-) -> list[list[Corrected]]:
-    scores = scores.astype(np.float32)
-    by_rows = {
-        (first + pair.chosen, first + pair.rejected): pair
-        for first, pairs in zip(offsets[:-1].tolist(), decided, strict=True)
-        for pair in pairs
-    }
-    forbidden = [
-        (i, j)
-        for first, last in itertools.pairwise(offsets.tolist())
-        for i, j in itertools.combinations(range(first, last), 2)
-        if ((i, j) not in by_rows and (j, i) not in by_rows)
-        or (scores[i] - scores[j]) * (1 if (i, j) in by_rows else -1) < 0
-    ]
-    if config.pair_strategy == "diverse":
-        tokens, bounds = _tokens(candidates)
-        shared = {
-            **shared,
-            "band": config.diversity_band,
-            "distances": pairwise_distances(tokens, bounds, offsets, n=config.diversity_ngram),
-        }
+    decided: Decided, is_allowed_N: np.ndarray, scores_R: np.ndarray, strategy: Any, shared: Mapping[str, Any]
+) -> np.ndarray:
+    votes, scores_R = decided.votes, scores_R.astype(np.float32)
+    is_against_N = scores_R[decided.chosen_N] < scores_R[decided.rejected_N]
     # The margin was already applied when the pairs were decided.
     rows, _ = select_pairs(
-        scores,
-        offsets,
-        strategy=config.pair_strategy,
+        scores_R,
+        votes.offsets,
+        strategy=strategy,
         min_margin=0.0,
-        forbidden=np.array(forbidden, dtype=np.int64).reshape(-1, 2),
+        forbidden=votes.rows_of_pair[~is_allowed_N | is_against_N],
         **shared,
     )
-    out: list[list[Corrected]] = [[] for _ in candidates]
-    for prompt, pair in zip(np.searchsorted(offsets, rows[:, 0], side="right") - 1, rows.tolist(), strict=True):
-        out[prompt].append(by_rows[tuple(pair)])
-    return out
+    return pairs_of_rows(votes.offsets, rows, votes.prompt_of_response[rows[:, 0]])
 
 
 def _tokens(candidates: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray]:
