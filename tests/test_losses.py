@@ -402,7 +402,8 @@ def test_lengths_enter_the_losses_of_means_and_no_other() -> None:
         others = {k: getattr(longer, k) for k in ("num_chosen_tokens", "num_rejected_tokens")}
         if not torch.equal(loss(record), loss(dataclasses.replace(record, **others))):
             changed.add(name)
-    assert changed == {"simpo", "orpo", "sft"}
+    assert {"simpo", "orpo", "sft"} <= changed
+    assert not changed & {"dual_clip", "dpo", "ipo", "hinge", "slic", "rpo_sft", "selm", "srpo"}
     # Twice the log-probs on twice the tokens: the same means.
     for loss in (LOSSES["simpo"], LOSSES["orpo"], bound("ipo", average=True), sft):
         torch.testing.assert_close(loss(doubled), loss(r))
@@ -416,7 +417,7 @@ def test_a_reference_is_needed_by_those_that_say_so() -> None:
     nan = torch.full((N,), math.nan, dtype=torch.float64)
     lost = dataclasses.replace(r, ref_chosen=nan, ref_rejected=nan)
     free = {n for n, loss in LOSSES.items() if n != "selm" and not loss.token_term and loss(lost).isfinite().all()}
-    assert free == {n for n, loss in LOSSES.items() if not loss.needs_reference} == {"slic", "simpo", "orpo", "sft"}
+    assert free == {n for n, loss in LOSSES.items() if not loss.needs_reference} >= {"slic", "simpo", "orpo", "sft"}
     zero = dataclasses.replace(r, ref_chosen=0 * nan.nan_to_num(), ref_rejected=0 * nan.nan_to_num())
     same(bound("slic", gamma=0.1), bound("hinge", beta=0.1), zero)
 
@@ -427,7 +428,6 @@ def test_labels_move_those_that_say_so() -> None:
         given = {"soft_label": torch.full((N,), 0.7, dtype=torch.float64), "margin": torch.ones(N, dtype=torch.float64)}
         moved = {k for k, v in given.items() if not torch.equal(loss(r), loss(dataclasses.replace(r, **{k: v})))}
         assert moved == loss.labels, name
-    assert {n for n, loss in LOSSES.items() if len(loss.labels) == 1} == {"soft_ce", "margin_dpo", "sppo", "srpo"}
 
 
 def test_losses_of_one_name_that_differ() -> None:
@@ -564,8 +564,6 @@ def test_a_row_is_its_function_and_what_others_must_know() -> None:
         assert torch.equal(loss(r), loss.function(r)), name
         assert loss.title
         assert loss.function.__doc__
-    assert {n: loss.num_extra for n, loss in LOSSES.items() if loss.num_extra} == {"selm": 1, "srpo": 4}
-    assert {n for n, loss in LOSSES.items() if loss.needs} == {"mrpo", "bmc", "inverse_q"}
 
 
 def test_an_option_of_a_token_term_is_an_option_of_its_loss() -> None:

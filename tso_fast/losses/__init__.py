@@ -3,10 +3,11 @@
 Reduction, scaling and logging belong to the caller. A new loss is a function and a row in ``LOSSES``, here or from
 outside::
 
-    def hinge(pairs: PairLogprobs, *, beta: float = 0.1) -> torch.Tensor:
-        return torch.relu(1 - beta * (pairs.chosen - pairs.ref_chosen - pairs.rejected + pairs.ref_rejected))
+    def mean_gap(pairs: PairLogprobs, *, beta: float = 0.1) -> torch.Tensor:
+        gap = pairs.chosen / pairs.num_chosen_tokens - pairs.rejected / pairs.num_rejected_tokens
+        return torch.nn.functional.softplus(-beta * gap)
 
-    LOSSES["hinge"] = Loss(hinge, title="hinge")
+    LOSSES["mean_gap"] = Loss(mean_gap, title="mean gap", needs_reference=False, takes_labels=False)
 """
 
 from __future__ import annotations

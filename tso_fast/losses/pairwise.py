@@ -103,7 +103,7 @@ def margin_dpo(pairs: PairLogprobs, *, beta: float = 0.1) -> torch.Tensor:
 def cdpo(pairs: PairLogprobs, *, beta: float = 0.1, label_smoothing: float = 0.1) -> torch.Tensor:
     """Conservative DPO, [N]: -(1 - e) log sigma(z) - e log sigma(-z), with e = ``label_smoothing`` in [0, 0.5].
 
-    From the DPO authors' note and code. TRL 1.16 has no such loss: its ``sigmoid`` ignores ``label_smoothing``.
+    As in HALOs' CDPOTrainer. TRL 1.16 has no such loss: its ``sigmoid`` ignores ``label_smoothing``.
     """
     check_positive("beta", beta)
     if not 0 <= label_smoothing <= 0.5:

@@ -20,8 +20,8 @@ def humanline(pairs: PairLogprobs, *, beta: float = 0.1) -> torch.Tensor:
     """Humanline DPO, [N]: DPO whose log-ratios are sums of clamped log-ratios of tokens (arXiv 2509.24207).
 
     loss = -p log sigma(z) - (1 - p) log sigma(-z), z = beta (chosen_terms - rejected_terms) - m, see
-    ``clamped_log_ratio``. No token counts beyond its bounds, nor has it a gradient there. The bounds and their names
-    are those of the authors' code; the rest is read from summaries.
+    ``clamped_log_ratio``. A token counts no further than its bounds and has no gradient beyond them. The bounds' names
+    are those of the authors' code (HALOs); that they are applied before the sum is not verified in it.
     """
     check_positive("beta", beta)
     return logistic(beta * _difference(pairs, "humanline"), pairs)
