@@ -252,6 +252,16 @@ def test_unsupported_options(options: dict[str, Any], message: str) -> None:
         FusedLinearTSOLoss(**options)
 
 
+def test_an_nll_beside_a_loss_of_tokens() -> None:
+    given = inputs(bias=True, dtype=F64)
+    plain, both = (FusedLinearTSOLoss(loss="humanline", alpha=0.3, compute_nll_loss=x) for x in (False, True))
+    loss, (chosen, *_) = plain(**given)
+    total, aux = both(**given)
+    nll = -chosen.sum() / (given["target"].chunk(2)[0] >= 0).sum()
+    torch.testing.assert_close(total, loss + 0.3 * nll)
+    torch.testing.assert_close(aux[4], nll)
+
+
 def test_arguments_that_do_not_fit() -> None:
     given = inputs()
     policy = (given["lin_weight"], given["_input"], given["target"])
