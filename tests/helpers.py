@@ -71,7 +71,7 @@ def corrected(item: Any, scores: Any, config: Any) -> Any:
 
 def used(decided: Any) -> list[Any]:
     """The pairs that were not dropped."""
-    return [decided.pair(n) for n in np.flatnonzero(decided.is_used)]
+    return decided.pairs(np.flatnonzero(decided.is_used))
 
 
 def fork(do: Callable[[], object]) -> int:

@@ -31,8 +31,7 @@ def item(*texts: str, id: str = "q") -> Candidates:  # noqa: A002
 def selected(candidates: Candidates, scores: Any, seed: int = 0, **settings: Any) -> list[Corrected]:
     config = PairingConfig(**settings)
     decided = corrected(candidates, scores, config)
-    chosen = select([candidates], decided, np.array(scores, dtype=np.float32), config, seed)
-    return [decided.pair(n) for n in chosen]
+    return decided.pairs(select([candidates], decided, np.array(scores, dtype=np.float32), config, seed))
 
 
 def strength(scores: list[float], chosen: int, rejected: int, **settings: Any) -> PreferencePair:

@@ -193,7 +193,7 @@ def judges(config: AssessConfig) -> None:
     if not verdicts and not any(r.scores for c in candidates for r in c.responses):
         raise InputError(f"verdicts: nobody judged {config.responses}; give a file of verdicts, a verifier or judges")
     beliefs = believe(candidates, verdicts, config)
-    panel, gains = beliefs.judges(verdicts), gains_of(beliefs)
+    panel, gains = beliefs.judges(), gains_of(beliefs)
     queue = ordered(gains, config.seed)
     stdout.print(make_table("Judges", *judge_table(panel)), "")
     rows = [] if beliefs.combination is None else list(label_rows(gains, queue))

@@ -11,7 +11,6 @@ import functools
 import logging
 import math
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,7 +18,15 @@ import numpy as np
 
 from tso_fast.config.settings import EvidenceConfig
 from tso_fast.correction.decide import Belief, from_scores
-from tso_fast.correction.evidence import compared_of, score_matrix, stated_of, votes_of, with_comparisons
+from tso_fast.correction.evidence import (
+    Compared,
+    compared_of,
+    score_matrix,
+    stated_of,
+    tallies_of,
+    votes_of,
+    with_comparisons,
+)
 from tso_fast.correction.reliability import Combination, LearnFrom, combine, is_identified
 from tso_fast.correction.votes import PRIOR, rows_of_pairs
 from tso_fast.errors import InputError, did_you_mean
@@ -145,8 +152,10 @@ def believe(
     Args:
         hidden: name of a scorer in the data that is no evidence.
     """
-    pointwise = score_matrix(candidates, [v for v in verdicts if isinstance(v, Verdict)], hidden)
-    return Beliefs(candidates, pointwise, [v for v in verdicts if isinstance(v, Comparison)], settings)
+    scored = [verdict for verdict in verdicts if isinstance(verdict, Verdict)]
+    compared = compared_of(candidates, [verdict for verdict in verdicts if isinstance(verdict, Comparison)])
+    pointwise = score_matrix(candidates, scored, hidden)
+    return Beliefs(candidates, pointwise, compared, settings, tallies_of(scored, compared))
 
 
 class Beliefs:
@@ -154,20 +163,22 @@ class Beliefs:
 
     Args:
         pointwise: scores by the judges of single responses.
-        comparisons: verdicts of the judges that compare two responses, and labels.
+        compared: verdicts of the judges that compare two responses, and labels.
+        tallies: verdicts by judge, see ``tallies_of``.
     """
 
     def __init__(
         self,
         candidates: Sequence[Candidates],
         pointwise: ScoreMatrix,
-        comparisons: Sequence[Comparison],
+        compared: Compared,
         config: EvidenceConfig,
+        tallies: Mapping[str, Mapping[str, int]],
     ) -> None:
         self.candidates = candidates
         self.config = config
         self.pointwise = pointwise
-        compared = compared_of(candidates, comparisons)
+        self.tallies = tallies
         self.votes = votes_of(candidates, pointwise, compared, self.given)
         self.stated_N = stated_of(compared, len(self.votes.prior_N))
         self.matrix = with_comparisons(pointwise, compared, config.comparison_scores)
@@ -355,11 +366,6 @@ class Beliefs:
         gap_N = np.where(self.has_votes[self.votes.prompt_of_pair], (first - second).round(12), np.nan)
         return Belief(gap_N, np.divide(first, either, out=np.full(len(first), 0.5), where=either > 0), neither)
 
-    def responses_of(self, n: int) -> slice:
-        """Rows of the responses to the prompt of a pair."""
-        p = self.votes.prompt_of_pair[n]
-        return slice(int(self.votes.offsets[p]), int(self.votes.offsets[p + 1]))
-
     def pair(self, n: int) -> PairEvidence:
         """All evidence on one pair."""
         votes, voters = self.votes, self.votes.voters
@@ -385,20 +391,10 @@ class Beliefs:
 
     # ---- what is told
 
-    def judges(self, verdicts: Sequence[Verdict | Comparison]) -> dict[str, dict[str, Any]]:
+    def judges(self) -> dict[str, dict[str, Any]]:
         """Facts about each judge: verdicts, abstentions, correlation with the other judges' ranks and, if evidence is
         calibrated, its reliability; also the reliability of the prior."""
-        compared = [v for v in verdicts if isinstance(v, Comparison)]
-        scored = [v for v in verdicts if isinstance(v, Verdict)]
-        abstained = Counter(v.judge for v in compared if v.probability is None)
-        abstained.update(v.judge for v in scored if v.score is None)
-        ties = Counter(v.judge for v in compared if v.probability == 0.5)
-        out: dict[str, dict[str, Any]] = {
-            judge: {"verdicts": count, "abstained": abstained[judge]}
-            for judge, count in Counter(v.judge for v in verdicts).items()
-        }
-        for judge in {v.judge for v in compared}:
-            out[judge]["ties"] = ties[judge]
+        out: dict[str, dict[str, Any]] = {name: dict(row) for name, row in self.tallies.items()}
         if len(self.matrix.scorers) > 1:
             for name, value in zip(self.matrix.scorers, self._agreement.leave_one_out.tolist(), strict=True):
                 out.setdefault(name, {})["correlation"] = None if math.isnan(value) else value

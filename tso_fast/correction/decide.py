@@ -9,6 +9,7 @@ Letters in shapes: N pairs, R responses of all prompts.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,7 +77,7 @@ class Corrected:
 
 @dataclass(frozen=True, kw_only=True)
 class Decided:
-    """All pairs of all prompts, decided; ``pair`` is one of them."""
+    """All pairs of all prompts, decided."""
 
     votes: Votes
     reason_N: np.ndarray
@@ -95,19 +96,34 @@ class Decided:
         """[N] bool: the pair is not dropped."""
         return np.array([decision != "drop" for decision in REASONS.values()])[self.reason_N]
 
-    def pair(self, n: int) -> Corrected:
-        start, probability = int(self.votes.offsets[self.votes.prompt_of_pair[n]]), float(self.probability_N[n])
-        reason = tuple(REASONS)[self.reason_N[n]]
-        return Corrected(
-            chosen=int(self.chosen_N[n]) - start,
-            rejected=int(self.rejected_N[n]) - start,
-            prior=self.votes.rules[self.votes.rules_N[n]],
-            decision=REASONS[reason],
-            reason=reason,
-            gap=float(self.gap_N[n]),
-            probability=None if np.isnan(probability) else probability,
-            is_human=bool(self.votes.is_labelled[n]),
+    def pairs(self, numbers: np.ndarray) -> list[Corrected]:
+        """Records of some pairs, by their numbers."""
+        votes, reasons = self.votes, tuple(REASONS)
+        start = votes.offsets[votes.prompt_of_pair[numbers]]
+        columns = (
+            self.chosen_N[numbers] - start,
+            self.rejected_N[numbers] - start,
+            votes.rules_N[numbers],
+            self.reason_N[numbers],
+            self.gap_N[numbers],
+            self.probability_N[numbers],
+            votes.is_labelled[numbers],
         )
+        return [
+            Corrected(
+                chosen=chosen,
+                rejected=rejected,
+                prior=votes.rules[rule],
+                decision=REASONS[reasons[reason]],
+                reason=reasons[reason],
+                gap=gap,
+                probability=None if math.isnan(probability) else probability,
+                is_human=is_human,
+            )
+            for chosen, rejected, rule, reason, gap, probability, is_human in zip(
+                *(column.tolist() for column in columns), strict=True
+            )
+        ]
 
     def counts(self) -> dict[str, dict[str, dict[str, int]]]:
         """Numbers of pairs: ``decisions`` by rule of the prior and decision, ``reasons`` by decision and reason."""

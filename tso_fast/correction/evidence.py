@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,12 +22,21 @@ from tso_fast.errors import InputError
 from tso_fast.scoring import bradley_terry
 from tso_fast.types import HUMAN, Candidates, Comparison, Response, ScoreMatrix, Verdict
 
+T = TypeVar("T")
+
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
 def offsets_of(candidates: Sequence[Candidates]) -> np.ndarray:
     """[P + 1] int64: rows of the responses to each prompt."""
     return np.cumsum([0, *(len(item.responses) for item in candidates)], dtype=np.int64)
+
+
+def numbered(values: Iterable[T]) -> tuple[list[T], np.ndarray]:
+    """Distinct values in order of appearance, and [K] int64, the number of each value among them."""
+    numbers: dict[T, int] = defaultdict(itertools.count().__next__)
+    number_K = np.fromiter(map(numbers.__getitem__, values), np.int64)
+    return list(numbers), number_K
 
 
 def score_matrix(
@@ -108,24 +118,29 @@ def compared_of(candidates: Sequence[Candidates], comparisons: Sequence[Comparis
     prompt_C = np.fromiter(map(number.__getitem__, map(attrgetter("prompt_id"), comparisons)), np.int64, count)
     places = itertools.chain.from_iterable(map(attrgetter("responses"), comparisons))
     rows_C2 = np.fromiter(places, np.int64, 2 * count).reshape(-1, 2) + offsets[prompt_C][:, None]
-    names: dict[tuple[str, str | None], int] = {}
-    name_C = np.fromiter((names.setdefault((c.judge, c.annotator), len(names)) for c in comparisons), np.int64, count)
-    named = [
-        Voter(name=annotator or "", kind="label") if judge == HUMAN else Voter(name=judge, kind="comparison")
-        for judge, annotator in names
-    ]
-    voters = sorted(set(named), key=lambda voter: (voter.kind, voter.name))
+    voters, voter_C = _voters_of(comparisons)
     found = Compared(
-        voters=tuple(voters),
-        voter_C=np.array([voters.index(voter) for voter in named], dtype=np.int64)[name_C],
+        voters=voters,
+        voter_C=voter_C,
         rows_C2=rows_C2,
         pair_C=pairs_of_rows(offsets, rows_C2, prompt_C),
         probability_C=np.array([c.probability for c in comparisons], dtype=np.float64),
-        has_both_orders_C=np.fromiter(
-            (c.orders is not None and None not in c.orders for c in comparisons), bool, count
-        ),
+        has_both_orders_C=np.array([c.orders is not None and None not in c.orders for c in comparisons], dtype=bool),
     )
     return _without_replaced(found, int(bounds_of_pairs(offsets)[-1]))
+
+
+def _voters_of(comparisons: Sequence[Comparison]) -> tuple[tuple[Voter, ...], np.ndarray]:
+    """Judges, then annotators, each by name; [C] which of them gave each comparison."""
+    judges, code_C = numbered(map(attrgetter("judge"), comparisons))
+    labels = np.flatnonzero(np.array([judge == HUMAN for judge in judges], dtype=bool)[code_C])
+    annotators, annotator_L = numbered(comparisons[k].annotator or "" for k in labels.tolist())
+    code_C[labels] = len(judges) + annotator_L
+    named = [Voter(name=name, kind="comparison") for name in judges]
+    named += [Voter(name=name, kind="label") for name in annotators]
+    voters = sorted((named[k] for k in np.flatnonzero(np.bincount(code_C))), key=lambda voter: (voter.kind, voter.name))
+    place = {voter: k for k, voter in enumerate(voters)}
+    return tuple(voters), np.array([place.get(voter, -1) for voter in named], dtype=np.int64)[code_C]
 
 
 def _without_replaced(compared: Compared, num_pairs: int) -> Compared:
@@ -169,6 +184,25 @@ def stated_of(compared: Compared, num_pairs: int) -> np.ndarray:
     num = np.bincount(compared.pair_C[told], minlength=num_pairs)
     votes = np.bincount(compared.pair_C[told], compared.vote[told], minlength=num_pairs)
     return (1 + np.divide(votes, num, out=np.full(num_pairs, np.nan), where=num > 0)) / 2
+
+
+def tallies_of(scored: Sequence[Verdict], compared: Compared) -> dict[str, dict[str, int]]:
+    """Numbers of ``verdicts``, of those ``abstained``, and of ``ties`` where two responses are compared, by judge."""
+    out: dict[str, dict[str, int]] = {}
+    silent = Counter(verdict.judge for verdict in scored if verdict.score is None)
+    for judge, count in Counter(verdict.judge for verdict in scored).items():
+        out[judge] = {"verdicts": count, "abstained": silent[judge]}
+    columns = {
+        "verdicts": np.ones(len(compared.voter_C)),
+        "abstained": np.isnan(compared.probability_C),
+        "ties": compared.probability_C == 0.5,
+    }
+    for name, column in columns.items():
+        sums = np.bincount(compared.voter_C, column, minlength=len(compared.voters)).astype(int).tolist()
+        for voter, count in zip(compared.voters, sums, strict=True):
+            row = out.setdefault(HUMAN if voter.kind == "label" else voter.name, {})
+            row[name] = row.get(name, 0) + count
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------- votes
@@ -235,9 +269,7 @@ def _refuse_two_kinds(matrix: ScoreMatrix, compared: Compared) -> None:
 
 def text_ids(responses: Iterable[Response]) -> np.ndarray:
     """[R] int64: a number of every text; the same for texts that differ in surrounding white space only."""
-    numbers: dict[str, int] = {}
-    texts = (response.text.strip() for response in responses)
-    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], dtype=np.int64)
+    return numbered(response.text.strip() for response in responses)[1]
 
 
 def prior_order(a: Response, b: Response) -> tuple[int, str]:
@@ -272,8 +304,7 @@ def _prior(
 
     All of it hangs on the cells of the responses, which are few: it is found for one response of each.
     """
-    cells: dict[tuple[bool, int | None, float | None], int] = {}
-    cell_R = np.array([cells.setdefault(_cell(response), len(cells)) for response in responses], dtype=np.int64)
+    cells, cell_R = numbered(map(_cell, responses))
     examples = [responses[row] for row in np.unique(cell_R, return_index=True)[1].tolist()]
     orders = [[prior_order(a, b) for b in examples] for a in examples]
     rules = tuple(sorted({rule for row in orders for _, rule in row} | {"none"}))

@@ -60,9 +60,9 @@ def _against_labels(beliefs: Beliefs, config: PairingConfig) -> tuple[np.ndarray
         if probabilities is not None:  # recomputed without the hidden labels
             scores_R = win_rates_R = beliefs.expected_win_rates(probabilities)
         decided = correct(beliefs.candidates, votes.without_labels(hidden_N), beliefs.about(probabilities), anything)
-        for n in np.flatnonzero(decided.is_used & votes.has_direction & hidden_N).tolist():
-            own = beliefs.responses_of(n)
-            pair, prefers_first = decided.pair(n), votes.label[n] > 0
+        numbers = np.flatnonzero(decided.is_used & votes.has_direction & hidden_N)
+        for n, pair in zip(numbers.tolist(), decided.pairs(numbers), strict=True):
+            own = votes.responses_of(votes.prompt_of_pair[n])
             stated.append(soft_label(pair, scores_R[own], config, win_rates_R[own]))
-            right.append(float(prefers_first == (pair.chosen < pair.rejected)))
+            right.append(float((votes.label[n] > 0) == (pair.chosen < pair.rejected)))
     return np.array(stated), np.array(right)

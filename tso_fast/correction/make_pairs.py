@@ -42,13 +42,13 @@ def make_pairs(
         advance(1)
         pairs = _pairs(beliefs, decided, config, seed, 1.0 if calibration is None else calibration["temperature"])
         advance(1)
-    used, judges = Counter(pair.decision for pair in pairs), beliefs.judges(verdicts)
+    used, judges = Counter(pair.decision for pair in pairs), beliefs.judges()
     return pairs, {
         **decided.counts(),
         "prompts": len(candidates),
         "prompts_with_pairs": len({pair.prompt.id for pair in pairs}),
         "used": {"keep": used["keep"], "swap": used["swap"]},
-        "abstained": sum(row.get("abstained", 0) for row in judges.values()),
+        "abstained": sum(row["abstained"] for row in beliefs.tallies.values()),
         "human_chosen": sum(pair.chosen.is_human for pair in pairs),
         "evidence": {"method": beliefs.chosen.method, "why": beliefs.chosen.why},
         "judges": judges,
@@ -69,10 +69,11 @@ def _pairs(
     beliefs: Beliefs, decided: Decided, config: PairingConfig, seed: int, temperature: float
 ) -> list[PreferencePair]:
     """The training pairs of the selected pairs."""
+    numbers = pairing.select(beliefs.candidates, decided, beliefs.scores_R, config, seed)
     out = []
-    for n in pairing.select(beliefs.candidates, decided, beliefs.scores_R, config, seed).tolist():
-        own = beliefs.responses_of(n)
+    for p, pair in zip(beliefs.votes.prompt_of_pair[numbers].tolist(), decided.pairs(numbers), strict=True):
+        own = beliefs.votes.responses_of(p)
         scores, win_rates = beliefs.scores_R[own], beliefs.win_rates_R[own]
-        item = beliefs.candidates[beliefs.votes.prompt_of_pair[n]]
-        out.append(pairing.to_pair(item, decided.pair(n), scores, config, win_rates=win_rates, temperature=temperature))
+        item = beliefs.candidates[p]
+        out.append(pairing.to_pair(item, pair, scores, config, win_rates=win_rates, temperature=temperature))
     return out

@@ -85,6 +85,10 @@ class Votes:
         """[R] prompt of each response."""
         return np.repeat(np.arange(len(self.num_responses)), self.num_responses)
 
+    def responses_of(self, p: int) -> slice:
+        """Rows of the responses to a prompt."""
+        return slice(self.offsets[p], self.offsets[p + 1])
+
     @functools.cached_property
     def rows_of_pair(self) -> np.ndarray:
         """[N, 2] int64: rows of the two responses of each pair."""
