@@ -78,23 +78,30 @@ def blocks_of(count: int) -> list[tuple[int, ...]]:
 class Group(NamedTuple):
     """Blocks of one size."""
 
-    rows: np.ndarray
-    """[B, R] rows of the responses."""
     pairs: np.ndarray
     """[B, pairs] rows of the pairs."""
+    order: np.ndarray
+    """[orders, R] different orders of the responses by the prior, in log-odds."""
+    which: np.ndarray
+    """[B] index into ``order``."""
 
 
 def _groups(votes: Votes) -> list[Group]:
-    found: dict[int, list[Group]] = {}
+    found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for count in np.unique(votes.num_responses).tolist():
         prompts = np.flatnonzero(votes.num_responses == count)
         for members in blocks_of(count) if count > 1 else []:
             place = np.array(members)
             a, b = (place[k] for k in np.triu_indices(len(place), 1))
             pairs = votes.bounds[prompts][:, None] + pair_number(a, b, count)
-            group = Group(votes.offsets[prompts][:, None] + place, pairs)
-            found.setdefault(len(place), []).append(group)
-    return [Group(*(np.concatenate(parts) for parts in zip(*groups, strict=True))) for groups in found.values()]
+            order = votes.order_R[votes.offsets[prompts][:, None] + place]
+            found.setdefault(len(place), []).append((pairs, order))
+    groups = []
+    for parts in found.values():
+        pairs, order = (np.concatenate(part) for part in zip(*parts, strict=True))
+        order, which = np.unique(order, axis=0, return_inverse=True)
+        groups.append(Group(pairs, order, which.ravel()))
+    return groups
 
 
 class Possibilities(NamedTuple):
@@ -229,17 +236,17 @@ class JointModel:
             evidence: [N, 3] log-likelihood of each pair's states.
         """
         for group in self.groups:
-            block = block_of(group.rows.shape[1])
-            for start in range(0, len(group.rows), most):
-                rows, pairs = (x[start : start + most] for x in group)
-                order, which = np.unique(self.votes.order_R[rows], axis=0, return_inverse=True)
-                log_prior = self._log_prior(block, order)
-                log = evidence[pairs].reshape(len(pairs), -1) @ block.state_SC + log_prior[which.ravel()]
+            block = block_of(group.order.shape[1])
+            for start in range(0, len(group.pairs), most):
+                pairs = group.pairs[start : start + most]
+                own, which = np.unique(group.which[start : start + most], return_inverse=True)
+                log_prior = self._log_prior(block, group.order[own])
+                log = evidence[pairs].reshape(len(pairs), -1) @ block.state_SC + log_prior[which]
                 top = log.max(axis=1, keepdims=True)
                 p = np.exp(log - top)
                 total = p.sum(axis=1, keepdims=True)
                 p /= total
-                yield Possibilities(block, pairs, order, which.ravel(), log_prior, p, (top + np.log(total))[:, 0])
+                yield Possibilities(block, pairs, group.order[own], which, log_prior, p, (top + np.log(total))[:, 0])
 
     def standard_errors(self) -> np.ndarray:
         """Standard error of the log-odds of each voter's being right, [J].
