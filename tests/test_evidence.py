@@ -263,6 +263,18 @@ def test_responses_are_compared_on_the_scores_that_both_have() -> None:
     assert info["reasons"]["keep"] == {"prior alone": 4}  # 5 against 6 have no judge in common, and 7 has none
 
 
+def test_the_median_of_scorers_ignores_an_outlier() -> None:
+    verdicts = [
+        Verdict(prompt_id="q", response=i, judge=judge, score=score)
+        for judge, scores in {"one": (0.0, 1.0), "two": (0.1, 1.0), "outlier": (90.0, 0.0)}.items()
+        for i, score in enumerate(scores)
+    ]
+    for consensus, reason in (("mean", "confirmed"), ("median", "contradicted")):
+        judging = EvidenceConfig(evidence="consensus", consensus=consensus)  # type: ignore[arg-type]
+        _, info = make_pairs([item("q", "new", "old")], verdicts, judging, PairingConfig(), 0)
+        assert [found for _, found in reasons(info)] == [reason]
+
+
 @pytest.mark.slow
 def test_a_person_who_is_always_inverted_is_named(caplog: pytest.LogCaptureFixture) -> None:
     candidates, verdicts, truth = simulated(200)

@@ -87,7 +87,11 @@ def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> Consensus:
     if not matrix.scorers:
         return Consensus(np.full(matrix.scores.shape[0], np.nan, dtype=np.float32), None)
     scores = consensus(
-        matrix.scores, matrix.offsets, method=config.consensus, normalize=config.score_normalize, weights=weights
+        matrix.scores,
+        matrix.offsets,
+        method=config.consensus,
+        normalize=config.score_normalize,
+        weights=None if config.score_weights is None else weights,
     ).scores
     counts = np.diff(matrix.offsets)
     known = ~np.isnan(matrix.scores[:, weights > 0])
