@@ -658,3 +658,14 @@ def test_a_weighted_sum_needs_what_its_losses_need() -> None:
 def test_a_weighted_sum_that_cannot_be(names: Any, weights: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         weighted_sum(names, weights, options)
+
+
+def test_odds_of_a_certain_answer_are_finite() -> None:
+    """A trained policy's probability can round to 1."""
+    logprobs = torch.tensor([-1e-30, 0.0, -1e-9], dtype=torch.float64)
+    chosen, rejected = (x.requires_grad_() for x in (logprobs, logprobs.flip(0).clone()))
+    one = torch.ones(3, dtype=torch.float64)
+    r = PairLogprobs(chosen=chosen, rejected=rejected, ref_chosen=one, ref_rejected=one, num_chosen_tokens=one,
+                     num_rejected_tokens=one)  # fmt: skip
+    for found in gradient(LOSSES["orpo"], r):
+        assert found.isfinite().all()

@@ -288,8 +288,9 @@ class OptimizationConfig(OpConfig, ModelConfig):
     """How the policy is trained on the pairs of an iteration."""
 
     loss_type: str | list[str] = "dual_clip"
-    """Loss: `dual_clip` (TSO), `dpo`, or `sft` (negative log-likelihood of the chosen response); one of your own,
-    `package.module:function`; or a list, whose weighted sum is trained on."""
+    """Loss: `dual_clip` (TSO), `dpo`, `sft` (negative log-likelihood of the chosen response), `ipo`, `simpo`, `sppo`,
+    `nca`, … (docs/losses.md has all); one of your own, `package.module:function`; or a list, whose weighted sum is
+    trained on."""
     loss_weights: list[NonNegativeFloat] | None = None
     """Weights of the losses in the list; default: 1 each."""
     loss_args: dict[str, Any] | None = None

@@ -54,4 +54,6 @@ def orpo(pairs: PairLogprobs, *, beta: float = 0.1) -> torch.Tensor:
 
 
 def _log_odds(logprob: torch.Tensor) -> torch.Tensor:
+    """log p - log(1 - p); a probability that rounds to 1 counts as 1 - 1e-12, and has no slope."""
+    logprob = logprob.clamp(max=-1e-12)
     return logprob - torch.log(-torch.expm1(logprob))
