@@ -160,19 +160,20 @@ def _judged(config: AssessConfig | PairsConfig, bad: BadRows) -> tuple[list[Cand
     """Responses, and verdicts on them: read from a file or made by judges that are no models; labels are the last."""
     from tso_fast.files.labels import read_labels
 
-    has_judges = config.verifier is not None or bool(config.judges)
-    if config.verdicts is not None and has_judges:
-        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
-    candidates = read_candidates(config.responses, bad)
-    verdicts: list[Verdict | Comparison] = []
-    if config.verdicts is not None:
-        verdicts = read_verdicts(config.verdicts, candidates, bad)
-    elif has_judges:  # imports every kind of judge, which takes seconds
+    judges = []
+    if config.verifier is not None or config.judges:  # imports every kind of judge, which takes seconds
         from tso_fast.judges import panel
         from tso_fast.judges.judge import Bench
 
         judges = panel.make_judges(config)
         panel.refuse_models(judges)
+    if config.verdicts is not None and judges:
+        raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
+    candidates = read_candidates(config.responses, bad)
+    verdicts: list[Verdict | Comparison] = []
+    if config.verdicts is not None:
+        verdicts = read_verdicts(config.verdicts, candidates, bad)
+    elif judges:
         panel.check(judges, None)
         verdicts, _ = panel.ask(judges, candidates, Bench(bad=bad))
     if config.labels is not None:
