@@ -448,7 +448,7 @@ def real(name: str, candidates: list[Candidates], comparisons: list[Comparison],
     assert beliefs.combination is not None
     simple = believed(candidates, comparisons, evidence="consensus", score_normalize="rank")
     free = believed(candidates, comparisons, evidence="auto", score_normalize="rank")
-    gaps = np.array([belief.gap for p in range(len(candidates)) for belief in simple.about(p)])
+    gaps = simple.about().gap_N
     on, votes = truth_N != 0, beliefs.votes
     truth, signs = truth_N[on], np.nan_to_num(np.sign(votes.strength_NJ))[on]
     ours = log_odds_of(beliefs.combination.probabilities)[on]
