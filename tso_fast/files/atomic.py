@@ -62,8 +62,11 @@ def atomic_file(path: Path) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when all of its files are on disk; replaces an old one."""
-    tmp = path.with_name(f"{TMP}{path.name}")
+    """A folder that appears under its name only when all of its files are on disk; replaces an old one.
+
+    The old one is renamed before it is deleted: half a folder never has the name.
+    """
+    tmp, old = path.with_name(f"{TMP}{path.name}"), path.with_name(f"{TMP}{path.name}.old")
     with writing(path):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -73,11 +76,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
             os.replace(tmp, path)
             fsync_folder(path.parent)
         finally:
-            shutil.rmtree(tmp, ignore_errors=True)
+            for leftover in (tmp, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_writable(path: Path) -> None:

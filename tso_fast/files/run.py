@@ -152,7 +152,8 @@ class Run:
                 f"output_dir: {folder} is in use by another process; wait for it or choose another folder"
             ) from error
         try:
-            for leftover in [*folder.glob(f"{TMP}*"), *folder.glob(f"*/{TMP}*")]:
+            places = ("", "*/", "iter-*/checkpoint/")
+            for leftover in [path for place in places for path in folder.glob(f"{place}{TMP}*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             if (folder / RUN_FILE).exists():
                 run = cls(folder, _read_state(folder), lock)

@@ -1,7 +1,15 @@
-"""Checkpoints inside an iteration: everything that the next optimiser step depends on."""
+"""Checkpoints inside an iteration: everything that the next optimiser step depends on.
+
+``checkpoint/step-N/`` holds the weights, the rest, and a manifest with the sha256 of both. It gets its name when it is
+complete, and older ones are removed after that, so that a kill at any moment leaves a whole one. A checkpoint that does
+not match its manifest is passed over.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +18,13 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
-from tso_fast.files.atomic import atomic_folder
+from tso_fast.files.atomic import atomic_folder, sha256_file, write_json
+from tso_fast.progress import console
 from tso_fast.training.monitors import Meter, NonFiniteGuard
+
+KEPT = 2
+"""Checkpoints that are kept, in case the newest is damaged."""
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
 
 def save(
@@ -25,12 +38,12 @@ def save(
     meters: list[Meter],
     guard: NonFiniteGuard,
 ) -> None:
-    """Writes a checkpoint; every process takes part, the main one writes."""
+    """Writes a checkpoint and removes those that are no longer kept; every process takes part, the main one writes."""
     random_states = gather_object([_random_state()])
     if not accelerator.is_main_process:
         return
-    with atomic_folder(folder) as tmp:
-        safetensors.torch.save_model(model, str(tmp / "model.safetensors"))
+    with atomic_folder(folder / f"step-{step}") as tmp:
+        safetensors.torch.save_model(model, str(tmp / WEIGHTS))
         state = {
             "step": step,
             "optimizer": optimizer.state_dict(),
@@ -40,19 +53,23 @@ def save(
             "random": random_states,
         }
         try:
-            torch.save(state, tmp / "state.pt")
+            torch.save(state, tmp / STATE)
         except RuntimeError as error:  # torch's name for a full disk
             raise OSError(str(error)) from error
+        write_json(tmp / MANIFEST, {name: sha256_file(tmp / name) for name in (WEIGHTS, STATE)})
+    for old in _found(folder)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load(
     folder: Path, *, model: Any, optimizer: Any, scheduler: Any, meters: list[Meter], guard: NonFiniteGuard
 ) -> int:
-    """Restores what ``save`` wrote and returns the number of finished steps; 0 when there is no checkpoint."""
-    if not (folder / "state.pt").is_file():
+    """Restores the newest whole checkpoint and returns its number of finished steps; 0 when there is none."""
+    found = next((path for path in _found(folder) if _is_whole(path)), None)
+    if found is None:
         return 0
-    safetensors.torch.load_model(model, str(folder / "model.safetensors"))
-    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    safetensors.torch.load_model(model, str(found / WEIGHTS))
+    state = torch.load(found / STATE, weights_only=True, map_location="cpu")
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     for meter, sums in zip(meters, state["meters"], strict=True):
@@ -61,6 +78,30 @@ def load(
     _restore_random_state(state["random"][PartialState().process_index])
     step: int = state["step"]
     return step
+
+
+def _found(folder: Path) -> list[Path]:
+    """Checkpoints, the newest first."""
+    steps = {int(found[1]): path for path in folder.glob("step-*") if (found := re.fullmatch(r"step-(\d+)", path.name))}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the files of a checkpoint are those of its manifest; says so if they are not."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        damaged = [name for name in (WEIGHTS, STATE) if sha256_file(path / name) != manifest[name]]
+        reason = f"{' and '.join(damaged)} differ from what was written" if damaged else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it is incomplete ({type(error).__name__}: {error})"
+    if reason is not None:
+        console.print(
+            f"warning: {path} is passed over: {reason}; training goes on from the one before, or from the start of the "
+            "iteration",
+            highlight=False,
+            markup=False,
+        )
+    return reason is None
 
 
 def _random_state() -> dict[str, torch.Tensor]:
