@@ -654,7 +654,7 @@ def test_it_warns_where_everybody_could_come_in(
     monkeypatch.setenv("TSO_FAST_PASSWORD", password)
     ended = cli("annotate", [responses_file(tmp_path), "--host", host, "--annotator", "ada"])
     assert ended.status == 0
-    assert served == [("ada", host, 7860, password or None)]
+    assert served == [("ada", host, 7860, password or None, None)]
     assert ("warning: " in ended.err and "TSO_FAST_PASSWORD" in ended.err) == is_warned
 
 

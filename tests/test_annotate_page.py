@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class Reader:
     """A person at a browser of their own; everything the page loads and says is kept."""
 
     def __init__(self, browser: Any, address: str, **options: Any) -> None:
-        self.address, self.loaded, self.problems, self.bodies = address, [], [], []
+        self.address = address.partition("?")[0]
+        self.loaded, self.problems, self.bodies = [], [], []
         self.page = browser.new_context(**options).new_page()
         self.page.on("request", lambda request: self.loaded.append(request.url))
         self.page.on("requestfailed", lambda request: self.problems.append(f"{request.url}: {request.failure}"))
@@ -262,7 +264,7 @@ def test_a_day_of_two_annotators(browser: Any, tmp_path: Path) -> None:
         assert "with a second line" in content
         for word in ("secret-model", "secret-version", "secret-judge", "the-hidden-answer", "61.25"):
             assert word not in content
-        seen, port = [bob.shown, ada.shown], address.rstrip("/").rpartition(":")[2]
+        seen, port = [bob.shown, ada.shown], urllib.parse.urlsplit(address).port
         bob.close()
         ada.close()
     with served(file, "--port", port, "--overlap", 0) as address:

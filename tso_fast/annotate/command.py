@@ -102,10 +102,10 @@ def annotate(config: AnnotateConfig) -> None:
         password = config.password or os.environ.get(PASSWORD) or None
         if password is None and not _is_loopback(config.host):
             _say(
-                f"warning: {config.host} can be reached from other machines, and nobody asks for a password; set "
-                f"{PASSWORD}"
+                f"warning: {config.host} can be reached from other machines, and whoever sees the page's address can "
+                f"label; set {PASSWORD}"
             )
-        serve(desk, config.annotator, config.host, config.port, password)
+        serve(desk, config.annotator, config.host, config.port, password, config.public_name)
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,6 @@ enforces this.
 
 from __future__ import annotations
 
-import hmac
 import html
 import itertools
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 from tso_fast.annotate.agreement import Agreement
 from tso_fast.annotate.desk import Desk, Task, View
+from tso_fast.annotate.guard import Guard, Password
 from tso_fast.errors import InputError, OutputError
 from tso_fast.progress import console
 
@@ -238,8 +238,13 @@ def build(desk: Desk, annotator: str | None, has_login: bool) -> Any:
 # ---- serving
 
 
-def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str | None) -> None:
+def serve(
+    desk: Desk, annotator: str | None, host: str, port: int, password: str | None, public_name: str | None = None
+) -> None:
     """Serves the page until it is interrupted.
+
+    Args:
+        public_name: another name under which the page is reached, see ``guard.Guard``.
 
     Raises:
         InputError: gradio is missing, or the host and port cannot be listened on.
@@ -256,6 +261,7 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
         address = listening.getsockname()[:2]
         app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         page = build(desk, annotator, has_login=password is not None)
+        login = None if password is None else Password(password)
         gr.mount_gradio_app(
             app,
             page,
@@ -263,7 +269,7 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
             server_name=address[0],
             server_port=address[1],
             ssr_mode=False,
-            auth=None if password is None else lambda name, given: _is_let_in(name, given, password),
+            auth=None if login is None else lambda name, given: _is_let_in(name, given, login),
             pwa=False,
             auth_message="Your name, which stands with your labels, and the password.",
             footer_links=[],
@@ -279,18 +285,20 @@ def serve(desk: Desk, annotator: str | None, host: str, port: int, password: str
                 for tag, name in (("style", "page.css"), ("script", "page.js"))
             ),
         )
+        guarded = Guard(_with_policy(app), host, address[1], public_name, has_token=password is None)
         shown_host = f"[{host}]" if ":" in host else host
+        token = "" if guarded.token is None else f"?token={guarded.token}"
         for line in (
             f"labels go to {desk.labels.path}",
-            f"open http://{shown_host}:{address[1]}/ - stop with Ctrl-C; every label is on disk",
+            f"open http://{shown_host}:{address[1]}/{token} - stop with Ctrl-C; every label is on disk",
         ):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        server = uvicorn.Server(uvicorn.Config(_with_policy(app), log_level="critical", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(guarded, log_level="critical", timeout_graceful_shutdown=1))
         server.run(sockets=[listening])
 
 
-def _is_let_in(name: str, given: str, password: str) -> bool:
-    return 0 < len(name) <= LONGEST_NAME and hmac.compare_digest(given.encode(), password.encode())
+def _is_let_in(name: str, given: str, password: Password) -> bool:
+    return 0 < len(name) <= LONGEST_NAME and password.is_right(given)
 
 
 def _listen(host: str, port: int) -> socket.socket:

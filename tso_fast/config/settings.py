@@ -481,6 +481,8 @@ class AnnotateConfig(RowsConfig):
     """Address to listen on; 0.0.0.0 is everywhere, and wants a password."""
     port: Port = 7860
     """Port to listen on; 0 takes a free one."""
+    public_name: Text | None = None
+    """Another name under which the page is reached, such as that of a proxy; requests under other names are refused."""
     password: Text | None = None
     """Asked for before anything is shown, and the name with it; better given as the environment variable
     TSO_FAST_PASSWORD, which the list of processes does not show."""
