@@ -1,8 +1,9 @@
 """Who may talk to the page: requests from this page alone, by people who have its address or the password.
 
 A web page elsewhere can make its reader's browser send requests to this server: across sites, or under a name that it
-points here (DNS rebinding). So a request must name this server as its host, and as its origin where it has one. Without a
-password it must also carry the token of the printed address, as with Jupyter: other users of the machine reach the port.
+points here (DNS rebinding). So a request must name this server as its host, and as its origin where it has one.
+Without a password it must also carry the token of the printed address, as with Jupyter: other users of the machine
+reach the port.
 """
 
 from __future__ import annotations
