@@ -430,6 +430,36 @@ def test_finished_rows_are_handed_over_while_others_run(model: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- stop strings
 
 
+def test_keys_and_values_are_as_large_as_the_rows_and_go_with_the_last(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    original, held = hf._Slots.__init__, []
+
+    def init(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        made.append(weakref.ref(self))
+
+    def note() -> None:
+        slots = made[-1]()
+        held.append(sum(buffer.nbytes for layer in slots.cache.layers for buffer in layer.buffers))
+
+    monkeypatch.setattr(hf._Slots, "__init__", init)
+    asked = [
+        dataclasses.replace(r, token_ids=r.token_ids[:3] * 7) for r in requests(96, sampling=Sampling(max_tokens=14))
+    ]
+    gc.disable()
+    try:
+        list(BatchGenerator(model, TOKENIZER, [EOS], batch_size=64, on_step=note).run(asked))
+        assert [ref() for ref in made] == [None]
+    finally:
+        gc.enable()
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads * config.num_key_value_heads * model.dtype.itemsize
+    longest = max(len(r.token_ids) for r in asked) + 14
+    assert 0 < max(held) <= 1.25 * 2 * config.num_hidden_layers * 64 * longest * size
+
+
 def byte_tokenizer() -> Any:
     """One token a byte, of a, b, space, é and è: most characters are split."""
     vocab = {c: i for i, c in enumerate(["<pad>", "<eos>", "Ã", "©", "¨", "a", "b", "Ġ"])}

@@ -8,6 +8,7 @@ A batch never spans two shards, so a repeated shard gives the same bytes on a CP
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -131,12 +132,15 @@ class _Row:
 
 
 class _SlotLayer(DynamicLayer):
-    """Cache layer that writes new keys and values in place; its base class copies the whole cache for every token."""
+    """Cache layer that writes new keys and values in place; its base class copies the whole cache for every token.
+
+    It does not own its slots: in a cycle the buffers would live until the next garbage collection.
+    """
 
     def __init__(self, slots: _Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.slots = slots
+        self.slots: _Slots = weakref.proxy(slots)
         self.buffers = [x.new_zeros(slots.size, x.shape[1], slots.capacity, x.shape[3]) for x in (keys, values)]
 
     def show(self, end: int) -> None:
@@ -158,10 +162,11 @@ class _Slots:
     """
 
     SPARE = 128
-    """Free columns in a new buffer; when they are used up, everything is copied to a new one."""
+    """Most free columns in a new buffer; when they are used up, everything is copied to a new one."""
 
-    def __init__(self, size: int, widest: int) -> None:
-        self.size, self.end, self.capacity = size, widest, widest + self.SPARE
+    def __init__(self, size: int, widest: int, most_tokens: int) -> None:
+        self.spare = min(self.SPARE, most_tokens)
+        self.size, self.end, self.capacity = size, widest, widest + self.spare
         self.lengths: list[int] = []
         self.cache = DynamicCache()
 
@@ -193,7 +198,7 @@ class _Slots:
             return
         first, end, num_rows = self.first, self.end, len(self.lengths)
         self.end = max(end - first, widest_waiting)
-        self.capacity = self.end + self.SPARE
+        self.capacity = self.end + self.spare
         self.size = self.size if widest_waiting else num_rows
         for layer in self.cache.layers:
             for i, old in enumerate(layer.buffers):
@@ -252,7 +257,8 @@ class BatchGenerator:
 
     @torch.inference_mode()
     def _run_joining(self, waiting: deque[_Row]) -> Iterator[list[Completion]]:
-        slots = _Slots(min(self.batch_size, len(waiting)), len(waiting[0].request.token_ids))
+        most_tokens = max(row.request.sampling.max_tokens for row in waiting)
+        slots = _Slots(min(self.batch_size, len(waiting)), len(waiting[0].request.token_ids), most_tokens)
         running: list[_Row] = []
         while waiting or running:
             free = self.batch_size - len(running)
