@@ -337,13 +337,17 @@ def test_an_error_of_a_real_process_goes_to_stderr(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_an_interrupt_leaves_nothing_behind(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "impatient.py").write_text("import signal\ndef f(*a): signal.raise_signal(signal.SIGINT)\n")
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_an_interrupt_leaves_nothing_behind(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: int
+) -> None:
+    module = f"impatient_{status}"
+    (tmp_path / f"{module}.py").write_text(f"import signal\ndef f(*a): signal.raise_signal(signal.{name})\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "r.jsonl").write_text(GOOD)
     before = content(tmp_path)
-    ended = cli("score", ["--responses", tmp_path / "r.jsonl", "--verifier", "impatient:f", "--output", tmp_path / "o"])
-    assert (ended.status, ended.out) == (130, "")
+    ended = cli("score", ["--responses", tmp_path / "r.jsonl", "--verifier", f"{module}:f", "--output", tmp_path / "o"])
+    assert (ended.status, ended.out) == (status, "")
     assert "stopped" in ended.err
     assert {name: before.get(name) for name in content(tmp_path) if "__pycache__" not in name} == before
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tso_fast import interrupts
 from tso_fast.cli import main
 from tso_fast.commands import train_and_compare
 from tso_fast.config.settings import CellConfig, JudgeConfig, TrainConfig
@@ -186,23 +187,31 @@ def test_two_processes_cannot_share_a_run(base: TrainConfig, run: Path) -> None:
             train(base)
 
 
-def test_an_interrupted_checkpoint_goes_on_bitwise(
-    base: TrainConfig, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("save_steps", "stop_in"), [(1, 3), (0, 2)], ids=["killed", "signalled"])
+def test_an_interrupted_training_goes_on_bitwise(
+    base: TrainConfig, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int, stop_in: int
 ) -> None:
-    """Stopped inside iteration 1 after a checkpoint: the steps before it are not made again, the weights are equal."""
+    """Killed in iteration 1's third step, each being saved, or told to stop in its second, which is finished and saved.
+
+    The steps before are not made again, and the weights are equal.
+    """
     import tso_fast.training.optimise as optimization
 
-    settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), per_device_train_batch_size=1, save_steps=1)
+    settings = dataclasses.replace(
+        base, output_dir=str(tmp_path / "run"), per_device_train_batch_size=1, save_steps=save_steps
+    )
     train(dataclasses.replace(settings, output_dir=str(tmp_path / "whole")))
     real, calls = optimization.backward, itertools.count(1)
 
-    def stop_at_third(*args, **kwargs):  # type: ignore[no-untyped-def]
-        if next(calls) == 3:
-            raise KeyboardInterrupt
+    def stop(*args, **kwargs):  # type: ignore[no-untyped-def]
+        if next(calls) == stop_in:
+            if save_steps:
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(optimization, "backward", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(optimization, "backward", stop)
+    with pytest.raises(KeyboardInterrupt), interrupts.handled():
         train(settings)
     steps: list[int] = []
     monkeypatch.setattr(optimization, "backward", lambda *a, **k: (steps.append(1), real(*a, **k))[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 2 bad input, 3 stopped by an error that is not the input's."""
+    """Entry point; returns the exit status: 0 done, 2 bad input, 3 stopped by an error that is not the input's, 128 + a
+    signal's number."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    from tso_fast import interrupts
     from tso_fast.errors import EngineError, InputError, OutputError, Paused, TrainingError, did_you_mean
 
     try:
@@ -50,15 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"expected one of {', '.join(COMMANDS)}"
             )
         _show_log()
-        COMMANDS[arguments[0]](arguments[1:])
+        with interrupts.handled():
+            COMMANDS[arguments[0]](arguments[1:])
     except (EngineError, InputError, OutputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 3
     except Paused as pause:
         print(f"paused: {pause}", file=sys.stderr)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "number", signal.SIGINT)
     return 0
 
 

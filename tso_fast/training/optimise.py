@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from tso_fast import interrupts
 from tso_fast.config.settings import OptimizationConfig, PairingConfig
 from tso_fast.errors import InputError
 from tso_fast.files.run import Iteration
@@ -239,16 +240,21 @@ class _Training:
         if accelerator.is_main_process:
             metrics.rewind(t, done + 1)
         self.policy.train()
-        with progress_bar(
-            f"iteration {t}: train", self.total_steps, lambda: f"loss {self.whole.means()['loss']:.4f}"
-        ) as advance:
+        title = f"iteration {t}: train"
+        with (
+            interrupts.waiting() as signalled,
+            progress_bar(title, self.total_steps, lambda: f"loss {self.whole.means()['loss']:.4f}") as advance,
+        ):
             advance(done)
             for number, step in itertools.islice(self._steps(), done, None):
                 grad_norm = self.one_step(number, step)
                 if number % self.config.logging_steps == 0 or number == self.total_steps:
                     self._log(number, step, grad_norm, metrics)
-                if self.config.save_steps and number % self.config.save_steps == 0:
+                stopped_by = self._agreed(signalled())
+                if stopped_by or (self.config.save_steps and number % self.config.save_steps == 0):
                     checkpoint.save(self.files.checkpoint, accelerator=accelerator, step=number, **self._saved())
+                if stopped_by:
+                    raise interrupts.Stopped(stopped_by)
                 advance(1)
         return {
             "loss": self.loss.title,
@@ -259,6 +265,12 @@ class _Training:
             "means": finite(self.whole.means(accelerator)),
             "final": finite(self.tail.means(accelerator)),
         }
+
+    def _agreed(self, signalled: int) -> int:
+        """The signal that any process received, 0: none did; they must stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return signalled
+        return int(self.accelerator.gather(torch.tensor([signalled], device=self.accelerator.device)).max())
 
     def _steps(self) -> Iterator[tuple[int, Step]]:
         seed = seed_of(self.config.seed, self.files.number)
