@@ -1,8 +1,9 @@
-"""The accuracy of cells on prompts with known answers, with its interval."""
+"""The accuracy of cells on prompts with known answers, or their mean score, with its interval."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,10 @@ def evaluate(
     bad: BadRows,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[dict[str, Any]]:
-    """For each cell: the accuracy of its answers with its 95 % interval (Wilson), and their mean length."""
+    """For each cell: the mean score of its answers with its 95 % interval, and their mean length.
+
+    The mean is called ``accuracy``, which it is where every score is 0 or 1; ``is_graded`` says that there are others.
+    """
     assert config.verifier is not None
     answered = list(answer(asked, candidates, matrix, config, store, bad, advance))
     verdicts = verify(answered, make_verifier(config.verifier, config.verifier_pattern), bad)
@@ -37,20 +41,37 @@ def evaluate(
         ]
         if not scores:
             raise InputError(f"{a.cell.name}: the verifier abstained on every response; there is nothing to average")
-        mean = sum(scores) / len(scores)
-        low, high = wilson(mean, len(scores))
+        low, high = interval(scores)
         lengths = [len(r.token_ids or ()) for r in responses.values() if r.model == a.cell.name]
         out.append(
             {
                 "model": a.cell.name,
-                "accuracy": mean,
+                "accuracy": sum(scores) / len(scores),
                 "low": low,
                 "high": high,
                 "responses": len(scores),
+                "is_graded": is_graded(scores),
                 "mean_tokens": sum(lengths) / len(lengths),
             }
         )
     return out
+
+
+def is_graded(scores: Sequence[float]) -> bool:
+    """Whether there is any other score than 0 and 1."""
+    return not {0.0, 1.0}.issuperset(scores)
+
+
+def interval(scores: Sequence[float], z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of the mean: Wilson's for a proportion, for graded scores by the normal approximation.
+
+    A graded score that is the only one counts as uncertain as one from 0 to 1 can be.
+    """
+    mean = sum(scores) / len(scores)
+    if not is_graded(scores):
+        return wilson(mean, len(scores), z)
+    half = z * math.sqrt((statistics.variance(scores) if len(scores) > 1 else 0.25) / len(scores))
+    return mean - half, mean + half
 
 
 def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:

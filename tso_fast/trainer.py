@@ -11,7 +11,6 @@ the disk, losslessly; that makes a resumed run bitwise the same as an uninterrup
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shutil
 import time
@@ -27,12 +26,12 @@ from accelerate.utils import set_seed
 from tso_fast.answering import answer, ask, max_tokens
 from tso_fast.config.checks import check
 from tso_fast.config.ranges import free_keys
-from tso_fast.config.settings import EvalConfig, TrainConfig, to_dict, verifier_of
+from tso_fast.config.settings import TrainConfig, evaluation_of, to_dict
 from tso_fast.correction.make_pairs import make_pairs
-from tso_fast.errors import InputError, Paused, TrainingError
+from tso_fast.errors import InputError, Paused, TrainingError, import_named
 from tso_fast.evaluation import evaluate
 from tso_fast.files.atomic import atomic_folder, sha256_file, write_jsonl
-from tso_fast.files.labels import read_labels
+from tso_fast.files.labels import Label, label_row, read_labels
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import (
     BadRows,
@@ -69,6 +68,7 @@ def train(config: TrainConfig) -> Run:
     """
     check(config)
     judges = panel.make_judges(config)
+    people = None if config.people is None else import_named(config.people, f"people: {config.people!r}", "function")
     accelerator = make_accelerator(config, config.output_dir)
     bad = BadRows(config.on_bad_row)
     trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
@@ -76,14 +76,14 @@ def train(config: TrainConfig) -> Run:
     require_weights(matrix.policy, "policy")
     panel.check(judges, matrix)
     mini_batches = split(_read(config.prompts, judges, matrix, config, bad), config.num_iterations)
-    verifier = panel.make_judges(verifier_of(config))
+    verifier = panel.make_judges(evaluation_of(config))
     held_out = _read(config.eval_prompts, verifier, matrix, config, bad) if config.eval_prompts else []
     with _open_run(config, matrix, accelerator) as run:
         if accelerator.is_main_process and bad.set_aside(run / SKIPPED_FILE):
             console.print(f"{len(bad.rows)} bad rows set aside in {run / SKIPPED_FILE}")
         if config.report_to != "none":
             accelerator.init_trackers("tso-fast", tracker_settings(config))
-        loop = Loop(run=run, accelerator=accelerator, matrix=matrix, config=config, judges=judges)
+        loop = Loop(run=run, accelerator=accelerator, matrix=matrix, config=config, judges=judges, people=people)
         loop.evaluate(0, held_out)
         for t, mini_batch in enumerate(mini_batches, start=1):
             loop.generate(t, mini_batch)
@@ -108,6 +108,7 @@ class Loop:
     matrix: ModelMatrix
     config: TrainConfig
     judges: Sequence[Judge]
+    people: Callable[[Sequence[Candidates], int], Iterable[Label]] | None = None
 
     def generate(self, t: int, mini_batch: Sequence[Candidates]) -> None:
         """The cells answer mini-batch t, the policy as it is now among them; human responses come with the data."""
@@ -169,6 +170,8 @@ class Loop:
         def produce() -> Produced:
             candidates = read_candidates(files.responses, BadRows())
             verdicts = read_verdicts(files.verdicts, candidates, BadRows(), may_be_empty=True)
+            if self.people is not None and not files.labels.exists():
+                write_jsonl(files.labels, map(label_row, self.people(candidates, config.seed)))
             verdicts += read_labels(files.labels, candidates, BadRows()) if files.labels.exists() else []
             pairs, info = make_pairs(candidates, verdicts, config, config, config.seed)
             if not pairs:
@@ -234,10 +237,7 @@ class Loop:
             return
 
         def produce() -> Produced:
-            shared = {
-                f.name: getattr(config, f.name) for f in dataclasses.fields(EvalConfig) if hasattr(config, f.name)
-            }
-            settings = EvalConfig(**{**shared, "num_generations": 1, "temperature": 0.0, "output": None})
+            settings = evaluation_of(config)
             asked = ask(matrix.policy, settings, matrix.configs.get(matrix.policy.name), is_own_sampling=False)
             bad = BadRows(config.on_bad_row)
             title = f"iteration {t}: evaluate {matrix.policy.name}"
@@ -248,8 +248,9 @@ class Loop:
         info = self._once(self.run.iteration(t).stage("eval"), produce)
         if self.accelerator.is_main_process:
             console.print(
-                f"iteration {t}: {info['model']} answers {info['accuracy']:.1%} of {info['responses']} "
-                f"held-out prompts (95 % interval {info['low']:.1%} to {info['high']:.1%})",
+                f"iteration {t}: {info['model']} {'scores' if info.get('is_graded') else 'answers'} "
+                f"{info['accuracy']:.1%} of {info['responses']} held-out prompts "
+                f"(95 % interval {info['low']:.1%} to {info['high']:.1%})",
                 highlight=False,
             )
 

@@ -115,8 +115,12 @@ def _check_train(config: TrainConfig) -> None:
             f"warmup_steps: {config.warmup_steps} has no effect with lr_scheduler_type 'constant'; leave "
             "it out or use 'constant_with_warmup'"
         )
-    if config.verifier is None and config.eval_prompts is not None:
-        raise InputError("eval_prompts: evaluation needs a verifier; set verifier too")
+    if config.verifier is None and config.eval_verifier is None and config.eval_prompts is not None:
+        raise InputError("eval_prompts: evaluation needs a verifier; set verifier or eval_verifier too")
+    if config.eval_verifier is not None and config.eval_prompts is None:
+        raise InputError("eval_verifier: it has no effect without eval_prompts; leave it out")
+    if config.annotate and config.people is not None:
+        raise InputError("annotate: nobody is waited for where a function labels; leave out annotate or people")
     if config.eval_prompts is not None and config.eval_prompts == config.prompts:
         raise InputError(f"eval_prompts: {config.eval_prompts} is the training file; expected held-out prompts")
 

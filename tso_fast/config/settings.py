@@ -374,9 +374,14 @@ class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceCo
     """Trained versions that stay in the matrix, the newest first; 0: all."""
     eval_prompts: str | None = None
     """JSONL of held-out prompts; the policy answers them greedily before training and after each iteration."""
+    eval_verifier: str | None = None
+    """Program that checks held-out answers and judges nothing else; default: `verifier`."""
     annotate: bool = False
     """Pause after the judges of each iteration, for people to label pairs with `tso-fast annotate`; the same command
     goes on with their labels."""
+    people: str | None = None
+    """Function that labels pairs in place of people, `package.module:function`, called as f(candidates, seed) in each
+    iteration; it returns labels (`tso_fast.files.labels.make_label`)."""
     compare: Annotated[bool, FREE] = False
     """Also run plain DPO and chosen-only NLL (`sft`) with the same settings and print all three."""
 
@@ -513,6 +518,10 @@ def judge_name(config: JudgeConfig) -> str:
     return config.name or config.kind
 
 
-def verifier_of(config: VerifierConfig) -> VerifierConfig:
-    """The verifier alone, without the judges beside it."""
-    return VerifierConfig(verifier=config.verifier, verifier_pattern=config.verifier_pattern)
+def evaluation_of(config: TrainConfig) -> EvalConfig:
+    """How the loop evaluates: greedily, by a verifier alone."""
+    names = [f.name for f in dataclasses.fields(EvalConfig) if hasattr(config, f.name)]
+    settings = {name: getattr(config, name) for name in names} | {"num_generations": 1, "temperature": 0.0}
+    if config.eval_verifier is not None:
+        settings |= {"verifier": config.eval_verifier, "verifier_pattern": None}
+    return EvalConfig(**settings)
