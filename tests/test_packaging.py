@@ -91,7 +91,8 @@ def test_wheel_installs_the_packages_under_their_names(wheel: Path, tmp_path: Pa
     modules = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     data = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("templates/*.txt")}
     assert len(data) == 4
-    data |= {"tso_fast/annotate/page.css", "tso_fast/annotate/page.js", "tso_fast/quickstart/quickstart.yaml"}
+    data |= {"tso_fast/annotate/page.css", "tso_fast/annotate/page.js"}
+    data |= {"tso_fast/quickstart/skills.yaml", "tso_fast/quickstart/writing.yaml"}
     assert modules | data | {"tso_fast/kernels/__init__.py", "tso_fast/py.typed"} <= set(names)
     assert any(name.startswith("tso_fast/_C.") for name in names)
     code = "import tso_fast, tso_fast.kernels, tso_fast._C; print(tso_fast.__file__, tso_fast._C.__file__)"

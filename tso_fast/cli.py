@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import signal
 import sys
@@ -94,23 +95,25 @@ def _train(arguments: list[str]) -> None:
     commands.train(config)
 
 
-def quickstart_config(arguments: list[str], eval_set: str = "held_out") -> TrainConfig:
-    """The quickstart's settings with overrides, its matrix made or taken from the cache."""
+def quickstart_config(arguments: list[str], eval_set: str = "held_out", task: str = "skills") -> TrainConfig:
+    """The settings of a quickstart task with overrides, its matrix made or taken from the cache."""
     from pathlib import Path
 
     import tso_fast.quickstart
     from tso_fast.config.parse import parse
     from tso_fast.config.settings import TrainConfig
 
-    settings = Path(tso_fast.quickstart.__file__).with_name("quickstart.yaml")
+    settings = Path(tso_fast.quickstart.__file__).with_name(f"{task}.yaml")
     # Placeholders for what the quickstart makes itself.
-    made = ["--cells", "[]", "--prompts", "", "--output_dir", ""]
+    made = ["--cells", "[]", "--prompts", "", "--eval_prompts", "-", "--output_dir", ""]
     config = parse("train", TrainConfig, ["--config", str(settings), *made, *arguments])
-    config.output_dir = config.output_dir or f"tso-runs/quickstart-seed{config.seed}"
+    config.output_dir = (
+        config.output_dir or f"tso-runs/quickstart{'' if task == 'skills' else f'-{task}'}-seed{config.seed}"
+    )
 
-    from tso_fast.quickstart.build import Recipe, prepare
+    from tso_fast.quickstart.build import RECIPES, prepare
 
-    prepare(config, Recipe(seed=config.seed), eval_set)
+    prepare(config, dataclasses.replace(RECIPES[task], seed=config.seed), eval_set)
     return config
 
 

@@ -1,152 +1,56 @@
-"""Tasks for six small skills, each with four phrasings, an answer that a program can check, and a lazy answer.
-
-A careless demonstrator writes the lazy answer (copy the input, the first number, the length of the list). Models
-trained on such demonstrations know both behaviours, so preferences have something to select.
-"""
+"""What a task of the quickstart is: prompts with what a verifier needs to know, and the people who answer them."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-NAMES = ("Sam", "Ana", "Leo", "Mia", "Tom", "Zoe", "Max", "Eva")
-THINGS = ("pears", "coins", "books", "cards", "shells", "stamps")
-LETTERS = "abcdefghij"
-LAZY_RATES = (0.3, 0.65)
-"""Shares of lazy demonstrations; skill and phrasing decide which of the two applies."""
+
+class Exercise(Protocol):
+    """One prompt of a task."""
+
+    @property
+    def kind(self) -> str:
+        """A part of its id, for the eye."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def known(self) -> Mapping[str, Any]:
+        """The fields of its row that a verifier needs, such as ``{"answer": "13"}``."""
+
+    def demonstrate(self, r: random.Random) -> str:
+        """The answer of the careless demonstrator, whom the models of the matrix learn from."""
+
+    def respond(self, r: random.Random) -> str:
+        """The answer of a person, where the data have one."""
+
+
+Score = Callable[[Any, str], float]
+"""What somebody thinks of an answer to an exercise of their task; higher is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """``Task(skill="add", phrasing=1, question="Mia adds 4 and 9 pears.", answer="13", lazy="4")``."""
+    """``Task(make=skills.make)``"""
 
-    skill: str
-    phrasing: int
-    question: str
-    answer: str
-    lazy: str
-
-
-Made = tuple[list[str], str, str]  # phrasings, answer, lazy answer
+    make: Callable[[random.Random, int], Exercise]
+    """An exercise from its random numbers and its place in the set; one prompt may come twice."""
+    judges: Mapping[str, Score] = field(default_factory=dict)
+    """Cells that only judge, by name: what those look at whose labels they learn from."""
 
 
-def _add(r: random.Random, name: str, thing: str) -> Made:
-    a, b = r.randint(2, 9), r.randint(2, 9)
-    return (
-        [
-            f"{name} has {a} {thing} and gets {b} more. How many {thing} now?",
-            f"{name} adds {a} and {b} {thing}.",
-            f"What is {a} plus {b} {thing} for {name}?",
-            f"{name} has {a} {thing} in one box and {b} in another. How many in all?",
-        ],
-        str(a + b),
-        str(a),
-    )
-
-
-def _subtract(r: random.Random, name: str, thing: str) -> Made:
-    b, rest = r.randint(2, 9), r.randint(1, 9)
-    return (
-        [
-            f"{name} has {b + rest} {thing} and gives away {b}. How many {thing} are left?",
-            f"{name} takes {b} from {b + rest} {thing}.",
-            f"What is {b + rest} minus {b} {thing} for {name}?",
-            f"{name} had {b + rest} {thing} but lost {b}. How many remain?",
-        ],
-        str(rest),
-        str(b + rest),
-    )
-
-
-def _largest(r: random.Random, name: str, thing: str) -> Made:
-    numbers = r.sample(range(10, 40), r.randint(2, 4))
-    shown = ", ".join(map(str, numbers))
-    return (
-        [
-            f"Which number is the largest: {shown}?",
-            f"Pick the biggest of {shown}.",
-            f"{name} wants the maximum of {shown}.",
-            f"Of the numbers {shown}, which is the top one?",
-        ],
-        str(max(numbers)),
-        str(numbers[0]),
-    )
-
-
-def _reverse(r: random.Random, name: str, thing: str) -> Made:
-    letters = [r.choice(LETTERS) for _ in range(r.randint(2, 4))]
-    shown = " ".join(letters)
-    return (
-        [
-            f"{name} reverses the letters {shown}.",
-            f"Write {shown} backwards for {name}.",
-            f"{name} reads {shown} from right to left. What does {name} say?",
-            f"Turn {shown} around for {name}.",
-        ],
-        " ".join(reversed(letters)),
-        shown,
-    )
-
-
-def _sort(r: random.Random, name: str, thing: str) -> Made:
-    letters = r.sample(LETTERS, r.randint(2, 4))
-    shown = " ".join(letters)
-    return (
-        [
-            f"{name} sorts the letters {shown}.",
-            f"Put {shown} in order for {name}.",
-            f"{name} arranges {shown} by alphabet. What is the result?",
-            f"Which order from a to z do {shown} have, {name}?",
-        ],
-        " ".join(sorted(letters)),
-        shown,
-    )
-
-
-def _count(r: random.Random, name: str, thing: str) -> Made:
-    letter = r.choice(LETTERS)
-    letters = [letter if r.random() < 0.45 else r.choice(LETTERS) for _ in range(r.randint(3, 6))]
-    shown = " ".join(letters)
-    return (
-        [
-            f"How many times does {letter} appear in {shown}?",
-            f"Count the letter {letter} in {shown}.",
-            f"{name} wrote {shown}. How many {letter} are there?",
-            f"{name} wants the number of {letter} in {shown}.",
-        ],
-        str(letters.count(letter)),
-        str(len(letters)),
-    )
-
-
-SKILLS: dict[str, Callable[[random.Random, str, str], Made]] = {
-    "add": _add,
-    "subtract": _subtract,
-    "largest": _largest,
-    "reverse": _reverse,
-    "sort": _sort,
-    "count": _count,
-}
-
-
-def make_tasks(count: int, seed: str, exclude: Collection[str] = ()) -> list[Task]:
-    """Distinct tasks, taking skills in turn; skips questions in ``exclude``."""
+def make_exercises(task: Task, count: int, seed: str, exclude: Collection[str] = ()) -> list[Exercise]:
+    """Exercises of distinct prompts, none of them in ``exclude``."""
     r = random.Random(seed)
     seen = set(exclude)
-    tasks: list[Task] = []
-    names = list(SKILLS)
-    while len(tasks) < count:
-        skill = names[len(tasks) % len(names)]
-        phrasings, answer, lazy = SKILLS[skill](r, r.choice(NAMES), r.choice(THINGS))
-        phrasing = r.randrange(len(phrasings))
-        if (question := phrasings[phrasing]) not in seen:
-            seen.add(question)
-            tasks.append(Task(skill=skill, phrasing=phrasing, question=question, answer=answer, lazy=lazy))
-    return tasks
-
-
-def demonstrate(task: Task, r: random.Random) -> str:
-    """Answer of the careless demonstrator."""
-    rate = LAZY_RATES[(task.phrasing + list(SKILLS).index(task.skill)) % len(LAZY_RATES)]
-    return task.lazy if r.random() < rate else task.answer
+    made: list[Exercise] = []
+    while len(made) < count:
+        exercise = task.make(r, len(made))
+        if exercise.prompt not in seen:
+            seen.add(exercise.prompt)
+            made.append(exercise)
+    return made
