@@ -102,8 +102,8 @@ def tiny_matrix(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     sizes = {"s": Size(hidden=32, layers=1, ffn=64, steps=20), "m": Size(hidden=32, layers=2, ffn=64, steps=20)}
     recipe = Recipe(
-        seed=0, sizes=sizes, versions=(0.5, 1.0), demonstrations=200, context=512, prompts=24, held_out=12,
-        development=12,
+        seed=0, sizes=sizes, versions=(0.5, 1.0), demonstrations=200, context=512, prompts=24, human_share=0.25,
+        held_out=12, development=12,
     )  # fmt: skip
     own = tmp_path_factory.getbasetemp()
     shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"

@@ -27,6 +27,7 @@ SMALL = Recipe(
     versions=(0.5, 1.0),
     demonstrations=200,
     prompts=24,
+    human_share=0.25,
     held_out=12,
     development=12,
 )
