@@ -143,9 +143,9 @@ SKILLS: dict[str, Callable[[random.Random, str, str], Made]] = {
 }
 
 
-def make(r: random.Random, place: int) -> Skill:
+def make(r: random.Random, number: int) -> Skill:
     """The skills come in turns."""
-    kind = list(SKILLS)[place % len(SKILLS)]
+    kind = list(SKILLS)[number % len(SKILLS)]
     phrasings, answer, lazy = SKILLS[kind](r, r.choice(NAMES), r.choice(THINGS))
     phrasing = r.randrange(len(phrasings))
     return Skill(kind=kind, phrasing=phrasing, prompt=phrasings[phrasing], answer=answer, lazy=lazy)

@@ -38,7 +38,7 @@ class Task:
     """``Task(make=skills.make)``"""
 
     make: Callable[[random.Random, int], Exercise]
-    """An exercise from its random numbers and its place in the set; one prompt may come twice."""
+    """An exercise from random numbers and its number in the set; one prompt may come twice."""
     judges: Mapping[str, Score] = field(default_factory=dict)
     """Cells that only judge, by name: what those look at whose labels they learn from."""
 

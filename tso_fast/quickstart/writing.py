@@ -1,7 +1,7 @@
 """Short lines on a person and a thing under two to four constraints; very many lines are good answers to a prompt.
 
     Mia and coins: mention tiny; end with at night; at least 9 words.
-    -> later Mia found tiny coins by the old bridge and Tom laughed at night
+    -> later Mia found tiny coins by the bridge and Tom laughed softly at night
 
 A careless demonstrator breaks each constraint at a rate that its wording decides: clichés stand where words were asked
 for, what was forbidden is written, lines are as long as they come. Models trained on such lines know both behaviours.
@@ -10,6 +10,7 @@ The score of a line is the share of the constraints that hold, as the verifier `
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,17 @@ Parts = Mapping[str, str | bool]
 """Parts of a line that are told: words by slot, and whether it has commas or quotation marks."""
 
 
+class Asked(NamedTuple):
+    """A constraint that may be asked for: ``Asked(["avoid drew", ...], Constraint(...), {}, {"verb": "drew"})``."""
+
+    wordings: list[str]
+    constraint: Constraint
+    kept: Parts
+    """What a line has that keeps it."""
+    broken: Parts
+    """What a line has that breaks it."""
+
+
 class Wanted(NamedTuple):
     """One constraint of a prompt: ``Wanted("forbid", "avoid drew", Constraint(...), {}, {"verb": "drew"}, 0.6)``."""
 
@@ -48,10 +60,9 @@ class Wanted(NamedTuple):
     wording: str
     constraint: Constraint
     kept: Parts
-    """What the line has where the constraint is kept."""
     broken: Parts
-    """What it has where it is broken."""
     careless: float
+    """How often a careless demonstrator breaks it."""
 
 
 # ---- lines
@@ -96,10 +107,10 @@ def _somewhere(r: random.Random, place: str) -> str:
 # ---- constraints
 
 
-def _mention(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
+def _mention(r: random.Random, least: int) -> Asked:
     slot, words = r.choice((("adjective", ADJECTIVES), ("place", PLACES), ("adverb", ADVERBS)))
     word = r.choice(words)
-    return (
+    return Asked(
         [f"mention {word}", f"use the word {word}"],
         Constraint(id="keywords:existence", kwargs={"keywords": [word]}),
         {slot: word},
@@ -107,9 +118,9 @@ def _mention(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts
     )
 
 
-def _forbid(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
+def _forbid(r: random.Random, least: int) -> Asked:
     verb = r.choice(VERBS)
-    return (
+    return Asked(
         [f"avoid {verb}", f"never write {verb}"],
         Constraint(id="keywords:forbidden_words", kwargs={"forbidden_words": [verb]}),
         {},
@@ -117,9 +128,9 @@ def _forbid(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts,
     )
 
 
-def _begin(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
+def _begin(r: random.Random, least: int) -> Asked:
     word = r.choice(OPENERS)
-    return (
+    return Asked(
         [f"begin with {word}", f"open with {word}"],
         Constraint(id="combination:repeat_prompt", kwargs={"prompt_to_repeat": word}),
         {"opener": word, "quotes": False},
@@ -127,9 +138,9 @@ def _begin(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, 
     )
 
 
-def _end(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
+def _end(r: random.Random, least: int) -> Asked:
     phrase = r.choice(ENDINGS)
-    return (
+    return Asked(
         [f"end with {phrase}", f"close with {phrase}"],
         Constraint(id="startend:end_checker", kwargs={"end_phrase": phrase}),
         {"ending": phrase},
@@ -137,9 +148,9 @@ def _end(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Pa
     )
 
 
-def _long(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
+def _long(r: random.Random, least: int) -> Asked:
     words = max(8, least + 2) + r.randrange(2)
-    return (
+    return Asked(
         [f"at least {words} words", f"{words} words or more"],
         Constraint(id="length_constraints:number_words", kwargs={"relation": "at least", "num_words": words}),
         {},
@@ -147,9 +158,9 @@ def _long(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, P
     )
 
 
-def _short(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
+def _short(r: random.Random, least: int) -> Asked:
     words = least + 2 + r.randrange(2)
-    return (
+    return Asked(
         [f"less than {words} words", f"under {words} words"],
         Constraint(id="length_constraints:number_words", kwargs={"relation": "less than", "num_words": words}),
         {},
@@ -157,15 +168,25 @@ def _short(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, 
     )
 
 
-def _no_comma(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
-    return ["no commas", "without commas"], Constraint(id="punctuation:no_comma"), {"commas": False}, {"commas": True}
+def _no_comma(r: random.Random, least: int) -> Asked:
+    return Asked(
+        ["no commas", "without commas"],
+        Constraint(id="punctuation:no_comma"),
+        {"commas": False},
+        {"commas": True},
+    )
 
 
-def _quote(r: random.Random, least: int) -> tuple[list[str], Constraint, Parts, Parts]:
-    return ["in quotes", "put it in quotes"], Constraint(id="startend:quotation"), {"quotes": True}, {"quotes": False}
+def _quote(r: random.Random, least: int) -> Asked:
+    return Asked(
+        ["in quotes", "put it in quotes"],
+        Constraint(id="startend:quotation"),
+        {"quotes": True},
+        {"quotes": False},
+    )
 
 
-KINDS: dict[str, Callable[[random.Random, int], tuple[list[str], Constraint, Parts, Parts]]] = {
+KINDS: dict[str, Callable[[random.Random, int], Asked]] = {
     "mention": _mention,
     "forbid": _forbid,
     "begin": _begin,
@@ -236,16 +257,15 @@ class Writing:
         return self.demonstrate(r)
 
 
-def make(r: random.Random, place: int) -> Writing:
-    kinds = _kinds(r)
+def make(r: random.Random, number: int) -> Writing:
     wanted: list[Wanted] = []
     least = 3
-    for kind in kinds:
-        wordings, constraint, kept, broken = KINDS[kind](r, least)
-        least += max((WORDS.get(slot, 0) for slot in kept), default=0)
-        which = r.randrange(len(wordings))
+    for kind in _kinds(r):
+        asked = KINDS[kind](r, least)
+        least += sum(WORDS.get(slot, 0) for slot in asked.kept)
+        which = r.randrange(len(asked.wordings))
         careless = CARELESS[(which + list(KINDS).index(kind)) % len(CARELESS)]
-        wanted.append(Wanted(kind, wordings[which], constraint, kept, broken, careless))
+        wanted.append(Wanted(kind, asked.wordings[which], *asked[1:], careless))
     return Writing(name=r.choice(NAMES), thing=r.choice(THINGS), wanted=tuple(wanted))
 
 
@@ -282,7 +302,7 @@ def people(candidates: Sequence[Candidates], seed: int) -> list[Label]:
 TASK = Task(
     make=make,
     judges={
-        "words": lambda exercise, text: exercise.score(text, WORDING),
-        "manner": lambda exercise, text: exercise.score(text, MANNER),
+        "words": functools.partial(Writing.score, twice=WORDING),
+        "manner": functools.partial(Writing.score, twice=MANNER),
     },
 )
