@@ -272,6 +272,8 @@ def test_usage(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
         ("pairs", ["--responses", "gone.jsonl", "--output", "o"], ["gone.jsonl: no such file; expected JSONL"]),
         ("score", ["--responses", "r", "--output", "o"], ["verifier: missing; `tso-fast score` needs a judge"]),
         ("eval", ["--prompts", "p", "--cells", "[{path: a}]"], ["verifier: missing; `tso-fast eval` needs one"]),
+        ("train", ["--task", "sklls"], ["task: got 'sklls'; did you mean 'skills'?; expected one of skills, writing"]),
+        ("train", ["--task=", "--seed", "1"], ["task: got ''; expected one of skills, writing"]),
         ("judges", ["gone.jsonl"], ["gone.jsonl: no such file; expected JSONL"]),
         ("judges", ["a.jsonl", "b.jsonl", "c.jsonl"], ["c.jsonl"]),
         ("pairs", ["config.yaml"], ["config: 'config.yaml' is no file; expected YAML"]),

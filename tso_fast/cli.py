@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tso_fast.config.settings import TrainConfig
 
+TASKS = ("skills", "writing")
+"""Tasks of the quickstart."""
 USAGE = """usage: tso-fast COMMAND [CONFIG.yaml] [--key value ...]
 
 Self-Training with Scaled Preference Optimization, from a model family's own outputs.
 
-  train      the whole loop; without a configuration: the quickstart, entire, in minutes
+  train      the whole loop; without a configuration: the quickstart, entire, in minutes (--task skills or writing)
   generate   prompts in, responses of every cell out
   score      responses in, verdicts out
   judges     how far each judge can be believed, and which labels would help
@@ -88,11 +90,30 @@ def _train(arguments: list[str]) -> None:
     from tso_fast.config.parse import is_given, parse
     from tso_fast.config.settings import TrainConfig
 
-    is_own = is_given(arguments, "config", "cells", "prompts", "help")
-    config = parse("train", TrainConfig, arguments) if is_own else quickstart_config(arguments)
+    if is_given(arguments, "config", "cells", "prompts", "help"):
+        config = parse("train", TrainConfig, arguments)
+    else:
+        task, arguments = _task_of(arguments)
+        config = quickstart_config(arguments, task=task)
     from tso_fast import commands
 
     commands.train(config)
+
+
+def _task_of(arguments: list[str]) -> tuple[str, list[str]]:
+    """The task of the quickstart, ``--task NAME``, and the other arguments."""
+    from tso_fast.errors import InputError, did_you_mean
+
+    for i, argument in enumerate(arguments):
+        if argument == "--task" or argument.startswith("--task="):
+            _, has_value, value = argument.partition("=")
+            rest = arguments[i + 1 :]
+            if not has_value:
+                value, rest = "".join(rest[:1]), rest[1:]
+            if value not in TASKS:
+                raise InputError(f"task: got {value!r}{did_you_mean(value, TASKS)}; expected one of {', '.join(TASKS)}")
+            return value, [*arguments[:i], *rest]
+    return TASKS[0], arguments
 
 
 def quickstart_config(arguments: list[str], eval_set: str = "held_out", task: str = "skills") -> TrainConfig:
