@@ -229,6 +229,39 @@ def test_one_judge_is_taken_at_its_word(caplog: pytest.LogCaptureFixture) -> Non
     assert "too few independent voters and too few labels" in caplog.text
 
 
+@pytest.mark.parametrize("judges", [2, 3])
+def test_two_judges_of_other_parts_of_quality_are_taken_at_their_word(judges: int) -> None:
+    """What they share is little, and the prior order knows it; calibrated evidence would believe that alone."""
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(100, 4, 2)) + 0.2 * np.arange(4)[:, None]
+    scores = np.concatenate([parts, parts.sum(axis=2, keepdims=True) + rng.normal(size=(100, 4, 1))], axis=2)
+    candidates = [
+        Candidates(
+            prompt=Prompt(id=f"q{p}", prompt="?"),
+            responses=tuple(
+                Response(
+                    model=f"m{r}",
+                    version_rank=r,
+                    text=f"{p} {r}",
+                    scores={f"judge {j}": float(scores[p, r, j]) for j in range(judges)},
+                )
+                for r in range(4)
+            ),
+        )
+        for p in range(100)
+    ]
+    found = {
+        evidence: believe(candidates, [], EvidenceConfig(evidence=evidence)) for evidence in ("auto", "calibrated")
+    }
+    assert found["auto"].chosen.method == ("consensus" if judges == 2 else "calibrated")
+    first, second = found["auto"].votes.rows_of_pair.T
+    quality = parts.sum(axis=2).ravel()
+    truth = np.sign(quality[first] - quality[second])
+    wrong = {name: float((np.sign(beliefs.about().gap_N) != truth).mean()) for name, beliefs in found.items()}
+    assert wrong["auto"] <= wrong["calibrated"]
+    assert wrong["auto"] < 0.2
+
+
 def test_the_prior_alone_on_demand() -> None:
     _, info = decide([said(0.1)], evidence="prior")
     assert reasons(info) == [("keep", "prior alone")]

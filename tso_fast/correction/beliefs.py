@@ -242,7 +242,7 @@ class Beliefs:
             return Chosen("prior", "no judge voted")
         if told == "auto" and all(voter.given is not None for voter in active):
             return Chosen("consensus", f"{active[0].name} alone voted, whose reliability is not estimated")
-        if told == "auto" and not is_identified(self.votes):
+        if told == "auto" and not is_identified(self.votes, scores_RM=self.pointwise.scores):
             names = " and ".join(voter.name for voter in active)
             return Chosen("consensus", f"nothing tells how reliable {names} is, which is taken at its word")
         if np.count_nonzero(self.votes.has_direction) < MIN_LABELS:

@@ -167,21 +167,25 @@ def _combine_right_or_wrong(
     )
 
 
-def is_identified(votes: Votes, num_joined: int = 0) -> bool:
+def is_identified(votes: Votes, num_joined: int = 0, scores_RM: np.ndarray | None = None) -> bool:
     """Whether the votes tell how reliable each voter is.
 
     They do if three independent voters vote on enough prompts, the prior order among them; if the reliability of one
     is given; if there are labels; or if the votes of a judge on one prompt could contradict each other, on enough
-    prompts.
+    prompts. Where judges give grades the prior order does not count: what two of them do not share may be error, or
+    another part of quality.
 
     Args:
         num_joined: judges that are believed to copy others.
+        scores_RM: as in ``combine``.
     """
     voted = ~np.isnan(votes.strength_NJ) & (votes.strength_NJ != 0)
     labels = [j for j, voter in enumerate(votes.voters) if voter.kind == "label"]
     judges = [j for j, voter in enumerate(votes.voters) if voter.kind != "label" and voted[:, j].any()]
     prompts = np.unique(votes.prompt_of_pair[voted[:, judges].any(axis=1)])
     has_order = bool(votes.prior_N.any()) and not any(votes.voters[j].kind == "prior" for j in judges)
+    if scores_RM is not None and _is_graded(votes, scores_RM):
+        has_order = False
     if len(prompts) >= IDENTIFIED_PROMPTS and len(judges) + has_order - num_joined >= IDENTIFIED_VOTERS:
         return True
     if any(votes.voters[j].given is not None for j in judges) or int(voted[:, labels].sum()) >= IDENTIFIED_LABELS:
@@ -300,7 +304,7 @@ def _combine_graded(votes: Votes, scores_RM: np.ndarray, told: np.ndarray) -> Co
         judges=judges,
         prior=_rules(votes, states),
         quality="graded",
-        is_identified=is_identified(votes, 0),
+        is_identified=is_identified(votes, 0, scores_RM),
         num_iterations=model.num_iterations,
     )
 
