@@ -63,8 +63,9 @@ def child(arguments: argparse.Namespace, seed: int) -> dict:
         )
         if done.returncode:
             sys.exit(done.stderr[-4000:])
-        print(f"seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        return json.loads(done.stdout.splitlines()[-1])
+        found = done.stdout.splitlines()[-1]  # told at once: later seeds may be stopped
+        print(f"seed {seed}: {time.perf_counter() - start:.0f} s: {found}", file=sys.stderr, flush=True)
+        return json.loads(found)
 
 
 def mean_and_spread(values: list[float], form: str) -> str:
