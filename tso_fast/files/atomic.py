@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,6 +117,20 @@ def place_file(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(source, tmp)
         os.replace(tmp, target)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, for a manifest."""
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def damage(path: Path, written: Mapping[str, Any]) -> str | None:
+    """How a file differs from its ``fingerprint`` when it was written, as the end of a sentence; None: not at all."""
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != written["size"]:
+        return f"has {size} bytes, the manifest says {written['size']}"
+    return None if sha256_file(path) == written["sha256"] else "differs from its sha256"
 
 
 def sha256_file(path: Path) -> str:

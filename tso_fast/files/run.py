@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tso_fast.errors import InputError
-from tso_fast.files.atomic import TMP, place_file, sha256_file, write_json, writing
+from tso_fast.files.atomic import TMP, damage, fingerprint, place_file, write_json, writing
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ class Run:
         files = [file for path in paths for file in _files_of(path)]
         names = [file.relative_to(self.folder).as_posix() for file in files]
         for name, file in zip(names, files, strict=True):
-            self.state["manifest"][name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
+            self.state["manifest"][name] = fingerprint(file)
         self.state["stages"].append({"name": stage, "info": info, "files": names})
         self._save()
 
@@ -243,7 +243,8 @@ class Run:
         """Drops the first stage whose files do not match the manifest, and all stages after it."""
         stages, manifest = self.state["stages"], self.state["manifest"]
         for i, stage in enumerate(stages):
-            problem = next((p for name in stage["files"] if (p := self._problem(name, manifest[name]))), None)
+            problems = (f"{name} {how}" for name in stage["files"] if (how := damage(self / name, manifest[name])))
+            problem = next(problems, None)
             if problem is None:
                 continue
             logger.warning(
@@ -254,14 +255,6 @@ class Run:
             self.state["manifest"] = {name: entry for name, entry in manifest.items() if name in kept}
             self._save()
             return
-
-    def _problem(self, name: str, entry: dict[str, Any]) -> str | None:
-        file = self.folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if (size := file.stat().st_size) != entry["size"]:
-            return f"{name} has {size} bytes, the manifest says {entry['size']}"
-        return None if sha256_file(file) == entry["sha256"] else f"{name} differs from its sha256"
 
 
 def _without_none(value: Any) -> Any:

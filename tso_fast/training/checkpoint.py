@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
-from tso_fast.files.atomic import atomic_folder, sha256_file, write_json
+from tso_fast.files.atomic import atomic_folder, damage, fingerprint, write_json
 from tso_fast.progress import console
 from tso_fast.training.monitors import Meter, NonFiniteGuard
 
@@ -56,7 +56,7 @@ def save(
             torch.save(state, tmp / STATE)
         except RuntimeError as error:  # torch's name for a full disk
             raise OSError(str(error)) from error
-        write_json(tmp / MANIFEST, {name: sha256_file(tmp / name) for name in (WEIGHTS, STATE)})
+        write_json(tmp / MANIFEST, {name: fingerprint(tmp / name) for name in (WEIGHTS, STATE)})
     for old in _found(folder)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -90,8 +90,8 @@ def _is_whole(path: Path) -> bool:
     """Whether the files of a checkpoint are those of its manifest; says so if they are not."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        damaged = [name for name in (WEIGHTS, STATE) if sha256_file(path / name) != manifest[name]]
-        reason = f"{' and '.join(damaged)} differ from what was written" if damaged else None
+        problems = (f"{name} {how}" for name in (WEIGHTS, STATE) if (how := damage(path / name, manifest[name])))
+        reason = next(problems, None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it is incomplete ({type(error).__name__}: {error})"
     if reason is not None:
