@@ -46,7 +46,7 @@ class Guard:
         query = dict(urllib.parse.parse_qsl(scope.get("query_string", b"").decode("latin-1")))
         if (reason := self._refusal(headers)) is not None:
             await _answer(scope, send, 403, reason)
-        elif self.token is not None and self._is_token(query.get("token", "")):
+        elif self._is_token(query.get("token", "")):
             cookie = f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
             await _answer(scope, send, 303, "", {"location": scope["path"], "set-cookie": cookie})
         elif self.token is not None and not self._is_token(self._cookie_of(headers)):

@@ -45,16 +45,12 @@ def gains_of(beliefs: Beliefs) -> dict[Pair, float]:
     Where reliabilities are estimated: the expected number of pairs that it puts right, see
     ``correction.reliability.Combination.label_gains``; elsewhere ``informativeness``.
     """
-    pairs = list(beliefs.pairs())
     if beliefs.combination is None:
-        gains = [informativeness(pair) for pair in pairs]
+        gains = map(informativeness, beliefs.pairs())
     else:
-        gains = beliefs.combination.label_gains().tolist()
-    return {
-        (pair.prompt_id, *pair.responses): gain
-        for pair, gain in zip(pairs, gains, strict=True)
-        if not pair.is_same_text
-    }
+        gains = iter(beliefs.combination.label_gains().tolist())
+    same = beliefs.votes.is_same_N.tolist()
+    return {name: gain for name, gain, is_same in zip(beliefs.names(), gains, same, strict=True) if not is_same}
 
 
 def ordered(gains: Mapping[Pair, float], seed: int) -> list[Pair]:

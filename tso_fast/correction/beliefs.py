@@ -102,18 +102,25 @@ def consensus_of(matrix: ScoreMatrix, config: EvidenceConfig) -> Consensus:
     # Win rates and Bradley-Terry strengths compare responses pair by pair as it is.
     if not is_uneven.any() or config.consensus in ("win_rate", "bradley_terry"):
         return Consensus(scores, None)
-    return _over_common_scorers(scores, is_uneven[prompt_R], matrix, weights, config)
+    return _over_common_scorers(scores, is_uneven, prompt_R, matrix, weights, config)
 
 
 def _over_common_scorers(
-    scores_R: np.ndarray, is_uneven_R: np.ndarray, matrix: ScoreMatrix, weights: np.ndarray, config: EvidenceConfig
+    scores_R: np.ndarray,
+    is_uneven_P: np.ndarray,
+    prompt_R: np.ndarray,
+    matrix: ScoreMatrix,
+    weights: np.ndarray,
+    config: EvidenceConfig,
 ) -> Consensus:
     """Consensus of pairs over the scorers of both; a response's is then its mean gap to all that it was compared with.
 
     Args:
         scores_R: consensus of the responses of other prompts.
-        is_uneven_R: whether the scorers of the prompt saw different responses.
+        is_uneven_P: whether the scorers of a prompt saw different responses.
+        prompt_R: prompt of each response.
     """
+    is_uneven_R = is_uneven_P[prompt_R]
     options: dict[str, Any] = {"method": config.consensus, "normalize": config.score_normalize}
     each = [consensus(column[:, None], matrix.offsets, **options).scores for column in matrix.scores.T]
     own_RM = np.where(weights > 0, np.stack(each, axis=1), np.nan)
@@ -125,9 +132,7 @@ def _over_common_scorers(
     rows, gaps = np.concatenate([first[known], second[known]]), np.concatenate([gaps_N[known], -gaps_N[known]])
     has_R = np.zeros(len(scores_R), dtype=bool)
     has_R[rows] = True
-    counts = np.diff(matrix.offsets)
-    prompt_R = np.repeat(np.arange(len(counts)), counts)
-    num_R = np.bincount(prompt_R, has_R, minlength=len(counts))[prompt_R]
+    num_R = np.bincount(prompt_R, has_R)[prompt_R]
     mean_R = np.bincount(rows, gaps, minlength=len(scores_R)) / np.maximum(num_R, 1)
     scores_R = np.where(is_uneven_R, np.where(has_R, mean_R, np.nan), scores_R).astype(np.float32)
     return Consensus(scores_R, gaps_N)
@@ -388,6 +393,12 @@ class Beliefs:
             labels=labels | {voters[k].name: None for k in votes.annotators if bad[k]},
             is_same_text=bool(votes.is_same_N[n]),
         )
+
+    def names(self) -> Iterator[tuple[str, int, int]]:
+        """Prompt id and places of the two responses of every pair, in order."""
+        places = self.votes.rows_of_pair - self.votes.offsets[self.votes.prompt_of_pair][:, None]
+        for p, (i, j) in zip(self.votes.prompt_of_pair.tolist(), places.tolist(), strict=True):
+            yield self.candidates[p].prompt.id, i, j
 
     def pairs(self) -> Iterator[PairEvidence]:
         """All evidence on every pair, in order."""

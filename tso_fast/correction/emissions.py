@@ -221,15 +221,19 @@ def _pulled(counts: np.ndarray, shape: np.ndarray) -> np.ndarray:
     return (counts + HALFWAY_STRENGTH * shape / shape.sum()) * total / (total + HALFWAY_STRENGTH)
 
 
+def edges_of_levels(size: np.ndarray, most: int) -> np.ndarray:
+    """Edges between at most so many levels that hold about equally many votes."""
+    values = np.unique(size)
+    if len(values) <= most:
+        return values[:-1]
+    edges = np.unique(np.quantile(size, np.arange(1, most) / most))
+    return edges[edges < values[-1]]
+
+
 def _levels(size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Edges between levels that hold about equally many votes, and the mean strength of each level."""
-    values = np.unique(size)
-    if len(values) <= LEVELS:
-        edges = values[:-1]
-    else:
-        edges = np.unique(np.quantile(size, np.arange(1, LEVELS) / LEVELS))
-        edges = edges[edges < values[-1]]
-    if not len(values):
+    edges = edges_of_levels(size, LEVELS)
+    if not len(size):
         return edges, np.ones(1)
     level = np.searchsorted(edges, size, side="left")
     return edges, np.bincount(level, size, minlength=len(edges) + 1) / np.bincount(level, minlength=len(edges) + 1)

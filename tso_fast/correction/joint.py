@@ -248,13 +248,16 @@ class JointModel:
                 p /= total
                 yield Possibilities(block, pairs, group.order[own], which, log_prior, p, (top + np.log(total))[:, 0])
 
-    def standard_errors(self) -> np.ndarray:
+    def standard_errors(self, states: np.ndarray) -> np.ndarray:
         """Standard error of the log-odds of each voter's being right, [J].
 
         From the outer products of the prompts' scores by all voters and the prior together: that judges err, and that
         responses are right alike, can look the same, and then both are uncertain.
+
+        Args:
+            states: what ``expect`` returns.
         """
-        states, num_prompts, J = self.expect(), len(self.votes.num_responses), len(self.emissions)
+        num_prompts, J = len(self.votes.num_responses), len(self.emissions)
         score = np.zeros((num_prompts, J + 3))
         for j, (voice, emission) in enumerate(zip(self.voices, self.emissions, strict=True)):
             prompt = self.votes.prompt_of_pair[voice.rows]

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 from tso_fast.correction.dependence import Excess, fit_with_dependence
+from tso_fast.correction.emissions import edges_of_levels
 from tso_fast.correction.graded import GradedModel, normal_scores
 from tso_fast.correction.joint import JointModel
 from tso_fast.correction.votes import PRIOR, Votes, with_meaningful_silence
@@ -149,7 +150,8 @@ def _combine_right_or_wrong(
         model, joined = fit_with_dependence(sample, make)
     else:
         model, joined = make(parents), {}
-    own, errors, states = model.expect(), model.standard_errors(), model.posterior(votes)
+    own, states = model.expect(), model.posterior(votes)
+    errors = model.standard_errors(own)
     names = [voter.name for voter in votes.voters]
     return Combination(
         probabilities=states[:, [2, 0, 1]],
@@ -246,10 +248,7 @@ def _longer(votes: Votes, states: np.ndarray, strength: np.ndarray, decided: np.
 def _curve(strength: np.ndarray, right: np.ndarray, weight: np.ndarray) -> tuple[tuple[float, float, int], ...]:
     """Share of right votes in levels of strength that hold about equally many votes."""
     size = np.abs(strength)
-    values = np.unique(size)
-    few = len(values) <= CURVE_LEVELS
-    edges = values[:-1] if few else np.unique(np.quantile(size, np.arange(1, CURVE_LEVELS) / CURVE_LEVELS))
-    level = np.searchsorted(edges, size, side="left")
+    level = np.searchsorted(edges_of_levels(size, CURVE_LEVELS), size, side="left")
     out = []
     for k in np.unique(level).tolist():
         rows = level == k
