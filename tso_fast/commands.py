@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tso_fast.config.settings import AssessConfig, EvalConfig, GenerateConfig, PairsConfig, ScoreConfig, TrainConfig
+from tso_fast.config.settings import (
+    AssessConfig,
+    EvalConfig,
+    GenerateConfig,
+    JudgedConfig,
+    PairsConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import check_writable, write_json, write_jsonl, writing
 from tso_fast.files.rows import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
@@ -156,7 +164,7 @@ def score(config: ScoreConfig) -> None:
     _finish(file, f"{len(verdicts)} verdicts", bad)
 
 
-def _judged(config: AssessConfig | PairsConfig, bad: BadRows) -> tuple[list[Candidates], list[Verdict | Comparison]]:
+def _judged(config: JudgedConfig, bad: BadRows) -> tuple[list[Candidates], list[Verdict | Comparison]]:
     """Responses, and verdicts on them: read from a file or made by judges that are no models; labels are the last."""
     from tso_fast.files.labels import read_labels
 

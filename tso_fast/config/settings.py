@@ -413,8 +413,8 @@ class ScoreConfig(JudgesConfig, OpConfig, AnsweringConfig):
 
 
 @dataclass(kw_only=True)
-class PairsConfig(PairingConfig, EvidenceConfig, RowsConfig):
-    """Responses in, preference pairs out."""
+class JudgedConfig(EvidenceConfig, RowsConfig):
+    """Responses and what was said of them."""
 
     responses: str
     """JSONL of responses."""
@@ -422,6 +422,12 @@ class PairsConfig(PairingConfig, EvidenceConfig, RowsConfig):
     """JSONL of verdicts, from `tso-fast score` or elsewhere; default: verifiers and `agreement` are run here."""
     labels: str | None = None
     """JSONL of human labels, from `tso-fast annotate` or elsewhere; they overrule every judge."""
+
+
+@dataclass(kw_only=True)
+class PairsConfig(PairingConfig, JudgedConfig):
+    """Responses in, preference pairs out."""
+
     oracle: str | None = None
     """What the errors of the prior and of the correction are measured against, and is no evidence: `is_correct` of the
     responses, a name in the data's `scores`, or a verifier."""
@@ -432,16 +438,10 @@ class PairsConfig(PairingConfig, EvidenceConfig, RowsConfig):
 
 
 @dataclass(kw_only=True)
-class AssessConfig(EvidenceConfig, RowsConfig):
+class AssessConfig(JudgedConfig):
     """How far each judge can be believed, from its verdicts, and which labels would help; `tso-fast judges RESPONSES
     VERDICTS`."""
 
-    responses: str
-    """JSONL of responses."""
-    verdicts: str | None = None
-    """JSONL of verdicts, from `tso-fast score` or elsewhere; default: verifiers and `agreement` are run here."""
-    labels: str | None = None
-    """JSONL of human labels, from `tso-fast annotate` or elsewhere."""
     num_suggestions: Count = 5
     """Pairs to name that people should label first."""
     seed: Seed = 0
