@@ -34,9 +34,10 @@ from typing import Any
 
 from harness import RESULTS, ROOT, commit, machine, table, versions, write_json
 
+from tso_fast.cli import TASKS
+
 SEEDS = tuple(range(100, 110))
 DEVELOPMENT_SEEDS = tuple(range(200, 205))
-TASKS = ("skills", "writing")
 T_QUANTILE = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's distribution for 95 % intervals, by degrees of freedom."""
 SAMPLES = 8

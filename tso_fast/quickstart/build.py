@@ -32,6 +32,7 @@ from tso_fast.quickstart import skills, writing
 from tso_fast.quickstart.task import Exercise, Score, make_exercises
 from tso_fast.seeds import seed_of
 from tso_fast.training.batches import collate, encode_pairs
+from tso_fast.training.reference import reference_logprobs
 from tso_fast.types import PreferencePair, Prompt, Response
 
 TASKS = {"skills": skills.TASK, "writing": writing.TASK}
@@ -284,13 +285,11 @@ def _train_judge(
     )
     policy = Policy(model)
     pairs, _ = encode_pairs(tokenizer, _labelled(name, score, exercises, recipe), recipe.context)
-    to_batch = functools.partial(collate, pairs, pad_token_id=tokenizer.pad_token_id, device=torch.device("cpu"))
-    with torch.no_grad():
-        before = [
-            policy(to_batch(range(i, min(i + 256, len(pairs)))), impl="auto").view(2, -1).T
-            for i in range(0, len(pairs), 256)
-        ]
-    ref_logprobs = torch.cat(before)
+    pad, cpu = tokenizer.pad_token_id, torch.device("cpu")
+    to_batch = functools.partial(collate, pairs, pad_token_id=pad, device=cpu)
+    ref_logprobs = reference_logprobs(
+        policy, pairs, batch_size=256, pad_token_id=pad, device=cpu, rank=0, world=1, impl="auto"
+    )
     _fit(
         f"model matrix: train the judge {name}",
         model,

@@ -10,9 +10,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tso_fast.quickstart.task import Task
+from tso_fast.quickstart.task import NAMES, Task
 
-NAMES = ("Sam", "Ana", "Leo", "Mia", "Tom", "Zoe", "Max", "Eva")
 THINGS = ("pears", "coins", "books", "cards", "shells", "stamps")
 LETTERS = "abcdefghij"
 LAZY_RATES = (0.3, 0.65)

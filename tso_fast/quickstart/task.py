@@ -7,6 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+NAMES = ("Sam", "Ana", "Leo", "Mia", "Tom", "Zoe", "Max", "Eva")
+"""People in the prompts."""
+
 
 class Exercise(Protocol):
     """One prompt of a task."""

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from tso_fast.files.labels import Label, make_label
 from tso_fast.judges.constraints import holds
-from tso_fast.quickstart.task import Task
+from tso_fast.judges.verifier import VERIFIERS
+from tso_fast.quickstart.task import NAMES, Task
 from tso_fast.types import Candidates, Constraint
 
-NAMES = ("Sam", "Ana", "Leo", "Mia", "Tom", "Zoe", "Max", "Eva")
 THINGS = ("pears", "coins", "books", "cards", "shells", "stamps", "bells", "keys")
 VERBS = ("found", "saw", "hid", "drew", "kept", "lost")
 DEEDS = ("sang", "laughed", "slept", "waited", "danced", "smiled", "cried", "ran")
@@ -209,7 +209,7 @@ WORDS = {"adjective": 1, "opener": 1, "ending": 2, "place": 3, "adverb": 4}
 
 def share(constraints: Sequence[Constraint], text: str) -> float:
     """Share of the constraints that hold, as the verifier ``ifeval`` says."""
-    return sum(holds(constraint, text) is True for constraint in constraints) / len(constraints)
+    return VERIFIERS["ifeval"].says(constraints, text).score or 0.0
 
 
 # ---- exercises
