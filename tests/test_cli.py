@@ -382,27 +382,33 @@ def test_a_read_only_file_system(cli: Cli, tmp_path: Path) -> None:
     assert_error(ended, 3, f"cannot write {folder}/", "Read-only file system")
 
 
-def full_disk_keeps_what_was_there(cli: Cli, gsm8k_dev: Path, folder: Path, reason: str) -> None:
+def ended_on_a_full_disk(cli: Cli, gsm8k_dev: Path, folder: Path) -> tuple[Any, bool]:
+    """How a command ends whose output does not fit, and whether the folder is as it was before."""
     few = folder.parent / "few.jsonl"
     arguments = ["--verifier", "numeric", "--output"]
     assert cli("pairs", ["--responses", few, *arguments, folder / "few.jsonl"]).status == 0
     before = content(folder)
     ended = cli("pairs", ["--responses", gsm8k_dev, *arguments, folder / "all.jsonl"])
-    assert_error(ended, 3, f"cannot write {folder}/all.jsonl: {reason}", "mend the cause (space, permissions)")
-    assert content(folder) == before
+    return ended, content(folder) == before
 
 
 def test_a_full_disk(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "few.jsonl", read_rows(gsm8k_dev)[:3])
     with mounted(tmp_path / "small", "size=64k") as folder:
-        full_disk_keeps_what_was_there(cli, gsm8k_dev, folder, "No space left on device")
+        ended, is_kept = ended_on_a_full_disk(cli, gsm8k_dev, folder)
+        said = f"cannot write {folder}/all.jsonl: No space left on device", "mend the cause (space, permissions)"
+        assert_error(ended, 3, *said)
+        assert is_kept
 
 
 def test_a_file_that_cannot_grow(cli: Cli, gsm8k_dev: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "few.jsonl", read_rows(gsm8k_dev)[:3])
     (tmp_path / "out").mkdir()
     with files_no_larger_than(64 * 1024):
-        full_disk_keeps_what_was_there(cli, gsm8k_dev, tmp_path / "out", "File too large")
+        ended, is_kept = ended_on_a_full_disk(cli, gsm8k_dev, tmp_path / "out")
+    said = f"cannot write {tmp_path}/out/all.jsonl: File too large", "mend the cause (space, permissions)"
+    assert_error(ended, 3, *said)
+    assert is_kept
 
 
 @pytest.mark.slow

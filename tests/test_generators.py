@@ -5,7 +5,6 @@ What an engine owes its caller is in test_engine_contract.py.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import itertools
@@ -37,6 +36,7 @@ from transformers import (
 from tso_fast.errors import InputError
 from tso_fast.generators import Completion, Engine, EngineSpec, Refusal, Request, Sampling, generate, hf, open_engine
 from tso_fast.generators.hf import BatchGenerator, HFEngine, filtered, has_plain_cache, sample, uniforms
+from tso_fast.models.memory import trim_heap
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.seeds import seed_of
 from tso_fast.types import Cell
@@ -624,9 +624,7 @@ def test_one_model_is_in_memory_and_loaded_as_seldom_as_can_be(folder: Path, mon
 def test_close_gives_the_memory_back(tmp_path: Path) -> None:
     def resident() -> int:
         gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:  # what earlier tests freed may still be resident, and a model would fill it unseen
-            trim(0)
+        trim_heap()  # what earlier tests freed may still be resident, and a model would fill it unseen
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")

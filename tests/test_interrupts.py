@@ -53,5 +53,6 @@ def test_what_is_ignored_stays_ignored() -> None:
     try:
         with interrupts.handled():
             signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

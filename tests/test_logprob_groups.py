@@ -238,7 +238,7 @@ def alone(case: str, impl: str) -> dict[str, torch.Tensor]:
     return ALONE[case, impl]
 
 
-def compare(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+def assert_like(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
     tolerance = {torch.bfloat16: 0.02, torch.float32: 2e-5}.get(got.dtype, 0)
     scale = want.abs().max().item() if want.is_floating_point() else 1
     torch.testing.assert_close(
@@ -258,13 +258,13 @@ def test_a_head_in_parts(world: list[dict[str, Any]], impl: str, case: str) -> N
     for name in OUTPUTS:
         for rank in ranks:
             assert torch.equal(rank[name], ranks[0][name])  # the same bits, or the ranks would drift apart
-        compare(name, ranks[0][name], one[name])
+        assert_like(name, ranks[0][name], one[name])
     if "dhidden" in one:
         assert all(torch.equal(rank["dhidden"], ranks[0]["dhidden"]) for rank in ranks)
-        compare("dhidden", ranks[0]["dhidden"], one["dhidden"])
+        assert_like("dhidden", ranks[0]["dhidden"], one["dhidden"])
     for name in ("dweight", "dbias"):
         if name in one:
-            compare(name, torch.cat([rank[name] for rank in ranks]), one[name])
+            assert_like(name, torch.cat([rank[name] for rank in ranks]), one[name])
 
 
 @each_run
@@ -274,12 +274,12 @@ def test_sequences_in_parts(world: list[dict[str, Any]], impl: str, case: str) -
     ranks, one = [rank[f"tokens {impl} {case}"] for rank in world], alone(case, impl)
     for name in OUTPUTS:
         assert all(torch.equal(rank[name], ranks[0][name]) for rank in ranks)
-        compare(name, ranks[0][name], one[name])
+        assert_like(name, ranks[0][name], one[name])
     if "dhidden" in one:
-        compare("dhidden", torch.cat([rank["dhidden"] for rank in ranks], 1), one["dhidden"])
+        assert_like("dhidden", torch.cat([rank["dhidden"] for rank in ranks], 1), one["dhidden"])
     for name in ("dweight", "dbias"):
         if name in one:
-            compare(name, torch.stack([rank[name] for rank in ranks]).sum(0), one[name])
+            assert_like(name, torch.stack([rank[name] for rank in ranks]).sum(0), one[name])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -288,10 +288,10 @@ def test_both_in_parts(world: list[dict[str, Any]], impl: str) -> None:
         pytest.skip("two groups of two need four ranks")
     ranks, one = [rank[f"both {impl}"] for rank in world], alone("everything", impl)
     for name in OUTPUTS:
-        compare(name, ranks[3][name], one[name])
-    compare("dhidden", torch.cat([ranks[0]["dhidden"], ranks[2]["dhidden"]], 1), one["dhidden"])
+        assert_like(name, ranks[3][name], one[name])
+    assert_like("dhidden", torch.cat([ranks[0]["dhidden"], ranks[2]["dhidden"]], 1), one["dhidden"])
     of_heads = [ranks[0]["dweight"] + ranks[2]["dweight"], ranks[1]["dweight"] + ranks[3]["dweight"]]
-    compare("dweight", torch.cat(of_heads), one["dweight"])
+    assert_like("dweight", torch.cat(of_heads), one["dweight"])
 
 
 def test_what_is_refused(world: list[dict[str, Any]]) -> None:
@@ -313,4 +313,4 @@ def test_a_head_in_parts_inside_a_compiled_function(world: list[dict[str, Any]])
     if len(world) == 4:
         pytest.skip("two ranks do")
     got = torch.cat([rank["compiled"] for rank in world])
-    compare("dweight", got, alone("plain", "cpu")["dweight"])
+    assert_like("dweight", got, alone("plain", "cpu")["dweight"])
