@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import signal
 import sys
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import read_rows, write_rows
+import torch
+from helpers import fork, read_rows, status_of, write_rows
 
 from tso_fast.config.settings import JudgeConfig, JudgesConfig, VerifierConfig
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_candidates
-from tso_fast.judges import panel
+from tso_fast.judges import panel, verifier, worker
 from tso_fast.judges.judge import Bench, Cost
 from tso_fast.judges.verifier import final_number, make_verifier, verify
 from tso_fast.types import Candidates, Message, Prompt, Response
@@ -213,29 +217,43 @@ def test_prompts_that_cannot_be_judged_are_known_before_generation() -> None:
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "outside.py").write_text(
+        "import os, sys, time\n"
         "import numpy\n"
+        "class Tensor:\n"  # what a scalar of torch has, without the seconds of its import
+        "    shape = ()\n"
+        "    def __init__(self, value): self.value = value\n"
+        "    def item(self): return self.value\n"
         "def echo(prompt, response, answer):\n"
         "    seen.append((prompt, response, answer))\n"
         "    return eval(response)\n"
+        "def check(prompt, response, answer):\n"
+        "    return repr((prompt, answer)) == response\n"
         "seen = []\n"
         "threshold = 0.5\n"
     )
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('bye')\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "typo.py").write_text("def f(:\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield "outside:echo"
-    sys.modules.pop("outside", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return "outside:echo"
 
 
 def test_a_function_gets_prompt_response_and_answer(module: str) -> None:
     conversation = (Message(role="system", content="Add."), Message(role="user", content="2 + 3?"))
-    texts = ("0.25", "True", "False", "1", "-3", "None", "numpy.float64(0.5)")
-    assert scores(item(*texts, prompt=conversation, answer=None), module) == [0.25, 1.0, 0.0, 1.0, -3.0, None, 0.5]
-    assert scores(item("1"), module) == [1]
-    seen = sys.modules["outside"].seen
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 3?"}]
-    assert seen[0] == (messages, "0.25", None)
-    assert seen[-1] == ("2 + 3?", "1", "5")
+    check = "outside:check"
+    assert scores(item(repr((messages, None)), prompt=conversation, answer=None), check) == [1]
+    assert scores(item(repr(("2 + 3?", "5"))), check) == [1]
+    assert scores(item("0.25", "True", "False", "1", "-3", "None"), module) == [0.25, 1.0, 0.0, 1.0, -3.0, None]
+
+
+def test_scalars_of_numpy_and_torch_are_numbers(module: str) -> None:
+    texts = ("numpy.float64(0.5)", "numpy.float32(0.5)", "numpy.int64(2)", "numpy.bool_(True)", "numpy.array(0.25)")
+    assert scores(item(*texts), module) == [0.5, 0.5, 2, 1, 0.25]
+    assert scores(item("Tensor(0.5)", "Tensor(True)"), module) == [0.5, 1]
+    assert float(verifier._score(torch.tensor(0.5))) == 0.5
+    assert verifier._score(torch.tensor(True)) == 1
 
 
 @pytest.mark.parametrize(
@@ -248,15 +266,19 @@ def test_a_function_gets_prompt_response_and_answer(module: str) -> None:
         ("1e300", r"returned 1e\+300; expected a finite number"),
         ("10 ** 400", r"returned 10+; expected a finite number"),
         ("[1.0]", r"returned \[1.0\]; expected a finite number"),
+        ("numpy.array([1.0])", r"returned array\(\[1.\]\); expected a finite number"),
+        ("sys.exit('bye')", r"raised SystemExit: bye on response"),
+        ("os._exit(7)", r"ended its process with status 7 on response"),
+        ("time.sleep(30)", r"took longer than 0.5 s on response 'time.sleep\(30\)'.*; mend it, or raise verifier_time"),
     ],
 )
 def test_a_function_that_fails_names_prompt_and_verifier(module: str, response: str, message: str) -> None:
     place = r"^p\.jsonl:2: verifier 'outside:echo' "
     candidates = [item("1", id="1"), item("0.5", response, id="2"), item("1", id="3")]
     with pytest.raises(InputError, match=place + message):
-        verify(candidates, make_verifier(module), BadRows())
+        verify(candidates, make_verifier(module, timeout_s=0.5), BadRows())
     bad = BadRows("skip")
-    assert [v.score for v in verify(candidates, make_verifier(module), bad)] == [1, None, None, 1]
+    assert [v.score for v in verify(candidates, make_verifier(module, timeout_s=0.5), bad)] == [1, None, None, 1]
     assert len(bad.rows) == 1
 
 
@@ -267,6 +289,7 @@ def test_a_function_that_fails_names_prompt_and_verifier(module: str, response: 
         ("outside:absent", "'outside:absent' cannot be imported: AttributeError: module 'outside' has no"),
         ("broken:f", "'broken:f' cannot be imported: ZeroDivisionError: division by zero"),
         ("typo:f", "'typo:f' cannot be imported: SyntaxError"),
+        ("leaves:f", "'leaves:f' cannot be imported: SystemExit: bye"),
         (":f", "':f' cannot be imported: ValueError: Empty module name"),
         ("outside:", "'outside:' cannot be imported: AttributeError"),
         ("outside:threshold", "'outside:threshold' is 0.5; expected a function"),
@@ -276,6 +299,47 @@ def test_a_function_that_is_not_there(module: str, name: str, message: str) -> N
     with pytest.raises(InputError) as caught:
         make_verifier(name)
     assert str(caught.value).startswith(f"verifier: {message}")
+
+
+def test_a_pattern_that_hangs_is_stopped_and_the_other_rows_are_judged() -> None:
+    """It holds Python's lock for years, so that no thread and no signal handler could."""
+    candidates = [item("5", id="1"), item("a" * 50 + "!", id="2"), item("5", id="3")]
+    check = make_verifier("regex", r"(?:a+)+$|\d", timeout_s=0.5)
+    with pytest.raises(InputError, match=r"^p\.jsonl:2: verifier 'regex' took longer than 0\.5 s on response 'aaaa"):
+        verify(candidates, check, BadRows())
+    bad = BadRows("skip")
+    assert [v.score for v in verify(candidates, check, bad)] == [1, None, 1]
+    assert len(bad.rows) == 1
+
+
+def test_a_verifier_that_hangs_ends_with_a_program_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "GRACE_S", 0.3)
+    noted = tmp_path / "pid"
+
+    def judge() -> None:
+        check = make_verifier("regex", r"(a+)+$", timeout_s=0.5)
+        noted.write_text(str(worker.worker._process.pid))
+        check(item("").prompt, Response(model="m", text="a" * 50 + "!"))
+
+    child = fork(judge)
+    while not (noted.exists() and noted.read_text()):
+        time.sleep(0.01)
+    time.sleep(0.2)
+    os.kill(child, signal.SIGKILL)
+    assert status_of(child) == -signal.SIGKILL
+    pid, deadline = int(noted.read_text()), time.monotonic() + 20
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 # ---- settings of judges

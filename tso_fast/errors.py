@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,14 +43,26 @@ def import_named(name: str, place: str, expected: str) -> Any:
         place: start of the message of an error, such as ``loss 'mine:hinge'``.
         expected: what the name should be, such as ``function``.
 
+    Modules of the current folder are found, after installed ones of the same name.
+
     Raises:
         InputError: it cannot be imported.
     """
     module, _, attribute = name.partition(":")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # last: a folder there could have the name of a package
+        importlib.invalidate_caches()
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing a module can raise anything
+        found = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # importing a module can raise anything
         raise InputError(
             f"{place} cannot be imported: {type(error).__name__}: {error}; expected package.module:{expected}, with "
-            "the package's folder on PYTHONPATH"
+            "the package in the current folder or on PYTHONPATH"
+        ) from error
+    try:
+        return getattr(found, attribute)
+    except AttributeError as error:
+        raise InputError(
+            f"{place} cannot be imported: AttributeError: {error}; it is {getattr(found, '__file__', 'built in')}; "
+            f"expected package.module:{expected}"
         ) from error

@@ -32,7 +32,8 @@ def evaluate(
     """
     assert config.verifier is not None
     answered = list(answer(asked, candidates, matrix, config, store, bad, advance))
-    verdicts = verify(answered, make_verifier(config.verifier, config.verifier_pattern), bad)
+    check = make_verifier(config.verifier, config.verifier_pattern, config.verifier_timeout_s)
+    verdicts = verify(answered, check, bad)
     responses = {(c.prompt.id, i): r for c in answered for i, r in enumerate(c.responses)}
     out = []
     for a in asked:

@@ -29,6 +29,8 @@ from tso_fast.config.ranges import (
     Url,
 )
 
+VERIFIER_TIMEOUT_S = 60.0
+
 
 @dataclass(kw_only=True)
 class CellConfig:
@@ -156,6 +158,8 @@ class VerifierConfig:
     `ifeval` is the share of the prompt's constraints that hold, `ifeval_loose` the same in IFEval's loose reading."""
     verifier_pattern: str | None = None
     """Regular expression of `regex`: its last match in the response, or that match's first group, is the answer."""
+    verifier_timeout_s: Annotated[PositiveFloat, FREE] = VERIFIER_TIMEOUT_S
+    """Longest time that `regex` or a function of your own takes for one response; then the row cannot be used."""
 
 
 @dataclass(kw_only=True)
@@ -194,6 +198,8 @@ class JudgeConfig:
     """Program of a judge of kind `verifier`."""
     verifier_pattern: str | None = None
     """Its regular expression."""
+    verifier_timeout_s: PositiveFloat = VERIFIER_TIMEOUT_S
+    """Its longest time for one response."""
     args: dict[str, Any] | None = None
     """Arguments of a judge of your own."""
 

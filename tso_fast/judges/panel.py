@@ -38,7 +38,8 @@ def make_judges(config: VerifierConfig) -> list[Judge]:
     verifier.check_settings(config.verifier, config.verifier_pattern)
     judges = []
     if config.verifier is not None:
-        program = JudgeConfig(kind="verifier", verifier=config.verifier, verifier_pattern=config.verifier_pattern)
+        shared = ("verifier", "verifier_pattern", "verifier_timeout_s")
+        program = JudgeConfig(kind="verifier", **{name: getattr(config, name) for name in shared})
         judges.append(_make(program, ""))
     for i, own in enumerate((config.judges if isinstance(config, JudgesConfig) else None) or []):
         judge = _make(own, f"judges[{i}].")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
-from tso_fast.config.settings import JudgeConfig
+from tso_fast.config.settings import VERIFIER_TIMEOUT_S, JudgeConfig
 from tso_fast.errors import InputError, did_you_mean, import_named
 from tso_fast.files.rows import FLOAT32_MAX, BadRows, prompt_row
 from tso_fast.judges.constraints import NO_DETECTOR, check_constraint, holds
 from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts
+from tso_fast.judges.worker import Failed, worker
 from tso_fast.types import Candidates, Constraint, Prompt, Response, Verdict
 
 Check = Callable[[Prompt, Response], Opinion]
@@ -23,14 +24,14 @@ Check = Callable[[Prompt, Response], Opinion]
 class VerifierJudge(Judge):
     """Judge of kind ``verifier``."""
 
-    takes = ("verifier", "verifier_pattern")
+    takes = ("verifier", "verifier_pattern", "verifier_timeout_s")
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)
         if config.verifier is None:
             raise InputError("verifier: missing; a judge of kind 'verifier' needs a program")
         self.verifier = config.verifier
-        self.says = make_verifier(config.verifier, config.verifier_pattern)
+        self.says = make_verifier(config.verifier, config.verifier_pattern, config.verifier_timeout_s)
 
     def usable(self, candidates: Sequence[Candidates], bad: BadRows) -> list[Candidates]:
         return usable(candidates, self.verifier, bad)
@@ -150,7 +151,7 @@ class Verifier:
     says: Callable[..., Opinion]
     """Its opinion, from what it needs of the prompt and a response's text."""
     takes_pattern: bool = False
-    """Whether ``says`` also takes ``verifier_pattern``, compiled, as ``pattern``."""
+    """Whether ``says`` also takes ``verifier_pattern``, compiled, as ``pattern``; it then runs in the worker."""
 
 
 VERIFIERS: dict[str, Verifier] = {
@@ -179,47 +180,66 @@ def check_settings(name: str | None, pattern: str | None) -> None:
         )
 
 
-def make_verifier(name: str, pattern: str | None = None) -> Check:
+def make_verifier(name: str, pattern: str | None = None, timeout_s: float = VERIFIER_TIMEOUT_S) -> Check:
     """A row of ``VERIFIERS``, or ``package.module:function``, which is called as f(prompt, response, answer).
+
+    What a user wrote, a function or a pattern, runs in the worker and has ``timeout_s`` for one response.
 
     Raises:
         InputError: unknown, or cannot be imported; a pattern that is missing, without effect or no regular expression.
     """
     check_settings(name, pattern)
-    if name not in VERIFIERS:
-        return _own(name)
-    row = VERIFIERS[name]
-    says = row.says
-    if row.takes_pattern:
+    row = VERIFIERS.get(name)
+    if row is not None and not row.takes_pattern:
+        return lambda prompt, response: row.says(row.needs.find(prompt, name), response.text)
+    made = ("tso_fast.judges.verifier:_program", (name, pattern))
+    try:
+        worker.load(made)
+    except Failed as error:
+        raise InputError(f"verifier: {name!r} cannot be imported: its module {error}") from error
+
+    def check(prompt: Prompt, response: Response) -> Opinion:
+        if row is not None:
+            given: tuple[Any, ...] = (row.needs.find(prompt, name), response.text)
+        else:
+            value = prompt.prompt if isinstance(prompt.prompt, str) else [vars(m) for m in prompt.prompt]
+            given = (value, response.text, prompt.answer)
         try:
-            says = functools.partial(says, pattern=re.compile(pattern or ""))
+            return Opinion(*worker.call(made, given, timeout_s))
+        except Failed as error:
+            hint = "; mend it, or raise verifier_timeout_s" if "longer" in str(error) else ""
+            raise InputError(
+                f"{prompt.where or prompt.id}: verifier {name!r} {error} on response {response.text[:60]!r}; "
+                f"expected a number, a boolean or None{hint}"
+            ) from error
+        except InputError as error:
+            raise InputError(f"{prompt.where or prompt.id}: verifier {name!r} {error}") from error
+
+    return check
+
+
+def _program(name: str, pattern: str | None) -> Callable[..., Opinion]:
+    """What the worker calls for each response."""
+    if name in VERIFIERS:
+        try:
+            return functools.partial(VERIFIERS[name].says, pattern=re.compile(pattern or ""))
         except re.error as error:
             raise InputError(f"verifier_pattern: {pattern!r} is no regular expression: {error}") from error
-    return lambda prompt, response: says(row.needs.find(prompt, name), response.text)
-
-
-def _own(name: str) -> Check:
     function = import_named(name, f"verifier: {name!r}", "function")
     if not callable(function):
         raise InputError(f"verifier: {name!r} is {function!r:.60}; expected a function")
+    return lambda *given: Opinion(_score(function(*given)))
 
-    def check(prompt: Prompt, response: Response) -> Opinion:
-        place = f"{prompt.where or prompt.id}: verifier {name!r}"
-        value = prompt.prompt if isinstance(prompt.prompt, str) else [vars(m) for m in prompt.prompt]
-        try:
-            score = function(value, response.text, prompt.answer)
-        except Exception as error:
-            raise InputError(
-                f"{place} raised {type(error).__name__}: {error} on response "
-                f"{response.text[:60]!r}; expected a number, a boolean or None"
-            ) from error
-        if score is None:
-            return Opinion(None)
-        if not isinstance(score, bool | int | float) or not abs(score) <= FLOAT32_MAX:
-            raise InputError(f"{place} returned {score!r:.60}; expected a finite number, a boolean or None")
-        return Opinion(float(score))
 
-    return check
+def _score(value: Any) -> float | None:
+    """The score that a user's function gave; scalars of numpy and torch are numbers."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if value is None:
+        return None
+    if not isinstance(value, bool | int | float) or not abs(value) <= FLOAT32_MAX:
+        raise InputError(f"returned {value!r:.60}; expected a finite number, a boolean or None")
+    return float(value)
 
 
 def usable(candidates: Sequence[Candidates], name: str, bad: BadRows) -> list[Candidates]:
