@@ -165,8 +165,8 @@ def test_data_have_constraints_and_a_share_of_human_responses(tiny: Path) -> Non
     sets = {name: read_candidates(tiny / f"{name}.jsonl", BadRows()) for name in ("prompts", "held_out")}
     assert [len(items) for items in sets.values()] == [24, 12]
     assert all(2 <= len(item.prompt.constraints) <= 4 for items in sets.values() for item in items)
-    assert 4 <= sum(item.prompt.human_response is not None for item in sets["prompts"]) <= 20
-    assert all(item.prompt.human_response is None for item in sets["held_out"])
+    assert 4 <= sum(bool(item.prompt.human_responses) for item in sets["prompts"]) <= 20
+    assert all(not item.prompt.human_responses for item in sets["held_out"])
 
 
 @pytest.mark.slow

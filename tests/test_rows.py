@@ -82,6 +82,14 @@ MESSAGE = 'expected {"role": ..., "content": ...} with two strings'
         ('{"prompt": "a", "answer": false}', ": field 'answer' is a boolean (false); expected a string or a number"),
         ('{"prompt": "a", "human_response": ""}', ": field 'human_response' is empty; expected some text"),
         ('{"prompt": "a", "human_response": 7}', ": field 'human_response' is a number (7); expected a string"),
+        (
+            '{"prompt": "a", "human_response": ["b", " "]}',
+            ": field 'human_response[1]' is a string (\" \"); expected some",
+        ),
+        ('{"prompt": "a", "human_response": [{"role": "user", "content": "b"}]}', ": field 'human_response' is a list"),
+        # keys that Python's own reader would drop
+        ('{"prompt": "a", "prompt": "b"}', ": field 'prompt' is given twice in one object; expected it once"),
+        (response(scores={"j": 1}).replace('"j": 1', '"j": 1, "j": 0'), ": field 'j' is given twice in one object"),
         # responses
         ('{"prompt": "a", "responses": {}}', ": field 'responses' is an object ({}); expected a list of responses"),
         ('{"prompt": "a", "responses": ["b"]}', ": field 'responses[0]' is a string (\"b\"); expected an object with"),
@@ -145,13 +153,14 @@ def test_latin_1_names_the_column_and_the_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\r\n"])
 def test_a_file_without_rows(tmp_path: Path, content: bytes) -> None:
-    assert error_of(tmp_path / "p.jsonl", content) == ": holds no prompts; expected one JSON object a line"
+    assert error_of(tmp_path / "p.jsonl", content) == ": holds no prompts; expected at least one row"
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.jsonl", tmp_path):
-        with pytest.raises(InputError, match="no such file; expected JSONL"):
-            read_candidates(path, BadRows())
+    with pytest.raises(InputError, match="no such file; expected JSONL"):
+        read_candidates(tmp_path / "missing.jsonl", BadRows())
+    with pytest.raises(InputError, match="a folder, but none that save_to_disk of `datasets` wrote; expected JSONL"):
+        read_candidates(tmp_path, BadRows())
 
 
 def test_windows_files_read_like_others(tmp_path: Path) -> None:
@@ -256,16 +265,15 @@ def random_candidates(r: random.Random, i: int) -> Candidates:
     conversation = tuple(
         Message(role=role, content=r.choice(TEXTS[1:])) for role in ("system", "user", "assistant", "user")
     )
-    human = r.choice([None, "by hand"])
+    humans = r.choice([(), ("by hand",), ("by hand", "by another")])
     prompt = Prompt(
         id=f"id {i}",
         prompt=r.choice(["What?", "  spaces  ", conversation]),
-        human_response=human,
+        human_responses=humans,
         answer=r.choice([None, "", "5"]),
     )
     responses = [random_response(r, model, sample) for model in ("m", "n") for sample in range(r.randrange(3))]
-    if human:
-        responses.append(Response(model="human", text=human))
+    responses += [Response(model="human", text=text, sample=i) for i, text in enumerate(humans)]
     return Candidates(prompt=prompt, responses=tuple(responses))
 
 
@@ -333,7 +341,7 @@ def test_pairs_round_trip(tmp_path: Path) -> None:
 
     made = [
         PreferencePair(
-            prompt=dataclasses.replace(random_candidates(r, i).prompt, human_response=None),
+            prompt=dataclasses.replace(random_candidates(r, i).prompt, human_responses=()),
             chosen=side("new"),
             rejected=side("old"),
             score_chosen=r.choice([None, 1.0]),

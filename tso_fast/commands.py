@@ -106,7 +106,7 @@ def generate(config: GenerateConfig) -> None:
     from tso_fast.matrix import ModelMatrix, check_fits
 
     bad = BadRows(config.on_bad_row)
-    candidates = read_candidates(config.prompts, bad)
+    candidates = read_candidates(config.prompts, bad, config)
     file = _new_file(config.output)
     matrix = ModelMatrix(config.cells)
     candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
@@ -142,7 +142,7 @@ def score(config: ScoreConfig) -> None:
         raise InputError("verifier: missing; `tso-fast score` needs a judge: a verifier, or judges")
     judges = panel.make_judges(config)
     bad = BadRows(config.on_bad_row)
-    candidates = read_candidates(config.responses, bad)
+    candidates = read_candidates(config.responses, bad, config)
     file = _new_file(config.output)
     matrix = ModelMatrix(config.cells, config.policy) if config.cells else None
     panel.check(judges, matrix)
@@ -177,7 +177,7 @@ def _judged(config: JudgedConfig, bad: BadRows) -> tuple[list[Candidates], list[
         panel.refuse_models(judges)
     if config.verdicts is not None and judges:
         raise InputError("verdicts: give either a file of verdicts or judges (a verifier is one), not both")
-    candidates = read_candidates(config.responses, bad)
+    candidates = read_candidates(config.responses, bad, config)
     verdicts: list[Verdict | Comparison] = []
     if config.verdicts is not None:
         verdicts = read_verdicts(config.verdicts, candidates, bad)
@@ -296,7 +296,7 @@ def evaluate(config: EvalConfig) -> None:
         raise InputError("verifier: missing; `tso-fast eval` needs one")
     judges = panel.make_judges(config)
     bad = BadRows(config.on_bad_row)
-    candidates = panel.usable(judges, read_candidates(config.prompts, bad), bad)
+    candidates = panel.usable(judges, read_candidates(config.prompts, bad, config), bad)
     file = None if config.output is None else _new_file(config.output)
     matrix = ModelMatrix(config.cells)
     candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)

@@ -78,6 +78,7 @@ PACKAGES = (
     Package(name="httpx2", extra="openai", use="generation by OpenAI-compatible servers"),
     Package(name="peft", extra="lora", use="LoRA adapters", is_imported=False),
     Package(name="langdetect", extra="ifeval", use="the language of responses", is_imported=False),
+    Package(name="datasets", extra="data", use="prompts in parquet and in folders it saved", is_imported=False),
     Package(name="gradio", extra="annotate", use="annotation by people", is_imported=False),
     Package(name="liger-kernel", module="liger_kernel", extra="bench", use="benchmarks", is_imported=False),
     Package(name="cut-cross-entropy", module="cut_cross_entropy", extra="bench", use="benchmarks", is_imported=False),

@@ -284,7 +284,7 @@ def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candi
 def _read(
     path: str, judges: Sequence[Judge], matrix: ModelMatrix, config: TrainConfig, bad: BadRows
 ) -> list[Candidates]:
-    candidates = panel.usable(judges, read_candidates(path, bad), bad)
+    candidates = panel.usable(judges, read_candidates(path, bad, config), bad)
     return check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
 
 

@@ -52,7 +52,7 @@ class Prompt:
 
     id: str
     prompt: str | tuple[Message, ...]
-    human_response: str | None = None
+    human_responses: tuple[str, ...] = ()
     answer: str | None = None
     constraints: tuple[Constraint, ...] = ()
     where: str = ""

@@ -75,7 +75,7 @@ def annotate(config: AnnotateConfig) -> None:
     if config.import_from is None and config.export_to is None and importlib.util.find_spec("gradio") is None:
         raise InputError("annotate: the page needs gradio, which is not installed: pip install 'tso-fast[annotate]'")
     bad = BadRows(config.on_bad_row)
-    candidates = read_candidates(files.responses, bad)
+    candidates = read_candidates(files.responses, bad, config)
     verdicts = [] if files.verdicts is None else read_verdicts(files.verdicts, candidates, bad, may_be_empty=True)
     beliefs = believe(candidates, verdicts, EvidenceConfig())
     labels = LabelFile(files.labels, candidates)

@@ -73,6 +73,18 @@ class RowsConfig:
     on_bad_row: Literal["raise", "skip"] = "raise"
     """A row that cannot be used: `raise` stops with its file:line:field, `skip` sets it aside and counts it."""
 
+    on_unknown_field: Annotated[Literal["raise", "warn", "ignore"], FREE] = "warn"
+    """A field that is not read and looks like a misspelling of one that is, such as `human_reponse`: `raise` makes it a
+    bad row, `warn` counts such rows."""
+    prompt_field: str | None = None
+    """Field of the prompt, a string or a conversation; default: `prompt`, else `messages` or `conversations`. A
+    conversation that ends with an answer gives the human response too."""
+    human_response_field: str | None = None
+    """Field of the human response or of a list of them; default: `human_response`."""
+    answer_field: str | None = None
+    """Field of the answer that a verifier checks; default: `answer`."""
+    id_field: str | None = None
+    """Field of the row's id; default: `id`."""
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -366,8 +378,13 @@ class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceCo
 
     output_dir: Annotated[str, FREE]
     """Run folder; a run that was interrupted there goes on."""
-    prompts: str
-    """JSONL of prompts: {id?, prompt, human_response?, answer?, constraints?, responses?}."""
+    resume: Annotated[bool, FREE] = True
+    """Go on with the run that is in `output_dir`; false: refuse a folder that has one."""
+    overwrite: Annotated[bool, FREE] = False
+    """Delete the run that is in `output_dir`, and begin anew; asks first."""
+    prompts: Annotated[str, FREE]
+    """Prompts: {id?, prompt, human_response?, answer?, constraints?, responses?} in JSONL, a JSON array, CSV, parquet
+    or a folder of a `datasets` save."""
     cells: list[CellConfig]
     """The model matrix."""
     policy: str | None = None

@@ -134,5 +134,10 @@ def damage(path: Path, written: Mapping[str, Any]) -> str | None:
 
 
 def sha256_file(path: Path) -> str:
+    """The sha256 of a file, or of the names and contents of all files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = (f"{file.relative_to(path).as_posix()} {sha256_file(file)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,144 +1,27 @@
-"""JSONL rows to records and back, with errors that name file:line:field.
+"""Rows to records and back, with errors that name file:line:field.
 
-Formats are those of TRL where it has one: pairs load there unchanged. ``.gz`` is read too.
+Formats are those of TRL where it has one: pairs load there unchanged.
 """
 
 from __future__ import annotations
 
 import difflib
-import gzip
 import hashlib
 import json
-import logging
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tso_fast.errors import InputError
-from tso_fast.files.atomic import write_jsonl
+from tso_fast.files.forms import Forms, RowSettings, content_of, messages_of
+from tso_fast.files.sources import BadRows, Row, kind_of, number_of, read_rows
 from tso_fast.types import HUMAN, Candidates, Comparison, Constraint, Message, PreferencePair, Prompt, Response, Verdict
 
-logger = logging.getLogger(__name__)
-
-Row = dict[str, Any]
 T = TypeVar("T")
 
 FLOAT32_MAX = 3.4028234663852886e38
-ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass
-class BadRows:
-    """What happens to a row that cannot be used: ``raise`` its error, or ``skip`` it, counted and set aside."""
-
-    policy: str = "raise"
-    rows: list[Row] = field(default_factory=list)
-
-    def handle(self, error: InputError, row: Any) -> None:
-        if self.policy == "raise":
-            raise InputError(f"{error} (--on_bad_row skip sets such rows aside)") from error
-        self.rows.append({"error": str(error), "row": row})
-
-    def set_aside(self, file: Path) -> list[Path]:
-        """Writes the skipped rows, if there are any; returns the files written."""
-        if not self.rows:
-            return []
-        write_jsonl(file, self.rows)
-        return [file]
-
-
-def read_rows(path: str | Path, bad: BadRows, may_be_torn: bool = False) -> Iterator[tuple[str, Row]]:
-    """Yields ``("file:line", row)`` of a JSONL file; blank lines are passed over.
-
-    ``may_be_torn``: a last line that never got its end, as a writer leaves it that was killed, is passed over too.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected JSONL, plain or .gz")
-    for number, line in enumerate(_lines(path), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = _parse_line(line, where)
-        except InputError as error:
-            if may_be_torn and not line.endswith(b"\n"):
-                logger.warning("%s: the last line is torn and passed over: %r", where, line[:60])
-                continue
-            bad.handle(error, line.decode("utf-8", "replace").rstrip("\r\n"))
-        else:
-            yield where, row
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
-            while line := lines.readline():
-                number += 1
-                yield line
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}:{number + 1}: cannot be read: {error}") from error
-
-
-def _parse_line(line: bytes, where: str) -> Row:
-    try:
-        text = line.decode("utf-8-sig" if where.endswith(":1") else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8; "
-            "convert the file, for example: iconv -f latin1 -t utf-8"
-        ) from error
-
-    not_finite: list[str] = []
-
-    def number(literal: str) -> float:
-        if not math.isfinite(value := float(literal)):
-            not_finite.append(literal)
-        return value
-
-    try:
-        row = json.loads(text, parse_float=number, parse_constant=number)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: broken JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
-        ) from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets in brackets
-        raise InputError(f"{where}: JSON that cannot be read: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected one JSON object a line, got {_kind(row)}")
-    for name, leaf in _leaves(row) if not_finite or "\\u" in text else ():
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            raise InputError(f"{where}: field {name!r} is {leaf}; expected a finite number or null")
-        if isinstance(leaf, str) and any("\ud800" <= character <= "\udfff" for character in leaf):
-            raise InputError(
-                f"{where}: field {name!r} has half of a surrogate pair ({leaf!r:.60}), which is no "
-                "character; expected text that UTF-8 can hold"
-            )
-    return row
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values inside, each with a name such as ``responses[0].scores.judge``."""
-    if isinstance(value, dict):
-        for key, child in value.items():
-            inner = f"{name}.{key}" if name else key
-            yield inner, key
-            yield from _leaves(child, inner)
-    elif isinstance(value, list):
-        for i, child in enumerate(value):
-            yield from _leaves(child, f"{name}[{i}]")
-    else:
-        yield name, value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    shown = json.dumps(value, ensure_ascii=False)
-    return "null" if value is None else f"{names[type(value)]} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
 
 
 def _missing(row: Row, name: str, where: str, expected: str) -> InputError:
@@ -157,7 +40,7 @@ def _get(row: Row, name: str, where: str, types: type | tuple[type, ...], expect
         return None
     is_bool = isinstance(value, bool) and bool not in (types if isinstance(types, tuple) else (types,))
     if is_bool or not isinstance(value, types):
-        raise InputError(f"{where}: field {name!r} is {_kind(value)}; expected {expected}")
+        raise InputError(f"{where}: field {name!r} is {kind_of(value)}; expected {expected}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where}: field {name!r} is {value}; expected a finite number")
     return value
@@ -173,24 +56,8 @@ def _text(row: Row, name: str, where: str, required: bool = False) -> str | None
 def _number(row: Row, name: str, where: str, required: bool = False) -> float | None:
     value = _get(row, name, where, (int, float), "a number", required)
     if value is not None and abs(value) > FLOAT32_MAX:
-        raise InputError(f"{where}: field {name!r} is {_kind(value)}; expected a number that float32 can hold")
+        raise InputError(f"{where}: field {name!r} is {kind_of(value)}; expected a number that float32 can hold")
     return None if value is None else float(value)
-
-
-def _messages(value: list[Any], where: str, name: str) -> tuple[Message, ...]:
-    messages = []
-    for i, item in enumerate(value):
-        place = f"{where}: field '{name}[{i}]'"
-        if (
-            not isinstance(item, dict)
-            or not isinstance(item.get("role"), str)
-            or not isinstance(item.get("content"), str)
-        ):
-            raise InputError(f'{place} is {_kind(item)}; expected {{"role": ..., "content": ...}} with two strings')
-        if item["role"] not in ROLES:
-            raise InputError(f"{place} has role {item['role']!r}; expected one of {', '.join(ROLES)}")
-        messages.append(Message(role=item["role"], content=item["content"]))
-    return tuple(messages)
 
 
 def _prompt_value(row: Row, where: str) -> str | tuple[Message, ...]:
@@ -198,7 +65,7 @@ def _prompt_value(row: Row, where: str) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         _text(row, "prompt", where, required=True)
         return value
-    messages = _messages(value, where, "prompt")
+    messages = messages_of(value, where, "prompt")
     if not messages or not any(m.content.strip() for m in messages):
         raise InputError(f"{where}: field 'prompt' is empty; expected at least one message with content")
     if messages[-1].role == "assistant":
@@ -227,16 +94,18 @@ def _constraints(row: Row, where: str) -> tuple[Constraint, ...]:
 
 def _constraint_of(item: Any, name: str, where: str) -> Constraint:
     if not isinstance(item, dict):
-        raise InputError(f"{where}: field {name!r} is {_kind(item)}; expected an object with 'id' and 'kwargs'")
+        raise InputError(f"{where}: field {name!r} is {kind_of(item)}; expected an object with 'id' and 'kwargs'")
     return _constraint(item.get("id"), f"{name}.id", item.get("kwargs"), f"{name}.kwargs", where)
 
 
 def _constraint(given: Any, name: str, kwargs: Any, kwargs_name: str, where: str) -> Constraint:
     """Form only: what types there are and what they take is known to the judge."""
     if not isinstance(given, str):
-        raise InputError(f"{where}: field {name!r} is {_kind(given)}; expected a string such as 'punctuation:no_comma'")
+        raise InputError(
+            f"{where}: field {name!r} is {kind_of(given)}; expected a string such as 'punctuation:no_comma'"
+        )
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise InputError(f"{where}: field {kwargs_name!r} is {_kind(kwargs)}; expected an object")
+        raise InputError(f"{where}: field {kwargs_name!r} is {kind_of(kwargs)}; expected an object")
     # One published form has the arguments of all types in every row, most of them null.
     return Constraint(id=given, kwargs=_no_none(kwargs or {}))
 
@@ -247,16 +116,16 @@ def parse_candidates(row: Row, where: str, default_id: str) -> Candidates:
     if isinstance(row_id, int) and not isinstance(row_id, bool):
         row_id = str(row_id)
     if row_id is not None and (not isinstance(row_id, str) or not row_id):
-        raise InputError(f"{where}: field 'id' is {_kind(row_id)}; expected a non-empty string")
+        raise InputError(f"{where}: field 'id' is {kind_of(row_id)}; expected a non-empty string")
     answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = json.dumps(answer)
     elif answer is not None and not isinstance(answer, str):
-        raise InputError(f"{where}: field 'answer' is {_kind(answer)}; expected a string or a number")
+        raise InputError(f"{where}: field 'answer' is {kind_of(answer)}; expected a string or a number")
     prompt = Prompt(
         id=row_id or default_id,
         prompt=_prompt_value(row, where),
-        human_response=_text(row, "human_response", where, required=row.get("human_response") is not None),
+        human_responses=_human_responses(row, where),
         answer=answer,
         constraints=_constraints(row, where),
         where=where,
@@ -274,19 +143,31 @@ def parse_candidates(row: Row, where: str, default_id: str) -> Candidates:
                 f"responses[{keys[key]}]; expected distinct samples"
             )
         keys[key] = i
-    if prompt.human_response is not None and not any(r.is_human for r in responses):
-        responses.append(human_response(prompt))
+    if not any(r.is_human for r in responses):
+        responses += [Response(model=HUMAN, text=text, sample=i) for i, text in enumerate(prompt.human_responses)]
     return Candidates(prompt=prompt, responses=tuple(responses))
 
 
-def human_response(prompt: Prompt) -> Response:
-    assert prompt.human_response is not None
-    return Response(model=HUMAN, text=prompt.human_response)
+def _human_responses(row: Row, where: str) -> tuple[str, ...]:
+    """From a string, a list of strings, or a list of one assistant message."""
+    name, expected = "human_response", "a string, a list of strings, or a list of one assistant message"
+    value = _get(row, name, where, (str, list), expected)
+    if not isinstance(value, list):
+        text = _text(row, name, where, required=value is not None)
+        return () if text is None else (text,)
+    if value and all(isinstance(item, dict) for item in value):
+        if len(value) != 1 or messages_of(value, where, name)[0].role != "assistant":
+            raise InputError(f"{where}: field {name!r} is {kind_of(value)}; expected {expected}")
+        value = [content_of(value[0], f"{where}: field '{name}[0]'")]
+    for i, item in enumerate(value):
+        if not isinstance(item, str) or not item.strip():
+            raise InputError(f"{where}: field '{name}[{i}]' is {kind_of(item)}; expected some text")
+    return tuple(value)
 
 
 def _response(item: Any, where: str) -> Response:
     if not isinstance(item, dict):
-        raise InputError(f"{where} is {_kind(item)}; expected an object with 'model' and 'text'")
+        raise InputError(f"{where} is {kind_of(item)}; expected an object with 'model' and 'text'")
     scores = _get(item, "scores", where, dict, "an object of name: number") or {}
     model = _text(item, "model", where, required=True)
     text = _get(item, "text", where, str, "a string", required=True)
@@ -314,17 +195,26 @@ def _response(item: Any, where: str) -> Response:
     )
 
 
-def read_candidates(path: str | Path, bad: BadRows) -> list[Candidates]:
-    """Reads a prompts or responses file; ids are unique, and a file without a usable row is an error."""
+def read_candidates(path: str | Path, bad: BadRows, settings: RowSettings | None = None) -> list[Candidates]:
+    """Reads prompts or responses; ids are unique, and a file without a usable row is an error.
+
+    Args:
+        settings: names of fields and what happens to misspelt ones; None: the file is our own.
+    """
     seen: dict[str, str] = {}
+    forms = None if settings is None else Forms(str(path), settings)
 
     def parse(row: Row, where: str) -> Candidates:
-        candidates = parse_candidates(row, where, default_id=f"row-{where.rsplit(':', 1)[1]}")
+        row = row if forms is None else forms.ours(row, where)
+        candidates = parse_candidates(row, where, default_id=f"row-{number_of(where)}")
         if (first := seen.setdefault(candidates.prompt.id, where)) != where:
             raise InputError(f"{where}: field 'id' is {candidates.prompt.id!r}, as at {first}; expected unique ids")
         return candidates
 
-    return _read(path, parse, bad, "prompts")
+    found = _read(path, parse, bad, "prompts")
+    if forms is not None:
+        forms.finish()
+    return found
 
 
 def _read(
@@ -339,7 +229,7 @@ def _read(
     if not out and not may_be_empty:
         errors = [row["error"] for row in bad.rows[skipped:]]
         skipped_too = f" ({len(errors)} bad rows were skipped, the first: {errors[0]})" if errors else ""
-        raise InputError(f"{path}: holds no {what}{skipped_too}; expected one JSON object a line")
+        raise InputError(f"{path}: holds no {what}{skipped_too}; expected at least one row")
     return out
 
 
@@ -353,7 +243,7 @@ def prompt_row(prompt: Prompt) -> Row:
         {
             "id": prompt.id,
             "prompt": value if isinstance(value, str) else [{"role": m.role, "content": m.content} for m in value],
-            "human_response": prompt.human_response,
+            "human_response": list(humans) if len(humans := prompt.human_responses) > 1 else "".join(humans) or None,
             "answer": prompt.answer,
             "constraints": [{"id": c.id, "kwargs": dict(c.kwargs)} for c in prompt.constraints] or None,
         }
@@ -547,7 +437,7 @@ def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
     def side(name: str) -> Response:
         value = _get(row, name, where, (str, list), "a string or a list of one assistant message", required=True)
         if isinstance(value, list):
-            messages = _messages(value, where, name)
+            messages = messages_of(value, where, name)
             if len(messages) != 1 or messages[0].role != "assistant":
                 raise InputError(
                     f"{where}: field {name!r} has {len(messages)} messages; expected one assistant message"
@@ -580,4 +470,4 @@ def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
 
 
 def read_pairs(path: str | Path, bad: BadRows) -> list[PreferencePair]:
-    return _read(path, lambda row, where: parse_pair(row, where, f"row-{where.rsplit(':', 1)[1]}"), bad, "pairs")
+    return _read(path, lambda row, where: parse_pair(row, where, f"row-{number_of(where)}"), bad, "pairs")
