@@ -199,6 +199,19 @@ def test_an_end_that_is_in_the_text_already_is_not_doubled(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_after_an_end_is_not_lost_silently(name: str) -> None:
+    tokenizer, end = family(name)
+    prompt = Prompt(id="p", prompt=chat(QUESTION).prompt, where="p.jsonl:7")
+    for token in {end, tokenizer.eos_token}:
+        written = Response(model="human", text=f"{ANSWER}{token} Or 6.{token}")
+        with pytest.raises(InputError) as caught:
+            response_ids(tokenizer, prompt, written)
+        assert str(caught.value).startswith(f"p.jsonl:7: field 'human_response' goes on after {token!r}, which ends a ")
+        last = Response(model="human", text=f"{ANSWER}{token}\n")
+        assert response_ids(tokenizer, prompt, last) == encode_response(tokenizer, prompt, ANSWER + token)
+
+
 def test_an_end_without_a_special_token_is_the_eos() -> None:
     template = "{% for m in messages %}### {{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}### assistant:{% endif %}"  # noqa: E501
     tokenizer = make_tokenizer(template, None, "</s>")

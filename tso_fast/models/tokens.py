@@ -103,8 +103,23 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Response) -> tuple[int, ...]:
-    """The sampled tokens, or the tokens of the text if none were sampled."""
-    return response.token_ids or encode_response(tokenizer, prompt, response.text)
+    """The sampled tokens, or the tokens of the text if none were sampled.
+
+    Raises:
+        InputError: the text goes on after a token that ends a response.
+    """
+    if response.token_ids:
+        return response.token_ids
+    for end in dict.fromkeys((end_of_turn(tokenizer), tokenizer.eos_token_id)):
+        token = tokenizer.decode([end])
+        after = response.text.partition(token)[2] if token else ""
+        if after.replace(token, "").strip() and end in _ids(tokenizer, response.text):
+            field = "human_response" if response.is_human else f"responses[{response.model}]"
+            raise InputError(
+                f"{prompt.where or prompt.id}: field {field!r} goes on after {token!r}, which ends a response: "
+                f"{after[:40]!r} would not be trained on; take the token out, or what follows it"
+            )
+    return encode_response(tokenizer, prompt, response.text)
 
 
 def pad_sequences(
