@@ -79,7 +79,17 @@ BETAS = (0.1, 0.3, 1.0)
 OFFLINE = {"num_iterations": 1, "reference": "initial"}
 
 METHODS: dict[str, Method] = {
-    "tso": Method("TSO"),
+    "tso": Method(
+        "TSO",
+        trials=[
+            {},
+            {"loss_args": {"nll_weight": 1.0}},
+            {"loss_args": {"nll_weight": 1.0}, "learning_rate": 1e-3},
+            {"loss_args": {"nll_weight": 0.3}},
+            {"learning_rate": 1e-3},
+            {"loss_args": {"nll_weight": 1.0}, "beta": 0.1, "num_train_epochs": 3},
+        ],
+    ),
     "sft": _rival("chosen-only NLL", "sft", RATES),
     "dpo": _rival("DPO, offline", "dpo", _trials("beta", BETAS), **OFFLINE),
     "iterative_dpo": _rival("iterative DPO", "dpo", _trials("beta", BETAS)),

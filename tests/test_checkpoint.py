@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tso_fast.errors import OutputError
 from tso_fast.training import checkpoint
+from tso_fast.training.checkpoint import Checkpoints
 from tso_fast.training.monitors import Meter, NonFiniteGuard
+
+WEIGHTS = "shard-00001-model-00001-of-00001.safetensors"
 
 
 class Trained:
@@ -23,23 +28,34 @@ class Trained:
         self.folder = folder / "checkpoint"
         self.model = torch.nn.Linear(4, 3)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.parts: dict[str, Any] = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "scheduler": torch.optim.lr_scheduler.LinearLR(self.optimizer),
-            "meters": [Meter()],
-            "guard": NonFiniteGuard(folder, 3),
-        }
+        self.meter = Meter()
+        self.checkpoints = Checkpoints(
+            self.folder,
+            accelerator=Accelerator(cpu=True),
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=torch.optim.lr_scheduler.LinearLR(self.optimizer),
+            meters=[self.meter],
+            guard=NonFiniteGuard(folder, 3),
+        )
 
     def save(self, step: int) -> torch.Tensor:
         """Makes a step, saves it and returns the weights."""
         self.model(torch.randn(2, 4)).square().sum().backward()
         self.optimizer.step()
-        checkpoint.save(self.folder, accelerator=Accelerator(cpu=True), step=step, **self.parts)
-        return self.model.weight.detach().clone()
+        weights = self.model.weight.detach().clone()
+        self.meter.sums += step
+        with self.checkpoints:
+            self.checkpoints.save(step)
+            with torch.no_grad():  # training goes on meanwhile
+                self.model.weight += 1
+                self.optimizer.state[self.model.weight]["exp_avg"] += 1
+                self.model.weight -= 1
+                self.optimizer.state[self.model.weight]["exp_avg"] -= 1
+        return weights
 
     def load(self) -> tuple[int, torch.Tensor]:
-        return checkpoint.load(self.folder, **self.parts), self.model.weight.detach()
+        return self.checkpoints.load(), self.model.weight.detach()
 
 
 def saved(folder: Path) -> list[torch.Tensor]:
@@ -68,12 +84,12 @@ def flip(path: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "a bit of the weights": lambda path: flip(path / "model.safetensors"),
-    "a bit of the rest": lambda path: flip(path / "state.pt"),
-    "half of the rest": lambda path: (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:100]),
-    "no weights": lambda path: (path / "model.safetensors").unlink(),
+    "a bit of the weights": lambda path: flip(path / WEIGHTS),
+    "a bit of the rest": lambda path: flip(path / "state.json"),
+    "half of the rest": lambda path: (path / "state.json").write_bytes((path / "state.json").read_bytes()[:100]),
+    "no weights": lambda path: (path / WEIGHTS).unlink(),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
-    "half of the manifest": lambda path: (path / "manifest.json").write_text('{"state.pt":'),
+    "half of the manifest": lambda path: (path / "manifest.json").write_text('{"state.json":'),
     "another manifest": lambda path: (path / "manifest.json").write_text("[]"),
     "nothing": lambda path: [file.unlink() for file in path.iterdir()],  # type: ignore[dict-item,return-value]
 }
@@ -104,7 +120,7 @@ def test_a_kill_while_one_is_written_or_removed_leaves_the_others(
 
     def killed(path: Path, **options: Any) -> None:
         if Path(path).name == "step-2":  # half of it is gone
-            (Path(path) / "state.pt").unlink()
+            (Path(path) / "state.json").unlink()
             kills.append(path)
             raise KeyboardInterrupt
         real(path, **options)
@@ -119,7 +135,26 @@ def test_a_kill_while_one_is_written_or_removed_leaves_the_others(
     step, found = Trained(tmp_path, seed=1).load()
     assert step == 4
     assert torch.equal(found, weights[1])
-    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trained.save(8)
+    assert ".tmp-step-8" in names(tmp_path)
     assert Trained(tmp_path, seed=1).load()[0] == 4
+    assert ".tmp-step-8" not in names(tmp_path)
+
+
+def test_a_full_disk_is_told_by_the_next_step_that_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Trained(tmp_path)
+    weights = trained.save(2)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    trained.checkpoints.save(4)
+    with pytest.raises(OutputError, match=r"cannot write .*step-4: .*No space left on device"):
+        trained.checkpoints.save(6)
+    monkeypatch.undo()
+    step, found = Trained(tmp_path, seed=1).load()
+    assert step == 2
+    assert torch.equal(found, weights)

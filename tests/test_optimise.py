@@ -24,6 +24,7 @@ from tso_fast.files.run import Run
 from tso_fast.losses import LOSSES, Loss
 from tso_fast.models.policy import Policy
 from tso_fast.training import optimise
+from tso_fast.training import reference as references
 from tso_fast.training.batches import EncodedPair, completion_lengths, plan_steps
 from tso_fast.training.monitors import Meter
 from tso_fast.types import PairLogprobs, Weights
@@ -176,7 +177,7 @@ def trained(folder: Path, pairs: list[EncodedPair], **changes: Any) -> tuple[lis
     model = tiny()
     with Run.open(folder, {}, {}, {}) as run:
         figures = optimise.optimise(
-            model,
+            Policy(model),
             pairs,
             config,
             files=run.iteration(1),
@@ -460,7 +461,7 @@ def saved(tmp_path: Path) -> Path:
 def with_reference(folder: Path, saved: Path, **changes: Any) -> dict[str, Any]:
     with Run.open(folder, {}, {}, {}) as run:
         return optimise.optimise(
-            tiny().float(),
+            Policy(tiny().float()),
             encoded(8),
             settings(folder, logging_steps=1, **changes),
             files=run.iteration(2),
@@ -485,8 +486,8 @@ def test_a_separate_reference_is_given_back_before_training(
     tmp_path: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    load, backward = optimise.load_reference, optimise.backward
-    monkeypatch.setattr(optimise, "load_reference", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    load, backward = references.load_policy, optimise.backward
+    monkeypatch.setattr(references, "load_policy", lambda *args: loaded.append(load(*args)) or loaded[-1])
 
     def check(run: Any, *rest: Any) -> None:
         assert [sum(p.numel() for p in model.parameters()) for model in loaded] == [0]
@@ -505,7 +506,7 @@ def test_steps_of_a_tracker_go_on_over_iterations_of_unequal_length(
     for t, count in enumerate((6, 2, 4), start=1):
         with Run.open(tmp_path / str(t), {}, {}, {}) as run:
             figures = optimise.optimise(
-                tiny(),
+                Policy(tiny()),
                 encoded(count),
                 settings(logging_steps=1, per_device_train_batch_size=2),
                 files=run.iteration(t),
@@ -533,7 +534,7 @@ def test_a_resume_with_dropout_is_bitwise(tmp_path: Path, monkeypatch: pytest.Mo
         torch.manual_seed(7)
         with Run.open(folder, {}, {}, {}) as run:
             optimise.optimise(
-                model,
+                Policy(model),
                 encoded(12),
                 settings(save_steps=1, per_device_train_batch_size=2, disable_dropout=False),
                 files=run.iteration(1),

@@ -26,8 +26,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Saved:
     """State of a forward pass for its gradient."""
 
-    head: tuple[Any, ...]
-    """Arguments of the C++ functions that describe the head and the rows."""
+    tensors: tuple[torch.Tensor | None, ...]
+    """Hidden states, weight, bias and targets. Not their arrays: a weight's memory may be another one in the backward
+    pass, when it is sharded."""
+    options: tuple[Any, ...]
     rows: Any
     exps: torch.Tensor
     """Stored exponentials, [V * stride] elements as bytes."""
@@ -102,21 +104,14 @@ def forward(
     name = _name(hidden_TD.dtype)
     if shard is not None:
         targets_T = shard.local_targets(targets_T)
-    head = (
-        _numpy(hidden_TD),
-        _numpy(weight_VD),
-        _numpy(bias_V),
-        targets_T.numpy(),
-        name,
-        softcap or 0.0,
-        1 / temperature,
-        torch.get_num_threads(),
-        _isa(name),
-    )
+    tensors = hidden_TD, weight_VD, bias_V, targets_T
+    options = name, softcap or 0.0, 1 / temperature, torch.get_num_threads(), _isa(name)
     exps = None if room is None else room[: _exps_bytes(targets_T.numel(), weight_VD)]
     reduce = None if shard is None else functools.partial(_reduce, shard)
-    logprobs, rows = _extension().logprob_forward(*head, None if exps is None else exps.numpy(), reduce)
-    return torch.from_numpy(logprobs), None if exps is None else Saved(head=head, rows=rows, exps=exps)
+    stored = None if exps is None else exps.numpy()
+    logprobs, rows = _extension().logprob_forward(*map(_numpy, tensors), *options, stored, reduce)
+    saved = None if exps is None else Saved(tensors=tensors, options=options, rows=rows, exps=exps)
+    return torch.from_numpy(logprobs), saved
 
 
 def backward(
@@ -134,7 +129,8 @@ def backward(
     """Writes the gradients of one chunk; see ``backend.Backend``."""
     upstream = dlogprobs_T.to(torch.float64).contiguous()
     _extension().logprob_backward(
-        *saved.head,
+        *map(_numpy, saved.tensors),
+        *saved.options,
         saved.exps.numpy(),
         saved.rows,
         upstream.numpy(),

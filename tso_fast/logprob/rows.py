@@ -8,10 +8,26 @@ import numpy as np
 import torch
 
 
+class _Memory:
+    """A tensor's memory as numpy takes it. ``Tensor.numpy()`` forbids for ever what sharding does with a weight: to
+    free its memory and allocate it again."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values  # lives as long as the array
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (values.data_ptr(), False),
+            "shape": tuple(values.shape),
+            "strides": tuple(stride * values.itemsize for stride in values.stride()),
+            "typestr": np.dtype(str(values.dtype).removeprefix("torch.")).str,
+        }
+
+
 def bits(values: torch.Tensor) -> Any:
     """The tensor's own memory as a numpy array; bfloat16, which numpy lacks, appears as int16."""
     values = values.detach()
-    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+    values = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+    return np.asarray(_Memory(values)) if values.numel() else values.numpy()
 
 
 def repeated(values_S: torch.Tensor, counts_S: torch.Tensor, total: int) -> torch.Tensor:

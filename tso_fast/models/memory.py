@@ -32,9 +32,13 @@ def release(model: nn.Module) -> None:
     this drops the weights directly.
     """
     import torch
+    from torch.distributed.tensor import DTensor
 
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.new_empty(0)
+        if isinstance(tensor, DTensor):
+            tensor.to_local().untyped_storage().resize_(0)
+        else:
+            tensor.data = tensor.data.new_empty(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim_heap()

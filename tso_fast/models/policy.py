@@ -24,11 +24,14 @@ class Policy(nn.Module):
     The loss is computed inside ``forward``, so that wrappers which gather weights there (DDP, FSDP) also gather
     the output head. The model computes no logits: its head only records its input.
 
+    Args:
+        is_checked: False if the model has no weights yet; then ``check_head`` is to be called when it has.
+
     Raises:
         InputError: the model changes its logits after the head in a way that the op does not support.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, is_checked: bool = True) -> None:
         super().__init__()
         self.model: Any = model
         config = model.config.get_text_config()
@@ -36,7 +39,8 @@ class Policy(nn.Module):
         # Granite divides its logits, Cohere multiplies them.
         divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
         self.temperature = float(divisor or 1.0) / float(factor or 1.0)
-        self._check_head()
+        if is_checked:
+            self.check_head()
 
     @property
     def head(self) -> Any:
@@ -85,7 +89,8 @@ class Policy(nn.Module):
         return {"bias": self.head.bias, "softcap": self.softcap, "temperature": self.temperature}
 
     @torch.no_grad()
-    def _check_head(self) -> None:
+    def check_head(self) -> None:
+        """Raises InputError if the model's logits are not those of its head, with softcap and temperature."""
         name = type(self.model).__name__
         if not isinstance(self.head, nn.Linear):
             raise InputError(f"{name}: its output head is {type(self.head).__name__}, expected a Linear")
@@ -115,7 +120,7 @@ def _capture_head_input(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         captured.append(hidden)
-        return hidden[..., :1]
+        return hidden[..., :1].clone()  # sharding hooks into what modules return, and a view would lose the hook
 
     head.forward = forward
     try:

@@ -1,83 +1,220 @@
 """Checkpoints inside an iteration: everything that the next optimiser step depends on.
 
-``checkpoint/step-N/`` holds the weights, the rest, and a manifest with the sha256 of both. It gets its name when it is
-complete, and older ones are removed after that, so that a kill at any moment leaves a whole one. A checkpoint that does
-not match its manifest is passed over.
+``checkpoint/step-N/`` holds what is trained and what the optimiser keeps of it, as safetensors that each process writes
+its part of, the rest as JSON, and a manifest with the sha256 of all files. It is written while training goes on, and
+gets its name when it is complete; older ones are removed after that, so that a kill at any moment leaves a whole one. A
+checkpoint that does not match its manifest is passed over. Another number of processes can go on from one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import safetensors.torch
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tso_fast.files.atomic import atomic_folder, damage, fingerprint, write_json
+from tso_fast.errors import OutputError
+from tso_fast.files.atomic import TMP, damage, fingerprint, fsync_folder, write_json, writing
 from tso_fast.progress import console
 from tso_fast.training.monitors import Meter, NonFiniteGuard
 
+# One process alone is no mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 KEPT = 2
 """Checkpoints that are kept, in case the newest is damaged."""
-WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+STATE, MANIFEST = "state.json", "manifest.json"
 
 
-def save(
-    folder: Path,
-    *,
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Any,
-    scheduler: Any,
-    step: int,
-    meters: list[Meter],
-    guard: NonFiniteGuard,
-) -> None:
-    """Writes a checkpoint and removes those that are no longer kept; every process takes part, the main one writes."""
-    random_states = gather_object([_random_state()])
-    if not accelerator.is_main_process:
-        return
-    with atomic_folder(folder / f"step-{step}") as tmp:
-        safetensors.torch.save_model(model, str(tmp / WEIGHTS))
-        state = {
+class Checkpoints:
+    """The checkpoints of an iteration: ``load`` before the first step, ``save`` after some of them.
+
+    Every process makes the same calls. Used as a context, whose end waits for what is being written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        meters: Sequence[Meter],
+        guard: NonFiniteGuard,
+    ) -> None:
+        self.folder, self.accelerator, self.optimizer, self.scheduler = folder, accelerator, optimizer, scheduler
+        self.meters, self.guard = meters, guard
+        self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.rank, self.is_alone = accelerator.process_index, accelerator.num_processes == 1
+        # Its own group: what is written meets no collective of training.
+        self.group = None if self.is_alone else dist.new_group(backend="gloo")
+        self.writing: Future[None] | None = None
+
+    def save(self, step: int) -> None:
+        """Copies the state after ``step`` to main memory and writes it in the background.
+
+        Raises:
+            OutputError: the checkpoint before could not be written.
+        """
+        self.wait()
+        target = self.folder / f"step-{step}"
+        tmp = target.with_name(TMP + target.name)
+        with writing(target):
+            tmp.mkdir(parents=True, exist_ok=True)
+        rest = {
             "step": step,
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "meters": [meter.sums for meter in meters],
-            "skipped": [guard.in_a_row, guard.total],
-            "random": random_states,
+            "processes": self.accelerator.num_processes,
+            "scheduler": self.scheduler.state_dict(),
+            "skipped": [self.guard.in_a_row, self.guard.total],
         }
+        written = dcp.async_save(
+            self._tensors() | self._own(self.rank),
+            storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True),
+            process_group=self.group,
+            no_dist=self.is_alone,
+        )
+        assert isinstance(written, Future)
+        threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing = threads.submit(self._finish, written, tmp, target, rest)
+        threads.shutdown(wait=False)
+
+    def _finish(self, written: Future[Any], tmp: Path, target: Path, rest: dict[str, Any]) -> None:
+        """Waits until all processes have written; the first then gives the checkpoint its name and removes old ones."""
         try:
-            torch.save(state, tmp / STATE)
-        except RuntimeError as error:  # torch's name for a full disk
-            raise OSError(str(error)) from error
-        write_json(tmp / MANIFEST, {name: fingerprint(tmp / name) for name in (WEIGHTS, STATE)})
-    for old in _found(folder)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+            written.result()
+        except (Exception, CheckpointException) as error:  # the latter is none of the former
+            raise OutputError(
+                f"cannot write {target}: {_last_line(error)}. Everything complete before is kept; mend the cause "
+                "(space, permissions) and run the same command again"
+            ) from error
+        if self.rank != 0:
+            return
+        write_json(tmp / STATE, rest)
+        write_json(tmp / MANIFEST, {file.name: fingerprint(file) for file in sorted(tmp.iterdir())})
+        with writing(target):
+            os.replace(tmp, target)
+            fsync_folder(target.parent)
+        for old in _found(self.folder)[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is written.
+
+        Raises:
+            OutputError: it could not be.
+        """
+        last, self.writing = self.writing, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            self.wait()
+        except OutputError:
+            if kind is None:
+                raise
+
+    def load(self) -> int:
+        """Restores the newest whole checkpoint and returns its number of finished steps; 0 when there is none."""
+        path: list[str | None] = [None]
+        if self.rank == 0:
+            for leftover in self.folder.glob(f"{TMP}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            path[0] = next((str(found) for found in _found(self.folder) if _is_whole(found)), None)
+        if self.group is not None:
+            dist.broadcast_object_list(path, src=0, group=self.group)
+        if path[0] is None:
+            return 0
+        found = Path(path[0])
+        rest = json.loads((found / STATE).read_text(encoding="utf-8"))
+        reader = HuggingFaceStorageReader(str(found))
+        tensors = self._tensors(reader.read_metadata().state_dict_metadata)
+        mine = self.rank if rest["processes"] == self.accelerator.num_processes else None
+        own = self._own(mine) if mine is not None else self._sums_of_all(rest["processes"])
+        dcp.load(tensors | own, storage_reader=reader, process_group=self.group, no_dist=self.is_alone)
+        self._restore(own, mine)
+        self.scheduler.load_state_dict(rest["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.guard.in_a_row, self.guard.total = rest["skipped"]
+        step: int = rest["step"]
+        return step
+
+    def _tensors(self, stored: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+        """What is trained and what the optimiser keeps of it, by name, to be saved or to be read into.
+
+        Args:
+            stored: what a checkpoint holds; the optimiser's state is made like it.
+        """
+        out = {f"model.{name}": value.detach() for name, value in self.trained.items()}
+        for name, value in self.trained.items():
+            prefix = f"optimizer.{name}/"
+            if stored is not None:
+                self.optimizer.state[value] = {
+                    key.removeprefix(prefix): _like(value, item)
+                    for key, item in stored.items()
+                    if key.startswith(prefix)
+                }
+            out |= {prefix + key: item for key, item in self.optimizer.state[value].items()}
+        return out
+
+    def _own(self, rank: int) -> dict[str, torch.Tensor]:
+        """What only process ``rank`` knows: its sums, and what its dropout draws from."""
+        own = {f"sums.{rank}.{i}": meter.sums for i, meter in enumerate(self.meters)}
+        own[f"random.{rank}.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available() and self.accelerator.device.type == "cuda":
+            own[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
+        return own
+
+    def _sums_of_all(self, processes: int) -> dict[str, torch.Tensor]:
+        """Room for the sums of all processes that wrote a checkpoint."""
+        return {
+            f"sums.{rank}.{i}": torch.empty_like(meter.sums)
+            for rank in range(processes)
+            for i, meter in enumerate(self.meters)
+        }
+
+    def _restore(self, own: dict[str, torch.Tensor], rank: int | None) -> None:
+        """Takes over what ``_own`` holds. Of another number of processes that is their sums, with which the first one
+        goes on, and every process draws afresh."""
+        for i, meter in enumerate(self.meters):
+            parts = [value for key, value in own.items() if key.startswith("sums.") and key.endswith(f".{i}")]
+            meter.sums = sum(parts, torch.zeros_like(meter.sums)) if rank is not None or self.rank == 0 else meter.sums
+        if rank is not None:
+            torch.set_rng_state(own[f"random.{rank}.cpu"])
+            if f"random.{rank}.cuda" in own:
+                torch.cuda.set_rng_state(own[f"random.{rank}.cuda"])
 
 
-def load(
-    folder: Path, *, model: Any, optimizer: Any, scheduler: Any, meters: list[Meter], guard: NonFiniteGuard
-) -> int:
-    """Restores the newest whole checkpoint and returns its number of finished steps; 0 when there is none."""
-    found = next((path for path in _found(folder) if _is_whole(path)), None)
-    if found is None:
-        return 0
-    safetensors.torch.load_model(model, str(found / WEIGHTS))
-    state = torch.load(found / STATE, weights_only=True, map_location="cpu")
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    for meter, sums in zip(meters, state["meters"], strict=True):
-        meter.sums = sums
-    guard.in_a_row, guard.total = state["skipped"]
-    _restore_random_state(state["random"][PartialState().process_index])
-    step: int = state["step"]
-    return step
+def _like(value: torch.Tensor, stored: TensorStorageMetadata) -> torch.Tensor:
+    """An optimiser's tensor to read into: shared out like the weight if it has its shape, else whole."""
+    dtype = stored.properties.dtype
+    if stored.size == value.shape:
+        return torch.zeros_like(value, dtype=dtype, requires_grad=False)
+    return torch.zeros(stored.size, dtype=dtype)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _found(folder: Path) -> list[Path]:
@@ -90,9 +227,9 @@ def _is_whole(path: Path) -> bool:
     """Whether the files of a checkpoint are those of its manifest; says so if they are not."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        problems = (f"{name} {how}" for name in (WEIGHTS, STATE) if (how := damage(path / name, manifest[name])))
-        reason = next(problems, None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems = (f"{name} {how}" for name, wanted in manifest.items() if (how := damage(path / name, wanted)))
+        reason = next(problems, None if STATE in manifest else f"{MANIFEST} names no {STATE}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it is incomplete ({type(error).__name__}: {error})"
     if reason is not None:
         console.print(
@@ -102,17 +239,3 @@ def _is_whole(path: Path) -> bool:
             markup=False,
         )
     return reason is None
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """What dropout draws from; everything else is seeded by name."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

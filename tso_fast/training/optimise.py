@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tso_fast import interrupts
 from tso_fast.config.settings import OptimizationConfig, PairingConfig
@@ -21,14 +23,14 @@ from tso_fast.errors import InputError
 from tso_fast.files.run import Iteration
 from tso_fast.logprob import linear_logprobs
 from tso_fast.losses import Loss, loss_options, weighted_sum
-from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.progress import progress_bar
 from tso_fast.seeds import seed_of
-from tso_fast.training import checkpoint
 from tso_fast.training.batches import EncodedPair, Step, collate, completion_lengths, num_steps, plan_steps
+from tso_fast.training.checkpoint import Checkpoints
 from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, finite
-from tso_fast.training.reference import load_reference, reference_logprobs
+from tso_fast.training.reference import reference_logprobs, scorer_of
+from tso_fast.training.shard import is_sharded
 from tso_fast.types import Weights
 
 _NOT_MADE = {
@@ -108,7 +110,7 @@ def tracker_settings(config: Any) -> dict[str, int | float | str | bool]:
 
 
 def optimise(
-    model: Any,
+    policy: Policy,
     pairs: Sequence[EncodedPair],
     config: OptimizationConfig,
     *,
@@ -118,11 +120,11 @@ def optimise(
     pad_token_id: int,
     steps_before: int = 0,
 ) -> dict[str, Any]:
-    """Trains ``model`` in place and returns the figures of the iteration.
+    """Trains ``policy`` in place and returns the figures of the iteration.
 
     Args:
         files: of the iteration.
-        reference: the reference's weights; None: the model as it is now.
+        reference: the reference's weights; None: the policy as it is now.
         steps_before: optimiser steps of the iterations before, so that a tracker's count goes on.
 
     Raises:
@@ -130,18 +132,21 @@ def optimise(
     """
     loss = configured_loss(config)
     if config.disable_dropout:
-        disable_dropout(model)
+        disable_dropout(policy)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy, optimizer = accelerator.prepare(Policy(model), make_optimizer(model, config))
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer: Any = make_optimizer(policy, config)
+    wrapped: Any = policy
+    if not is_sharded(policy):
+        wrapped, optimizer = accelerator.prepare(policy, optimizer)
     total_steps = num_steps(len(pairs), **_shares(config, accelerator))
     run = _Training(
-        policy=policy,
+        policy=wrapped,
         optimizer=optimizer,
         scheduler=transformers.get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps),
         loss=loss,
         pairs=pairs,
-        references=_references(loss, pairs, policy, reference, config, files.number, accelerator, pad_token_id),
+        references=_references(loss, pairs, wrapped, reference, config, files.number, accelerator, pad_token_id),
         has_own_reference=reference is None and config.disable_dropout,
         guard=NonFiniteGuard(files.folder, config.max_skipped_steps, accelerator.is_main_process),
         files=files,
@@ -183,8 +188,11 @@ def _references(
     if not loss.needs_reference:
         return {}
     per_token = loss.token_term is not None
-    scorer = policy if reference is None else load_reference(config, reference, accelerator.device)
-    with progress_bar(f"iteration {iteration}: reference log-probs", len(pairs)) as advance:
+    sharded = is_sharded(policy)  # it computes in its own precision
+    with (
+        scorer_of(reference, policy, config, accelerator) as scorer,
+        progress_bar(f"iteration {iteration}: reference log-probs", len(pairs)) as advance,
+    ):
         logprobs = reference_logprobs(
             scorer.eval(),
             pairs,
@@ -195,11 +203,9 @@ def _references(
             world=accelerator.num_processes,
             impl=config.impl,
             per_token=per_token,
-            autocast=accelerator.autocast,
+            autocast=contextlib.nullcontext if sharded else accelerator.autocast,
             advance=advance,
         )
-    if reference is not None:
-        release(scorer)
     logprobs = accelerator.reduce(logprobs.to(accelerator.device)).cpu()
     return {"ref_tokens": logprobs.split(completion_lengths(pairs))} if per_token else {"ref_logprobs": logprobs}
 
@@ -235,16 +241,17 @@ class _Training:
     def all_steps(self) -> dict[str, Any]:
         """Trains to the end, from the checkpoint if there is one."""
         t, accelerator = self.files.number, self.accelerator
-        done = checkpoint.load(self.files.checkpoint, **self._saved())
         metrics = MetricsLog(self.files.run)
-        if accelerator.is_main_process:
-            metrics.rewind(t, done + 1)
         self.policy.train()
         title = f"iteration {t}: train"
         with (
             interrupts.waiting() as signalled,
+            self._checkpoints() as checkpoints,
             progress_bar(title, self.total_steps, lambda: f"loss {self.whole.means()['loss']:.4f}") as advance,
         ):
+            done = checkpoints.load()
+            if accelerator.is_main_process:
+                metrics.rewind(t, done + 1)
             advance(done)
             for number, step in itertools.islice(self._steps(), done, None):
                 grad_norm = self.one_step(number, step)
@@ -252,7 +259,7 @@ class _Training:
                     self._log(number, step, grad_norm, metrics)
                 stopped_by = self._agreed(signalled())
                 if stopped_by or (self.config.save_steps and number % self.config.save_steps == 0):
-                    checkpoint.save(self.files.checkpoint, accelerator=accelerator, step=number, **self._saved())
+                    checkpoints.save(number)
                 if stopped_by:
                     raise interrupts.Stopped(stopped_by)
                 advance(1)
@@ -266,6 +273,17 @@ class _Training:
             "final": finite(self.tail.means(accelerator)),
         }
 
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(
+            self.files.checkpoint,
+            accelerator=self.accelerator,
+            model=self.accelerator.unwrap_model(self.policy),
+            optimizer=getattr(self.optimizer, "optimizer", self.optimizer),
+            scheduler=self.scheduler,
+            meters=[self.window, self.whole, self.tail],
+            guard=self.guard,
+        )
+
     def _agreed(self, signalled: int) -> int:
         """The signal that any process received, 0: none did; they must stop at the same step."""
         if self.accelerator.num_processes == 1:
@@ -276,15 +294,6 @@ class _Training:
         seed = seed_of(self.config.seed, self.files.number)
         shares = _shares(self.config, self.accelerator)
         return enumerate(plan_steps(len(self.pairs), rank=self.accelerator.process_index, seed=seed, **shares), start=1)
-
-    def _saved(self) -> dict[str, Any]:
-        return {
-            "model": self.accelerator.unwrap_model(self.policy),
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "meters": [self.window, self.whole, self.tail],
-            "guard": self.guard,
-        }
 
     def one_step(self, number: int, step: Step) -> float:
         """One optimiser step, skipped when it is not finite; returns the gradient's norm."""
@@ -297,8 +306,7 @@ class _Training:
             is_exact = self.config.dtype == "float32" and not self.config.bf16
             expected = first.check(means, self.accelerator, is_exact=is_exact)
             self.first_loss = expected if math.isfinite(expected) else None
-        max_norm = self.config.max_grad_norm or torch.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm))
+        grad_norm = clip_gradients(self.policy, self.config.max_grad_norm or torch.inf)
         loss = means["loss"] if any(pair.scale for pair in batch) else 0.0  # else 0 / 0
         if self.guard.is_finite(number, loss, grad_norm, batch):
             self.optimizer.step()
@@ -346,6 +354,12 @@ def backward(run: _Training, step: Step, meter: Meter, first: FirstStep | None =
         meter.add(output, batch.scale, micro.is_padding)
         if first is not None:
             first.add(output, batch)
+
+
+def clip_gradients(policy: nn.Module, most: float) -> float:
+    """Scales gradients down to a global norm and returns the norm that they had, over all processes."""
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def make_optimizer(model: Any, config: OptimizationConfig) -> torch.optim.Optimizer:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
-from tso_fast.config.settings import ModelConfig, ReferenceConfig
+from tso_fast.config.settings import OptimizationConfig, ReferenceConfig, TrainConfig
 from tso_fast.files.run import Run
 from tso_fast.matrix import ModelMatrix
-from tso_fast.models.load import load_model, save_model
+from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy
 from tso_fast.models.tokens import IGNORE
+from tso_fast.training.adapters import another_adapter
 from tso_fast.training.batches import EncodedPair, collate, completion_lengths
+from tso_fast.training.load import load_policy, save_policy
+from tso_fast.training.shard import local_part
 from tso_fast.types import Weights
 
 DEFAULT_EMA_ALPHA = 0.6  # TRL's ref_model_mixup_alpha
@@ -32,30 +36,37 @@ def reference_weights(config: ReferenceConfig, matrix: ModelMatrix, run: Run, it
     return Weights(mean, mean)
 
 
-def load_whole(config: ModelConfig, weights: Weights, device: torch.device | str) -> Any:
-    """To train or to compare with: an adapter is merged, so that policy and reference start as the same model."""
-    return load_model(
-        weights.path,
-        base=weights.base,
-        merge=True,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        device=device,
-    )
-
-
 @torch.no_grad()
 def save_ema(
-    config: ReferenceConfig, loading: ModelConfig, policy: Any, tokenizer: Any, old: Weights, target: Path
+    config: TrainConfig, policy: Policy, tokenizer: Any, old: Weights, folder: Path, accelerator: Accelerator
 ) -> None:
     """reference <- alpha policy + (1 - alpha) reference."""
     alpha = DEFAULT_EMA_ALPHA if config.ref_model_mixup_alpha is None else config.ref_model_mixup_alpha
-    model = load_whole(loading, old, "cpu")
+    reference = load_policy(config, old, accelerator)
     # Parameters, not the state dict: that names tied weights twice, and they must move once.
-    new = dict(policy.named_parameters())
-    for name, value in model.named_parameters():
-        value.lerp_(new[name].to(value), alpha)
-    save_model(model, tokenizer, target)
+    for mean, new in zip(reference.parameters(), policy.parameters(), strict=True):
+        local_part(mean).lerp_(local_part(new).to(mean.dtype), alpha)
+    save_policy(reference, tokenizer, folder, accelerator)
+    release(reference)
+
+
+@contextlib.contextmanager
+def scorer_of(
+    reference: Weights | None, policy: Any, config: OptimizationConfig, accelerator: Accelerator
+) -> Iterator[Any]:
+    """The model whose log-probs the policy is compared with.
+
+    It is the policy as it is, the policy with another adapter, or a model that is loaded for the while.
+    """
+    if reference is None:
+        yield policy
+    elif config.peft == "lora":
+        with another_adapter(accelerator.unwrap_model(policy).model, reference):
+            yield policy
+    else:
+        scorer = load_policy(config, reference, accelerator)
+        yield scorer
+        release(scorer)
 
 
 @torch.no_grad()
@@ -101,7 +112,3 @@ def reference_logprobs(
             out[index] = logprobs.reshape(2, -1).T.cpu()
         advance(batch_size * world)
     return out
-
-
-def load_reference(config: ModelConfig, weights: Weights, device: torch.device) -> Policy:
-    return Policy(load_whole(config, weights, device)).eval()

@@ -1,0 +1,77 @@
+"""The model that is trained: loaded, given an adapter, sharded; and saved again as one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from tso_fast.config.settings import ModelConfig, OptimizationConfig
+from tso_fast.files.atomic import atomic_folder
+from tso_fast.models.load import load_model
+from tso_fast.models.policy import Policy
+from tso_fast.training.adapters import add_adapter, fill_adapter
+from tso_fast.training.shard import empty_model, fill, is_sharded, make_mesh, shard_policy, whole_weights
+from tso_fast.types import Weights
+
+
+def load_policy(
+    config: OptimizationConfig, weights: Weights, accelerator: Accelerator, *, has_adapter: bool = False
+) -> Policy:
+    """A policy on this process's device, sharded if the configuration says so.
+
+    Args:
+        has_adapter: train an adapter. Otherwise one that is there is merged, so that policy and reference start as the
+            same model.
+    """
+    device = accelerator.device
+    mesh = make_mesh(config.shard, device.type, accelerator.num_processes, _per_node(accelerator))
+    if mesh is None:
+        if not has_adapter:
+            return Policy(load_whole(config, weights, device))
+        model = load_whole(config, Weights(weights.base, weights.base), device)
+        model = add_adapter(model, config, weights)
+        fill_adapter(model, weights, config.seed)
+        return Policy(model)
+    model = empty_model(weights, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
+    if has_adapter:
+        model = add_adapter(model, config, weights)
+    policy = Policy(model, is_checked=False)
+    shard_policy(policy, mesh, bf16=config.bf16 or config.dtype == "bfloat16")
+    fill(policy, weights, device, merge=not has_adapter)
+    if has_adapter:
+        fill_adapter(model, weights, config.seed)
+    policy.check_head()
+    return policy
+
+
+def _per_node(accelerator: Accelerator) -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+
+
+def load_whole(config: ModelConfig, weights: Weights, device: torch.device | str) -> Any:
+    """A whole model on one device; an adapter is merged."""
+    return load_model(
+        weights.path,
+        base=weights.base,
+        merge=True,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device=device,
+    )
+
+
+def save_policy(policy: Policy, tokenizer: Any, folder: Path, accelerator: Accelerator) -> None:
+    """Writes a policy as a Hugging Face folder, or its adapter as peft's; all processes take part, the first writes."""
+    model = policy.model
+    has_adapter = hasattr(model, "peft_config")
+    state = whole_weights(model, only_trained=has_adapter) if is_sharded(policy) else None
+    if accelerator.is_main_process:
+        with atomic_folder(folder) as tmp:
+            options = {"save_embedding_layers": False} if has_adapter else {}
+            model.save_pretrained(tmp, state_dict=state, **options)
+            tokenizer.save_pretrained(tmp)
