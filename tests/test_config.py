@@ -225,6 +225,8 @@ def test_a_wrong_value_names_the_key(arguments: list[str], message: str) -> None
         ("cells: [{path: a, version_rank: null}]", "cells[0].version_rank: got None, expected int"),
         ("cells: [{path: a, size_b: -1}]", "cells[0].size_b: got -1.0, expected a finite number > 0"),
         ("cells: [", "broken YAML"),
+        ("seed: 0x_", "broken YAML: invalid literal for int"),
+        ("cells: " + "[" * 3000, "brackets or lists are nested too deeply"),
         ("- a", "expected keys and values, got a list"),
         ("", "expected keys and values, got nothing"),
     ],
@@ -270,6 +272,22 @@ def test_a_verifier_that_cannot_be(command: str) -> None:
         with pytest.raises(InputError) as caught:
             run(settings(command, *arguments))
         assert str(caught.value).startswith(message)
+
+
+def test_a_folder_may_be_called_like_a_date(tmp_path: Path) -> None:
+    """Also like one that is not in the calendar."""
+    file = tmp_path / "c.yaml"
+    for name in ("2026-13-01", "2026-12-01", "2026-12-01 25:00:00"):
+        file.write_text(f"prompts: p\noutput_dir: {name}\ncells: {CELLS}\n")
+        assert parse("train", TrainConfig, [str(file)]).output_dir == name
+
+
+@pytest.mark.parametrize("option", ["cells", "output_dir", "loss_args"])
+def test_a_value_of_many_brackets_is_refused(option: str) -> None:
+    """Unread: libyaml would overflow the stack, which no exception tells."""
+    said = f"{option}: brackets or lists are nested too deeply; expected a few levels"
+    assert refusal("train", f"--{option}", "[" * 3000) == said
+    assert refusal("train", f"--{option}={'{a: ' * 3000}") == said
 
 
 def test_what_is_missing_is_named() -> None:

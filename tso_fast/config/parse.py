@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import typing
@@ -17,6 +18,19 @@ from tso_fast.config.settings import CellConfig, JudgeConfig
 from tso_fast.errors import InputError, did_you_mean
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: a folder may be called 2026-01-31."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+LONG = 1000
+"""Characters of a value from which on its nesting is looked at: what reads it later would overflow the stack."""
 
 BUILT_IN = ("config", "help", "print_config")
 LISTS: dict[str, tuple[type, str]] = {
@@ -50,6 +64,9 @@ def parse(command: str, cls: type[T], arguments: Sequence[str]) -> T:
             value = value or "".join(arguments[i + 1 : i + 2])
             root, *rest = re.split(r"[.+]", name)
             _check_known(root, [*known, *BUILT_IN], "")
+            if len(value) > LONG:
+                with contextlib.suppress(_NotYamlError):
+                    _yaml(value, root)
             if root == "config":
                 _check_file(Path(value), known)
             elif root in LISTS:
@@ -104,11 +121,17 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
             _check_items(name, content[name], f"{path}: ")
 
 
+class _NotYamlError(InputError):
+    pass
+
+
 def _yaml(text: str, place: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{place}: broken YAML: {error}") from error
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise InputError(f"{place}: brackets or lists are nested too deeply; expected a few levels") from error
+    except (yaml.YAMLError, ValueError) as error:  # of a value that looks like a number and is none, such as 0x_
+        raise _NotYamlError(f"{place}: broken YAML: {error}") from error
 
 
 def _check_items(name: str, items: Any, place: str) -> None:
