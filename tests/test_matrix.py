@@ -277,6 +277,22 @@ def test_a_conversation_that_the_template_refuses(tiny_matrix: Path) -> None:
         check_fits([item(spoken)], strict, 64, 16, BadRows())
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ messages[0]['content'].nothing() }}", "has no attribute 'nothing'"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_raises_anything(tiny_matrix: Path, template: str, reason: str) -> None:
+    broken = load_tokenizer(tiny_matrix / "s.v1")
+    broken.chat_template = template
+    with pytest.raises(InputError, match=rf"p.jsonl:4: field 'prompt' is refused by the chat template: .*{reason}"):
+        check_fits([item()], broken, 64, 16, BadRows())
+
+
 def test_the_context_of_a_matrix_is_its_smallest(copied: Path, tiny_matrix: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100}))

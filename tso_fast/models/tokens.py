@@ -26,9 +26,10 @@ def _render(tokenizer: Any, prompt: Prompt, response: str | None = None) -> str:
         messages.append({"role": "assistant", "content": response})
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
-    except TemplateError as error:
+    except Exception as error:  # a template can raise anything: it may add a number to a text, or recurse
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise InputError(
-            f"{prompt.where or prompt.id}: field 'prompt' is refused by the chat template: {error}; "
+            f"{prompt.where or prompt.id}: field 'prompt' is refused by the chat template: {reason}; "
             f"it has the roles {', '.join(m.role for m in prompt.messages)}"
         ) from error
     return text
