@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -344,7 +348,8 @@ def test_an_interrupt_leaves_nothing_behind(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, status: int
 ) -> None:
     module = f"impatient_{status}"
-    (tmp_path / f"{module}.py").write_text(f"import signal\ndef f(*a): signal.raise_signal(signal.{name})\n")
+    stops = f"os.kill(os.getppid(), signal.{name}); time.sleep(60)"  # a verifier runs in a worker
+    (tmp_path / f"{module}.py").write_text(f"import os, signal, time\ndef f(*a): {stops}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "r.jsonl").write_text(GOOD)
     before = content(tmp_path)
@@ -352,6 +357,72 @@ def test_an_interrupt_leaves_nothing_behind(
     assert (ended.status, ended.out) == (status, "")
     assert "stopped" in ended.err
     assert {name: before.get(name) for name in content(tmp_path) if "__pycache__" not in name} == before
+
+
+# ---- exceptions that nobody expected
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Commands that end with an exception of somebody's choice."""
+    from tso_fast import commands
+
+    def end_with(error: BaseException) -> None:
+        def raises(*arguments: object) -> None:
+            raise error
+
+        for name in ("report", "pairs"):
+            monkeypatch.setattr(commands, name, raises)
+
+    return end_with
+
+
+def crash_file(ended: Any) -> Path:
+    found = re.search(r"its traceback is in (\S+crash-\S+\.txt);", ended.err)
+    assert found is not None, ended.err
+    return Path(found[1])
+
+
+def test_an_unexpected_exception_leaves_its_traceback_in_the_run_folder(
+    cli: Cli, tmp_path: Path, faulty: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-precious-key")
+    (tmp_path / "run.json").write_text("{}")
+    faulty(KeyError("http://me:hunter2@host/v1?api_key=abc sk-precious-key\nand a second line"))
+    ended = cli("report", [tmp_path])
+    assert_error(ended, 1, "KeyError: ", "the same command goes on", "please report it with that file")
+    assert ended.err.count("\n") == 1
+    file = crash_file(ended)
+    assert file.parent == tmp_path
+    text = file.read_text()
+    assert text.startswith(f"tso-fast report {tmp_path}\nPython 3.")
+    assert "Traceback (most recent call last)" in text
+    assert "in raises" in text
+    for secret in ("hunter2", "abc", "sk-precious-key"):
+        assert secret not in text + ended.err
+
+
+def test_an_unexpected_exception_without_a_run_folder_goes_to_a_temporary_file(
+    cli: Cli, tmp_path: Path, faulty: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for error, said in ((RecursionError("deep"), "please report it"), (MemoryError(), "memory ran out: lower")):
+        faulty(error)
+        ended = cli("pairs", ["--responses", "r", "--output", "o"])
+        assert_error(ended, 1, type(error).__name__, said)
+        assert crash_file(ended).parent == tmp_path
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    assert_error(cli("pairs", ["--responses", "r", "--output", "o"]), 1, "its traceback could not be written")
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
+    command = [sys.executable, "-c", "import sys; from tso_fast.cli import main; sys.exit(main(['--help']))"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 # ---- outputs that are there, or cannot be written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -35,9 +36,38 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 2 bad input, 3 stopped by an error that is not the input's, 128 + a
-    signal's number."""
+    """Entry point; returns the exit status: 0 done, 1 a fault of this program, 2 bad input, 3 stopped by an error that
+    is not the input's, 128 + a signal's number."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    from tso_fast import interrupts
+    from tso_fast.errors import EngineError, InputError, OutputError, Paused, TrainingError
+    from tso_fast.redact import redact
+
+    try:
+        with interrupts.handled():
+            status = _run(arguments)
+            sys.stdout.flush()
+            return status
+    except (EngineError, InputError, OutputError, TrainingError) as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 3
+    except Paused as pause:
+        print(f"paused: {pause}", file=sys.stderr)
+        return 0
+    except KeyboardInterrupt as stop:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+    except BrokenPipeError:  # whoever read the output has enough; what Python still holds of it must go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        from tso_fast.crashes import explain
+
+        print(f"error: {explain(error, arguments)}", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -46,26 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    from tso_fast import interrupts
-    from tso_fast.errors import EngineError, InputError, OutputError, Paused, TrainingError, did_you_mean
+    if arguments[0] not in COMMANDS:
+        from tso_fast.errors import InputError, did_you_mean
 
-    try:
-        if arguments[0] not in COMMANDS:
-            raise InputError(
-                f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; "
-                f"expected one of {', '.join(COMMANDS)}"
-            )
-        _show_log()
-        with interrupts.handled():
-            COMMANDS[arguments[0]](arguments[1:])
-    except (EngineError, InputError, OutputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 3
-    except Paused as pause:
-        print(f"paused: {pause}", file=sys.stderr)
-    except KeyboardInterrupt as stop:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
+        raise InputError(
+            f"unknown command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}; "
+            f"expected one of {', '.join(COMMANDS)}"
+        )
+    _show_log()
+    COMMANDS[arguments[0]](arguments[1:])
     return 0
 
 
@@ -76,9 +95,10 @@ def _show_log() -> None:
     class Shown(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             from tso_fast.progress import console
+            from tso_fast.redact import redact
 
             kind = "note" if record.levelno < logging.WARNING else record.levelname.lower()
-            console.print(f"{kind}: {record.getMessage()}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{kind}: {redact(record.getMessage())}", soft_wrap=True)
 
     log = logging.getLogger("tso_fast")
     if not log.handlers:
@@ -96,8 +116,10 @@ def _train(arguments: list[str]) -> None:
         task, arguments = _task_of(arguments)
         config = quickstart_config(arguments, task=task)
     from tso_fast import commands
+    from tso_fast.crashes import noted_in
 
-    commands.train(config)
+    with noted_in(config.output_dir):
+        commands.train(config)
 
 
 def _task_of(arguments: list[str]) -> tuple[str, list[str]]:
@@ -161,8 +183,10 @@ def _annotate(arguments: list[str]) -> None:
         arguments = ["--run", *arguments]
     config = parse("annotate", AnnotateConfig, arguments)
     from tso_fast.annotate.command import annotate
+    from tso_fast.crashes import noted_in
 
-    annotate(config)
+    with noted_in(config.run):
+        annotate(config)
 
 
 def _judges(arguments: list[str]) -> None:
@@ -189,8 +213,10 @@ def _report(arguments: list[str]) -> None:
             return
         raise InputError(f"report: got {' '.join(arguments) or 'nothing'}, expected one run folder")
     from tso_fast import commands
+    from tso_fast.crashes import noted_in
 
-    commands.report(arguments[0])
+    with noted_in(arguments[0]):
+        commands.report(arguments[0])
 
 
 def _env(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +17,11 @@ WHOLE = 10_000
 
 
 def make_console(**options: Any) -> Console:
-    """A console as wide as its terminal, or as ``COLUMNS`` says; in a pipe or a file every line stays whole."""
-    console = Console(**options)
+    """A console as wide as its terminal, or as ``COLUMNS`` says; in a pipe or a file every line stays whole.
+
+    Text is printed as it is: names of models, prompts and paths may look like Rich's markup, or like emoji codes.
+    """
+    console = Console(markup=False, emoji=False, highlight=False, **options)
     if not console.is_jupyter and not console.file.isatty() and not os.environ.get("COLUMNS", "").isdigit():
         console.size = (WHOLE, 25)  # the height too, without which a TERM of `dumb` means 80 columns
     return console
@@ -27,16 +31,29 @@ def make_console(**options: Any) -> Console:
 console = make_console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
+def confirm(question: str) -> bool:
+    """The answer of the person at the terminal, yes or no; where there is none, no."""
+    if not sys.stdin.isatty():
+        console.print(f"{question} Nobody is here to answer, so it is not done")
+        return False
+    return console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
 @contextlib.contextmanager
 def progress_bar(title: str, total: int, note: Callable[[], str] = lambda: "") -> Iterator[Callable[[int], None]]:
     """Shows progress over ``total`` items; yields ``advance(n)``. ``note()`` is appended at the end."""
     start = time.perf_counter()
     if console.is_terminal and not console.quiet:
-        columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<44}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(title, total=total)
             yield lambda n: progress.advance(task, n)
     else:
         yield lambda n: None
     seconds = time.perf_counter() - start
-    console.print(f"{title:<44} {seconds:7.1f} s  {note()}", highlight=False)
+    console.print(f"{title:<44} {seconds:7.1f} s  {note()}")

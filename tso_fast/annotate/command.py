@@ -109,7 +109,7 @@ def annotate(config: AnnotateConfig) -> None:
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 def _is_loopback(host: str) -> bool:

@@ -292,7 +292,7 @@ def serve(
             f"labels go to {desk.labels.path}",
             f"open http://{shown_host}:{address[1]}/{token} - stop with Ctrl-C; every label is on disk",
         ):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         server = uvicorn.Server(uvicorn.Config(guarded, log_level="critical", timeout_graceful_shutdown=1))
         server.run(sockets=[listening])
 

@@ -155,7 +155,7 @@ def build(recipe: Recipe) -> Path:
     """Folder of the cells, their tokenizer and the data; built once per recipe."""
     folder = cache_folder() / "quickstart" / recipe.key
     if (folder / "recipe.json").exists():
-        console.print(f"model matrix: from {folder}", highlight=False)
+        console.print(f"model matrix: from {folder}")
         return folder
     with atomic_folder(folder) as tmp:
         exercises = _exercises(recipe)
