@@ -259,7 +259,7 @@ def figures(
 @pytest.mark.parametrize(
     ("newest", "warning"),
     [
-        (figures(reward=-0.01), r"chosen responses became less likely .*-0\.010.*: lower learning_rate"),
+        (figures(reward=-0.01), r"chosen responses became less likely .*-0\.01\).*: lower learning_rate"),
         (figures(tokens=15.1), r"responses grew from 10\.0 to 15\.1 tokens: look for a judge that likes length"),
         (figures(distinct=0.39), r"became alike \(0\.80 to 0\.39 distinct texts a sample\): raise temperature"),
         (figures(skipped=2), r"2 steps with a non-finite gradient were skipped"),
@@ -272,6 +272,7 @@ def test_drift_is_told(newest: Any, warning: str) -> None:
 
 def test_no_drift_no_warning() -> None:
     assert drift_warnings([figures()]) == []
+    assert drift_warnings([figures(reward=-0.0004)]) == []  # rounding, not drift
     assert drift_warnings([figures(), figures(reward=0.0, tokens=15.0, distinct=0.4)]) == []
     assert drift_warnings([figures(tokens=None, distinct=None), figures(reward=None)]) == []
     assert drift_warnings([figures(), figures(tokens=None, distinct=None)]) == []

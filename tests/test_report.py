@@ -133,10 +133,12 @@ def make_run(folder, stages=STAGES, **config):
         **config,
     }
     state = {
-        "format": 1,
+        "format": 2,
         "versions": {"tso_fast": "0.1.0", "torch": "2.9"},
         "config": settings,
         "inputs": {},
+        "prompts": "",
+        "mini_batches": [],
         "stages": stages,
         "manifest": {},
     }
@@ -386,6 +388,18 @@ def test_pairs_file_that_was_removed(tmp_path):
     found, _ = page(run)
     assert "Pairs of iteration" not in found.text
     assert found.tags.count("svg") == 4
+
+
+def test_garbage_among_the_metrics_is_left_out_and_counted(tmp_path, caplog):
+    run = make_run(tmp_path / "run")
+    whole = summarise(run).metrics
+    garbage = [b"\xff\xfe", b"[1]", b"7", b"[" * 50_000, b'{"loss": 1}', b'{"iteration": "a", "step": 1}']
+    garbage += [b'{"iteration": 1, "step": 1, "loss": "low"}', b'{"iteration": 1, "step": 1, "loss": NaN}']
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b"\n".join(garbage) + b'\n{"iteration": 2, "st')  # a kill cut the last one
+    assert summarise(run).metrics == whole
+    assert f"{len(garbage)} lines are no rows of metrics" in caplog.text
+    write_report(run)
 
 
 def test_no_run(tmp_path):

@@ -22,7 +22,7 @@ from tso_fast.errors import InputError
 from tso_fast.executors import Answer, Executor, Job
 from tso_fast.files.responses import ResponseStore, prompt_hash, response_key, settings_hash
 from tso_fast.files.rows import BadRows, prompt_row
-from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server
+from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server, check_available
 from tso_fast.matrix import ModelMatrix, require_weights
 from tso_fast.models.load import device_of
 from tso_fast.models.tokens import encode_prompt
@@ -126,6 +126,25 @@ def _log_once(message: str) -> None:
         logger.info(message)
 
 
+def check_engines(asked: Sequence[Asked], config: AnsweringConfig) -> None:
+    """Looks for what the engines need, so that a start which must fail leaves nothing behind.
+
+    Raises:
+        InputError: a library is not installed, or there are too few GPUs.
+    """
+    for kind in {a.kind for a in asked}:
+        check_available(kind)
+    if config.executor == "ray":
+        from tso_fast.executors import ray_cluster
+
+        ray_cluster.check_available()
+        return
+    num_gpus = len(_gpus(config))
+    for a in asked:
+        if a.num_gpus > num_gpus:
+            raise InputError(f"num_gpus: {a.cell.name} needs {a.num_gpus} GPUs, this machine offers {num_gpus}")
+
+
 def max_tokens(matrix: ModelMatrix, config: AnsweringConfig) -> int:
     """Largest max_tokens over all cells."""
     own = [own.max_completion_length for own in matrix.configs.values() if own.max_completion_length is not None]
@@ -182,10 +201,15 @@ def make_executor(config: AnsweringConfig, folder: Path) -> Executor:
         from tso_fast.executors.ray_cluster import RayExecutor
 
         return RayExecutor(address, config.num_engines)
-    from tso_fast.executors.local import LocalExecutor, visible_gpus
+    from tso_fast.executors.local import LocalExecutor
 
-    gpus = visible_gpus() if device_of(config.use_cpu).type == "cuda" else []
-    return LocalExecutor(gpus, config.num_engines, folder / "logs")
+    return LocalExecutor(_gpus(config), config.num_engines, folder / "logs")
+
+
+def _gpus(config: AnsweringConfig) -> list[str]:
+    from tso_fast.executors.local import visible_gpus
+
+    return visible_gpus() if device_of(config.use_cpu).type == "cuda" else []
 
 
 class _Plan:

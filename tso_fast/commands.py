@@ -26,7 +26,7 @@ from tso_fast.progress import console, make_console, progress_bar
 from tso_fast.report.tables import comparisons_table, decisions_table, errors_table, make_table, scores_table
 from tso_fast.types import Candidates, Comparison, Verdict
 
-stdout = make_console(highlight=False, markup=False)
+stdout = make_console()
 
 
 def _new_file(path: str) -> Path:
@@ -40,12 +40,12 @@ def _new_file(path: str) -> Path:
 
 def _finish(file: Path | None, what: str, bad: BadRows) -> None:
     if file is not None:
-        console.print(f"{what} in {file}", highlight=False, markup=False)
+        console.print(f"{what} in {file}")
         for aside in bad.set_aside(file.with_name(f"{file.name}.{SKIPPED_FILE}")):
-            console.print(f"{len(bad.rows)} bad rows set aside in {aside}", highlight=False, markup=False)
+            console.print(f"{len(bad.rows)} bad rows set aside in {aside}")
     elif bad.rows:
         first = bad.rows[0]["error"]
-        console.print(f"{len(bad.rows)} bad rows skipped, the first: {first}", highlight=False, markup=False)
+        console.print(f"{len(bad.rows)} bad rows skipped, the first: {first}")
 
 
 def train(config: TrainConfig) -> None:
@@ -83,7 +83,7 @@ def train_and_compare(config: TrainConfig) -> list[str]:
             compare=False,
             response_store=config.response_store or config.output_dir,  # what the same cells said to the same prompts
         )
-        console.print(f"compare: the same loop with {loss}", highlight=False)
+        console.print(f"compare: the same loop with {loss}")
         train(other)
         folders.append(other.output_dir)
     return folders
@@ -238,16 +238,16 @@ def _draw(file: Path, figure: Any) -> None:
     from tso_fast.report import figures
 
     if figure is None:
-        console.print("no figure: no judge has votes of several strengths", highlight=False)
+        console.print("no figure: no judge has votes of several strengths")
         return
     with writing(file):
         figures.save(file, *figure, dpi=150)
-    console.print(f"figure in {file}", highlight=False, markup=False)
+    console.print(f"figure in {file}")
 
 
 def pairs(config: PairsConfig) -> None:
     """Corrects the prior order by the evidence, selects pairs, and prints what was kept, swapped and dropped."""
-    from tso_fast.correction.make_pairs import make_pairs
+    from tso_fast.correction.make_pairs import make_pairs, reasons_text
     from tso_fast.correction.oracle import make_oracle
     from tso_fast.report.tables import judge_table
 
@@ -262,9 +262,8 @@ def pairs(config: PairsConfig) -> None:
         stdout.print(errors_table(info["errors"], config.oracle or ""), "")
     if info["evidence"]["method"] == "calibrated" or len(info["judges"]) > 1 or info["abstained"]:
         stdout.print(make_table("Evidence", *judge_table(info["judges"])), "")
-    stdout.print(f"evidence  {info['evidence']['method']}: {info['evidence']['why']}", highlight=False)
-    reasons = [f"{d}: {r} {n}" for d, of in info["reasons"].items() for r, n in of.items()]
-    stdout.print(f"reasons   {'; '.join(reasons)}")
+    stdout.print(f"evidence  {info['evidence']['method']}: {info['evidence']['why']}")
+    stdout.print(f"reasons   {reasons_text(info['reasons'])}")
     stdout.print(
         f"used      {len(made)} pairs of {info['prompts_with_pairs']} of {info['prompts']} prompts "
         f"({info['used']['keep']} kept, {info['used']['swap']} swapped)"
@@ -278,9 +277,7 @@ def pairs(config: PairsConfig) -> None:
         measured = (
             "too few to measure" if found["ece"] is None else f"expected calibration error {found['ece']:.3f}{tempered}"
         )
-        stdout.print(
-            f"labels    soft labels against {found['labels']} human ones held back: {measured}", highlight=False
-        )
+        stdout.print(f"labels    soft labels against {found['labels']} human ones held back: {measured}")
     _finish(file, f"{len(made)} pairs", bad)
 
 

@@ -11,7 +11,7 @@ the disk, losslessly; that makes a resumed run bitwise the same as an uninterrup
 
 from __future__ import annotations
 
-import itertools
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,16 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from tso_fast.answering import answer, ask, max_tokens
+from tso_fast.answering import Asked, answer, ask, check_engines, max_tokens
 from tso_fast.config.checks import check
-from tso_fast.config.ranges import free_keys
+from tso_fast.config.ranges import without_free
 from tso_fast.config.settings import TrainConfig, evaluation_of, to_dict
-from tso_fast.correction.make_pairs import make_pairs
-from tso_fast.errors import InputError, Paused, TrainingError, import_named
+from tso_fast.correction.make_pairs import make_pairs, reasons_text
+from tso_fast.errors import Paused, TrainingError, import_named
 from tso_fast.evaluation import evaluate
 from tso_fast.files.atomic import atomic_folder, sha256_file, write_jsonl
 from tso_fast.files.labels import Label, label_row, read_labels
@@ -42,13 +41,13 @@ from tso_fast.files.rows import (
     read_verdicts,
     verdict_row,
 )
-from tso_fast.files.run import SKIPPED_FILE, Run, library_versions
+from tso_fast.files.run import SKIPPED_FILE, Run, library_versions, remove_run
 from tso_fast.judges import panel
 from tso_fast.judges.judge import Bench, Judge
 from tso_fast.matrix import ModelMatrix, check_fits, require_weights
 from tso_fast.models.load import save_model
 from tso_fast.models.memory import free_gpu_memory
-from tso_fast.progress import console, progress_bar
+from tso_fast.progress import confirm, console, progress_bar
 from tso_fast.training.batches import encode_pairs
 from tso_fast.training.monitors import PolicyStatistics, drift_warnings
 from tso_fast.training.optimise import make_accelerator, optimise, tracker_settings
@@ -75,18 +74,19 @@ def train(config: TrainConfig) -> Run:
     matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
     require_weights(matrix.policy, "policy")
     panel.check(judges, matrix)
-    mini_batches = split(_read(config.prompts, judges, matrix, config, bad), config.num_iterations)
+    check_engines([*_ask_all(matrix, config), ask(matrix.policy, config)], config)
+    prompts = _read(config.prompts, judges, matrix, config, bad)
     verifier = panel.make_judges(evaluation_of(config))
     held_out = _read(config.eval_prompts, verifier, matrix, config, bad) if config.eval_prompts else []
-    with _open_run(config, matrix, accelerator) as run:
+    with _open_run(config, matrix, judges, prompts, accelerator) as run:
         if accelerator.is_main_process and bad.set_aside(run / SKIPPED_FILE):
             console.print(f"{len(bad.rows)} bad rows set aside in {run / SKIPPED_FILE}")
         if config.report_to != "none":
             accelerator.init_trackers("tso-fast", tracker_settings(config))
         loop = Loop(run=run, accelerator=accelerator, matrix=matrix, config=config, judges=judges, people=people)
         loop.evaluate(0, held_out)
-        for t, mini_batch in enumerate(mini_batches, start=1):
-            loop.generate(t, mini_batch)
+        for t, (first, end) in enumerate(run.mini_batches, start=1):
+            loop.generate(t, prompts[first:end])
             loop.score(t)
             loop.pause_for_people(t)
             loop.pair(t)
@@ -115,16 +115,7 @@ class Loop:
         config, matrix, files = self.config, self.matrix, self.run.iteration(t)
 
         def produce() -> Produced:
-            asked = [
-                ask(
-                    cell,
-                    config,
-                    matrix.configs.get(cell.name),
-                    config.policy_num_generations if cell is matrix.policy else None,
-                )
-                for cell in matrix.cells
-            ]
-            asked = [a for a in asked if a.num_generations]
+            asked = [a for a in _ask_all(matrix, config) if a.num_generations]
             total = sum(a.num_generations for a in asked) * len(mini_batch)
             statistics = PolicyStatistics(matrix.policy.name)
             bad = BadRows(config.on_bad_row)
@@ -176,7 +167,7 @@ class Loop:
             pairs, info = make_pairs(candidates, verdicts, config, config, config.seed)
             if not pairs:
                 raise TrainingError(
-                    f"iteration {t}: none of {len(candidates)} prompts gave a pair: {info['reasons']}. "
+                    f"iteration {t}: none of {len(candidates)} prompts gave a pair: {reasons_text(info['reasons'])}. "
                     f"See {files.responses} and {files.verdicts.name}"
                 )
             write_jsonl(files.pairs, map(pair_row, pairs))
@@ -184,7 +175,7 @@ class Loop:
 
         info = self._once(files.stage("pairs"), produce)
         if self.accelerator.is_main_process:
-            console.print(f"iteration {t}: {info['pairs']} pairs from {info['prompts']} prompts", highlight=False)
+            console.print(f"iteration {t}: {info['pairs']} pairs from {info['prompts']} prompts")
 
     def train(self, t: int) -> None:
         """policy_t <- dual clip on the pairs, against the reference of iteration t."""
@@ -227,7 +218,7 @@ class Loop:
             info["warnings"] = drift_warnings([*before, info])
             self.run.commit(files.stage("train"), written, info)
             for warning in info["warnings"]:
-                console.print(f"[yellow]warning[/]: iteration {t}: {warning}", highlight=False)
+                console.print(f"warning: iteration {t}: {warning}", style="yellow")
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, t: int, held_out: Sequence[Candidates]) -> None:
@@ -251,7 +242,6 @@ class Loop:
                 f"iteration {t}: {info['model']} {'scores' if info.get('is_graded') else 'answers'} "
                 f"{info['accuracy']:.1%} of {info['responses']} held-out prompts "
                 f"(95 % interval {info['low']:.1%} to {info['high']:.1%})",
-                highlight=False,
             )
 
     def _store(self) -> ResponseStore:
@@ -270,15 +260,10 @@ class Loop:
         return complete
 
 
-def split(prompts: Sequence[Candidates], num_iterations: int) -> list[list[Candidates]]:
-    """Mini-batches of nearly equal size, in file order."""
-    if len(prompts) < num_iterations:
-        raise InputError(
-            f"num_iterations: got {num_iterations}, but there are only {len(prompts)} prompts; expected "
-            "at least one prompt an iteration"
-        )
-    bounds = np.linspace(0, len(prompts), num_iterations + 1).round().astype(int)
-    return [list(prompts[a:b]) for a, b in itertools.pairwise(bounds)]
+def _ask_all(matrix: ModelMatrix, config: TrainConfig) -> list[Asked]:
+    """How every cell answers in the loop."""
+    policy = {matrix.policy.name: config.policy_num_generations}
+    return [ask(cell, config, matrix.configs.get(cell.name), policy.get(cell.name)) for cell in matrix.cells]
 
 
 def _read(
@@ -288,12 +273,24 @@ def _read(
     return check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
 
 
-def _open_run(config: TrainConfig, matrix: ModelMatrix, accelerator: Accelerator) -> Run:
-    inputs = {key: sha256_file(Path(path)) for key in ("prompts", "eval_prompts") if (path := getattr(config, key))}
-    inputs |= {f"cells.{cell.name}": cell.weight_hash for cell in matrix.cells}
+def _open_run(
+    config: TrainConfig,
+    matrix: ModelMatrix,
+    judges: Sequence[Judge],
+    prompts: Sequence[Candidates],
+    accelerator: Accelerator,
+) -> Run:
     if accelerator.is_main_process:
-        run = Run.open(config.output_dir, to_dict(config), inputs, library_versions(), free_keys(TrainConfig))
+        if config.overwrite:
+            remove_run(Path(config.output_dir), confirm)
+        inputs = {f"cells.{cell.name}": cell.weight_hash for cell in matrix.cells} | panel.inputs(judges, matrix)
+        if config.eval_prompts:
+            inputs["eval_prompts"] = sha256_file(Path(config.eval_prompts))
+        fixed = functools.partial(without_free, TrainConfig)
+        run = Run.open(
+            config.output_dir, to_dict(config), inputs, library_versions(), fixed, prompts, may_resume=config.resume
+        )
         if stages_done := run.state["stages"]:
-            console.print(f"{run.folder}: going on after {stages_done[-1]['name']}", highlight=False)
+            console.print(f"{run.folder}: going on after {stages_done[-1]['name']}")
     accelerator.wait_for_everyone()
     return run if accelerator.is_main_process else Run.follow(config.output_dir)

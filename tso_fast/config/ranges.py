@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
@@ -25,7 +25,11 @@ class Range:
 
 
 class Free:
-    """Marks a setting that may differ when a run is resumed: it changes what is shown, not what is computed."""
+    """Marks a setting that may differ when a run is resumed.
+
+    It changes how and where something is done or shown, not what is asked for: responses of another engine or batch
+    differ as those of another seed do, and complete stages are kept.
+    """
 
 
 FREE = Free()
@@ -61,9 +65,28 @@ def check_ranges(config: Any, place: str = "") -> None:
         _check(getattr(config, name), hint, f"{place}{name}")
 
 
-def free_keys(cls: type) -> frozenset[str]:
-    """Names of the settings that are marked ``FREE``."""
-    return frozenset(name for name, hint in _hints(cls).items() if FREE in getattr(hint, "__metadata__", ()))
+def without_free(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, as ``to_dict`` writes them, without those that are marked ``FREE``, in nested settings too."""
+    hints = _hints(cls)
+    return {
+        name: _nested_without_free(value, hints.get(name))
+        for name, value in settings.items()
+        if FREE not in getattr(hints.get(name), "__metadata__", ())
+    }
+
+
+def _nested_without_free(value: Any, hint: Any) -> Any:
+    if isinstance(value, list):
+        return [_nested_without_free(item, hint) for item in value]
+    cls = _class_in(hint)
+    return without_free(cls, value) if isinstance(value, dict) and cls is not None else value
+
+
+def _class_in(hint: Any) -> type | None:
+    """The settings that a type such as ``list[CellConfig] | None`` is made of."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return hint
+    return next((cls for inner in typing.get_args(hint) if (cls := _class_in(inner))), None)
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from tso_fast.config.ranges import (
     Text,
     Url,
 )
+from tso_fast.redact import redacted
 
 VERIFIER_TIMEOUT_S = 60.0
 
@@ -36,10 +37,10 @@ VERIFIER_TIMEOUT_S = 60.0
 class CellConfig:
     """One cell of the model matrix: a version of a model of some size."""
 
-    path: str
+    path: Annotated[str, FREE]
     """Local Hugging Face model folder with safetensors weights, or folder of a LoRA adapter; all cells share one
     vocabulary."""
-    base: str | None = None
+    base: Annotated[str | None, FREE] = None
     """Folder of an adapter's base model; default: what the adapter's configuration names."""
     name: str | None = None
     """Name in files and tables; default: the folder's name."""
@@ -47,7 +48,7 @@ class CellConfig:
     """Size that orders cells, in billions of parameters; default: counted from the weights, an adapter's base's."""
     version_rank: int = 0
     """Age that orders cells: higher is newer."""
-    num_gpus: PositiveInt = 1
+    num_gpus: Annotated[PositiveInt, FREE] = 1
     """GPUs that one engine of this cell takes, where there are any."""
     num_generations: Count | None = None
     """Responses of this cell to a prompt; default: as for all cells."""
@@ -59,10 +60,10 @@ class CellConfig:
     """Likeliest tokens of this cell; default: as for all cells."""
     max_completion_length: PositiveInt | None = None
     """Most tokens of a response of this cell; default: as for all cells."""
-    url: Url | None = None
+    url: Annotated[Url | None, FREE] = None
     """Where `generator: openai` finds this cell, such as http://127.0.0.1:8000/v1; default: the `url` of all cells.
     With a `url` of its own and a `size_b`, the folder needs no weights, only configuration and tokenizer."""
-    served_name: str | None = None
+    served_name: Annotated[str | None, FREE] = None
     """This cell's name on that server; default: `name`."""
 
 
@@ -70,7 +71,7 @@ class CellConfig:
 class RowsConfig:
     """How input rows are read."""
 
-    on_bad_row: Literal["raise", "skip"] = "raise"
+    on_bad_row: Annotated[Literal["raise", "skip"], FREE] = "raise"
     """A row that cannot be used: `raise` stops with its file:line:field, `skip` sets it aside and counts it."""
 
     on_unknown_field: Annotated[Literal["raise", "warn", "ignore"], FREE] = "warn"
@@ -92,10 +93,10 @@ class ModelConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights and activations; training keeps its master weights in float32 when `bf16` is set instead."""
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    attn_implementation: Annotated[Literal["auto", "eager", "sdpa", "flash_attention_2"], FREE] = "auto"
     """Attention of transformers; `auto`: flash_attention_2 where the package flash-attn and a GPU are and `dtype` is of
     16 bits, else sdpa."""
-    use_cpu: bool = False
+    use_cpu: Annotated[bool, FREE] = False
     """Stay on the CPU even where there is a GPU."""
     seed: Seed = 0
     """Seed of sampling, pairing and data order."""
@@ -123,18 +124,18 @@ class GenerationConfig:
 class EngineConfig:
     """What runs the cells, and where."""
 
-    generator: Literal["auto", "hf", "vllm", "openai"] = "auto"
+    generator: Annotated[Literal["auto", "hf", "vllm", "openai"], FREE] = "auto"
     """`hf`: transformers; `vllm`: its offline engine in processes of its own; `openai`: any OpenAI-compatible server;
     `auto`: vllm where it and a GPU are, else hf."""
-    generation_batch_size: PositiveInt = 64
+    generation_batch_size: Annotated[PositiveInt, FREE] = 64
     """Sequences that `hf` generates at once."""
-    url: Url | None = None
+    url: Annotated[Url | None, FREE] = None
     """Base of the API that `openai` asks, for cells without their own; the key is read from OPENAI_API_KEY."""
     max_concurrency: Annotated[PositiveInt, FREE] = 64
     """Requests that `openai` has in flight."""
     max_retries: Annotated[Count, FREE] = 5
     """Times that `openai` repeats a request that failed."""
-    vllm_args: dict[str, Any] | None = None
+    vllm_args: Annotated[dict[str, Any] | None, FREE] = None
     """More arguments of vLLM's `LLM`, such as {gpu_memory_utilization: 0.8}."""
     batch_invariant: bool = False
     """vLLM on GPUs: kernels whose results do not depend on the batch, slower."""
@@ -148,7 +149,7 @@ class EngineConfig:
     """Address of the Ray cluster; default: the one that RAY_ADDRESS names or that this machine runs, else a new one."""
     num_engines: Annotated[Count, FREE] = 0
     """Most engines at once; 0: as many as fit the GPUs, one where there are none."""
-    shard_size: PositiveInt = 256
+    shard_size: Annotated[PositiveInt, FREE] = 256
     """Prompts in a shard, the unit of work and of retry."""
     max_shard_retries: Annotated[Count, FREE] = 3
     """Times that a shard is given to another engine when its engine died; then the run stops."""
@@ -297,7 +298,7 @@ class PairingConfig:
 class OpConfig:
     """How log-probs are computed."""
 
-    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    impl: Annotated[Literal["auto", "reference", "cpu", "triton"], FREE] = "auto"
     """Implementation of the log-prob and loss op."""
 
 
@@ -345,13 +346,13 @@ class OptimizationConfig(OpConfig, ModelConfig):
     """Pairs in one forward pass on one device."""
     gradient_accumulation_steps: PositiveInt = 1
     """Forward passes in one optimiser step."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward pass: less memory, more time."""
     disable_dropout: bool = True
     """Train without dropout, so that policy and reference agree at the start."""
     bf16: bool = False
     """Autocast to bfloat16 while the weights stay in `dtype`."""
-    max_skipped_steps: PositiveInt = 5
+    max_skipped_steps: Annotated[PositiveInt, FREE] = 5
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     logging_steps: Annotated[PositiveInt, FREE] = 10
     """Optimiser steps between rows of metrics.jsonl."""
@@ -391,11 +392,12 @@ class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceCo
     """Cell that is trained; default: the newest version of the largest size."""
     policy_num_generations: Count | None = None
     """Responses of the current policy to a prompt; default: `num_generations`."""
-    num_iterations: PositiveInt = 3
-    """Mini-batches the prompts are split into; each one refreshes the reference and the responses."""
+    num_iterations: Annotated[PositiveInt, FREE] = 3
+    """Mini-batches the prompts are split into; each one refreshes the reference and the responses. Raised for a run
+    that is there, it goes on: with the prompts that no iteration had yet, else with the mini-batches over again."""
     max_versions: Count = 0
     """Trained versions that stay in the matrix, the newest first; 0: all."""
-    eval_prompts: str | None = None
+    eval_prompts: Annotated[str | None, FREE] = None
     """JSONL of held-out prompts; the policy answers them greedily before training and after each iteration."""
     eval_verifier: str | None = None
     """Program that checks held-out answers and judges nothing else; default: `verifier`."""
@@ -529,9 +531,9 @@ class AnnotateConfig(RowsConfig):
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """For files: JSON has no infinity, so it is written out."""
+    """For files: JSON has no infinity, so it is written out; secrets are not."""
     return {
-        key: str(value) if isinstance(value, float) and math.isinf(value) else value
+        key: str(value) if isinstance(value, float) and math.isinf(value) else redacted(value)
         for key, value in dataclasses.asdict(config).items()
     }
 

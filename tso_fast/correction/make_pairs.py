@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
@@ -56,6 +56,11 @@ def make_pairs(
         "calibration": calibration,
         "errors": errors,
     }
+
+
+def reasons_text(reasons: Mapping[str, Mapping[str, int]]) -> str:
+    """``drop: tie 12; keep: confirmed 3``: what was decided how often, and why."""
+    return "; ".join(f"{decision}: {reason} {n}" for decision, of in reasons.items() for reason, n in of.items())
 
 
 def _progress(count: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:

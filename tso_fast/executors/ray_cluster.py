@@ -8,6 +8,7 @@ the same path on every node, and tso-fast must be installed there.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import socket
 import threading
@@ -21,6 +22,12 @@ from tso_fast.generators import Engine, EngineSpec, Request, open_engine
 
 CONNECT_S, CLOSE_S = 10.0, 20.0
 INSTALL = "ray is not installed; pip install 'tso-fast[ray]'"
+
+
+def check_available() -> None:
+    """Raises InputError if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(f"executor: {INSTALL}")
 
 
 def _import_ray() -> Any:

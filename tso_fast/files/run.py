@@ -10,22 +10,29 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import TMP, damage, fingerprint, place_file, write_json, writing
+from tso_fast.files.schedule import Bounds, hash_prompts, schedule
+from tso_fast.types import Candidates
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE, METRICS_FILE, SKIPPED_FILE, REPORT_FILE = "run.json", "metrics.jsonl", "skipped.jsonl", "report.html"
-LABELS_FILE = "labels.jsonl"
-FORMAT = 1
+BACKUP_FILE = f"{RUN_FILE}.bak"
+"""Copy of run.json as it was last written, in case somebody or something damages that."""
+LABELS_FILE, LOCK_FILE = "labels.jsonl", ".lock"
+FORMAT = 2
+
+Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,30 @@ def _files_of(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl. Lines that are none are left out, with a warning unless it is a last one that was cut."""
+    file = folder / METRICS_FILE
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    rows = [row for line in lines if (row := _metrics_row(line)) is not None]
+    is_cut = bool(lines) and not lines[-1].endswith(b"\n")
+    if (num_bad := len(lines) - len(rows) - is_cut) > 0:
+        logger.warning("%s: %d lines are no rows of metrics and are left out", file, num_bad)
+    return rows
+
+
+def _metrics_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = (
+        isinstance(row, dict)
+        and all(isinstance(row.get(key), int) for key in ("iteration", "step"))
+        and all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in row.values())
+    )
+    return row if is_row else None
+
+
 class Run:
     """One run folder. ``with Run.open(...) as run`` holds its lock."""
 
@@ -123,57 +154,58 @@ class Run:
     def open(
         cls,
         folder: str | Path,
-        config: dict[str, Any],
+        config: Settings,
         inputs: dict[str, str],
         versions: dict[str, str],
-        free_keys: Collection[str] = (),
+        fixed: Callable[[Settings], Settings] = lambda config: config,
+        prompts: Sequence[Candidates] = (),
+        may_resume: bool = True,
     ) -> Run:
         """Creates a run folder, or resumes the one that is there.
 
+        A run without a complete stage takes whatever configuration and inputs it is given.
+
         Args:
-            config: the resolved configuration; a resumed run must have the same one, ``free_keys`` aside.
+            config: the resolved configuration.
             inputs: sha256 of every input, by config key; a resumed run must read the same data.
             versions: versions of this program and of the libraries that results depend on.
-            free_keys: settings that may change when the run is resumed.
+            fixed: the settings that may not change when the run is resumed, of a configuration.
+            prompts: what ``num_iterations`` mini-batches are made of. A resumed run may have more of them, after those
+                that it began with.
+            may_resume: False refuses a run that is there.
 
         Raises:
             InputError: the folder is not a run, is in use, or belongs to another configuration.
             OutputError: the folder cannot be written.
         """
         folder = Path(folder)
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "w")  # noqa: SIM115 held until close()
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
+        is_new = not (folder / RUN_FILE).exists()
+        num_iterations = config.get("num_iterations", 0)
+        if is_new:
+            _refuse_strangers(folder)
+            schedule(len(prompts), num_iterations)
+        elif not may_resume:
             raise InputError(
-                f"output_dir: {folder} is in use by another process; wait for it or choose another folder"
-            ) from error
+                f"output_dir: {folder} holds a run already, and resume is false; choose a new folder, or give "
+                "--overwrite to delete it"
+            )
+        lock = _locked(folder)
         try:
             places = ("", "*/", "iter-*/checkpoint/")
             for leftover in [path for place in places for path in folder.glob(f"{place}{TMP}*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            if (folder / RUN_FILE).exists():
-                run = cls(folder, _read_state(folder), lock)
-                run._check_same(config, inputs, free_keys)
+            state = {"format": FORMAT, "versions": versions, "config": config, "inputs": inputs}
+            found = None if is_new else _read_state(folder)
+            run = cls(folder, found or {**state, "prompts": "", "mini_batches": [], "stages": [], "manifest": {}}, lock)
+            before = run.state.copy()
+            if run.state["stages"]:
+                run._check_same(config, inputs, fixed)
+                run._check_prompts(prompts)
                 run._drop_incomplete()
-            else:
-                if strangers := sorted(p.name for p in folder.iterdir() if p.name != ".lock"):
-                    raise InputError(
-                        f"output_dir: {folder} is not empty ({', '.join(strangers[:3])}, ...) and holds "
-                        f"no {RUN_FILE}; choose a new folder"
-                    )
-                state = {
-                    "format": FORMAT,
-                    "versions": versions,
-                    "config": config,
-                    "inputs": inputs,
-                    "stages": [],
-                    "manifest": {},
-                }
-                run = cls(folder, state, lock)
+                del state["versions"]
+            state["mini_batches"] = schedule(len(prompts), num_iterations, run.mini_batches, run._num_begun())
+            run.state |= {**state, "prompts": hash_prompts(prompts)}
+            if is_new or run.state != before:
                 run._save()
         except BaseException:
             lock.close()
@@ -213,6 +245,12 @@ class Run:
         self.state["stages"].append({"name": stage, "info": info, "files": names})
         self._save()
 
+    @property
+    def mini_batches(self) -> list[Bounds]:
+        """The mini-batch of each iteration, as ``schedule`` planned it."""
+        batches: list[Bounds] = self.state["mini_batches"]
+        return batches
+
     def publish(self, policy: Path) -> None:
         """Puts the files of the newest policy at the top of the run, where ``from_pretrained`` looks."""
         for file in sorted(policy.iterdir()):
@@ -220,24 +258,37 @@ class Run:
 
     def _save(self) -> None:
         write_json(self.folder / RUN_FILE, self.state)
+        with writing(self.folder / BACKUP_FILE):
+            shutil.copyfile(self.folder / RUN_FILE, self.folder / BACKUP_FILE)
 
-    def _check_same(self, config: dict[str, Any], inputs: dict[str, str], free_keys: Collection[str]) -> None:
-        old = self.state["config"]
-        keys = sorted({*old, *config} - set(free_keys))
+    def _check_same(self, config: Settings, inputs: dict[str, str], fixed: Callable[[Settings], Settings]) -> None:
         # Settings that an older release did not have count as None.
-        changed = [key for key in keys if _without_none(old.get(key)) != _without_none(config.get(key))]
-        if changed:
-            lines = "".join(f"\n  {key}: the run has {old.get(key)!r}, given {config.get(key)!r}" for key in changed)
+        old, new = (_without_none(fixed(settings)) for settings in (self.state["config"], config))
+        if changed := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+            lines = "".join(f"\n  {key}: the run has {old.get(key)!r}, given {new.get(key)!r}" for key in changed)
             raise InputError(
                 f"output_dir: {self.folder} holds a run with another configuration:{lines}\n"
                 "give the same values to resume it, or choose a new folder"
             )
         for key in sorted({*self.state["inputs"], *inputs}):
             if self.state["inputs"].get(key) != inputs.get(key):
+                is_both = key in self.state["inputs"] and key in inputs
                 raise InputError(
-                    f"{key}: its content changed since the run in {self.folder} started; restore it to "
-                    "resume, or choose a new folder"
+                    f"{key}: {'its content changed' if is_both else 'it was added or taken away'} since the run in "
+                    f"{self.folder} started; restore it to resume, or choose a new folder"
                 )
+
+    def _check_prompts(self, prompts: Sequence[Candidates]) -> None:
+        number = max((end for _, end in self.mini_batches), default=0)
+        if hash_prompts(prompts[:number]) != self.state["prompts"]:
+            raise InputError(
+                f"prompts: its content changed since the run in {self.folder} started; its first {number} prompts must "
+                "stay as they were, new ones go to the end. Restore it to resume, or choose a new folder"
+            )
+
+    def _num_begun(self) -> int:
+        """Number of iterations whose cells have answered; the first of them have."""
+        return sum(parse_stage(stage["name"])[1] == "generate" for stage in self.state["stages"])
 
     def _drop_incomplete(self) -> None:
         """Drops the first stage whose files do not match the manifest, and all stages after it."""
@@ -263,18 +314,128 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _refuse_strangers(folder: Path) -> None:
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    strangers = [name for name in names if name != LOCK_FILE and not name.startswith(TMP)]
+    if strangers:
+        raise InputError(
+            f"output_dir: {folder} is not empty ({', '.join(strangers[:3])}, ...) and holds no {RUN_FILE}; choose a "
+            "new folder"
+        )
+
+
+def _locked(folder: Path) -> IO[str]:
+    """The lock of a run folder, which is made if it is not there."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK_FILE, "w")  # noqa: SIM115 held until it is closed
     try:
-        state: dict[str, Any] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"output_dir: {folder / RUN_FILE} cannot be read: {error}") from error
-    written = state.get("format") if isinstance(state, dict) else None
-    if written != FORMAT:
-        raise InputError(f"output_dir: {folder / RUN_FILE} has format {written!r}, this release reads {FORMAT}")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise InputError(
+            f"output_dir: {folder} is in use by another process; wait for it or choose another folder"
+        ) from error
+    return lock
+
+
+def remove_run(folder: Path, confirm: Callable[[str], bool]) -> None:
+    """Deletes a run folder with all that is in it, if there is one and ``confirm(question)`` agrees.
+
+    Raises:
+        InputError: nobody agreed, or the run is in use.
+    """
+    if not (folder / RUN_FILE).exists():
+        return
+    with _locked(folder):
+        size = sum(file.stat().st_size for file in _files_of(folder))
+        if not confirm(f"delete {folder.resolve()} and all {size / 2**20:,.1f} MiB in it, responses included?"):
+            raise InputError(f"overwrite: {folder} is kept; choose another output_dir, or leave out overwrite to go on")
+        with writing(folder):
+            shutil.rmtree(folder)
+
+
+def _read_state(folder: Path) -> Settings:
+    """What run.json holds.
+
+    Raises:
+        InputError: it cannot be read or its content cannot be that of a run; says where a copy is.
+    """
+    file, backup = folder / RUN_FILE, folder / BACKUP_FILE
+    try:
+        return _parsed(file)
+    except _NewerError:
+        raise
+    except InputError as error:
+        try:
+            _parsed(backup)
+            advice = f"its last whole version is in {backup}: cp {backup} {file}"
+        except InputError:
+            advice = (
+                "restore it from a copy, or choose a new folder; with response_store: "
+                f"{folder} nothing is generated twice there"
+            )
+        raise InputError(f"output_dir: {file} cannot be read: {error}; {advice}") from error
+
+
+class _NewerError(InputError):
+    pass
+
+
+def _parsed(file: Path) -> Settings:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(str(error)) from error
+    if not isinstance(state, dict):
+        raise InputError(f"it holds a {type(state).__name__}, expected keys and values")
+    written = state.get("format")
+    if isinstance(written, int) and written != FORMAT:
+        raise _NewerError(f"output_dir: {file} has format {written!r}, this release reads {FORMAT}")
+    for key, kind in _KINDS.items():
+        if not isinstance(state.get(key), kind):
+            raise InputError(f"its {key!r} is {state.get(key)!r:.60}, expected a {kind.__name__}")
+    for number, stage in enumerate(state["stages"]):
+        if not _is_stage(stage, state["manifest"]):
+            raise InputError(f"its stage {number} is {stage!r:.60}, expected a name, info, and files of the manifest")
+    if not all(_are_bounds(bounds) for bounds in state["mini_batches"]):
+        raise InputError("its 'mini_batches' are not pairs of numbers")
+    state["mini_batches"] = [tuple(bounds) for bounds in state["mini_batches"]]
     return state
 
 
-def read_run(folder: str | Path) -> dict[str, Any]:
+def _are_bounds(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) for n in value)
+
+
+_KINDS = {
+    "format": int,
+    "versions": dict,
+    "config": dict,
+    "inputs": dict,
+    "prompts": str,
+    "mini_batches": list,
+    "stages": list,
+    "manifest": dict,
+}
+"""Types of what run.json must hold, by key."""
+
+
+def _is_stage(stage: Any, manifest: Settings) -> bool:
+    def is_known(name: Any) -> bool:
+        entry = manifest.get(name) if isinstance(name, str) else None
+        return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+
+    return (
+        isinstance(stage, dict)
+        and re.fullmatch(r"iter-\d+/\w+", str(stage.get("name"))) is not None
+        and isinstance(stage.get("info"), dict)
+        and isinstance(stage.get("files"), list)
+        and all(map(is_known, stage["files"]))
+    )
+
+
+def read_run(folder: str | Path) -> Settings:
     """The state of a run, for reports; takes no lock.
 
     Raises:

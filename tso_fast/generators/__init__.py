@@ -15,4 +15,5 @@ from tso_fast.generators.engine import Request as Request
 from tso_fast.generators.engine import Sampling as Sampling
 from tso_fast.generators.engine import Server as Server
 from tso_fast.generators.engine import generate as generate
+from tso_fast.generators.opening import check_available as check_available
 from tso_fast.generators.opening import open_engine as open_engine

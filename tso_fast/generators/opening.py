@@ -1,10 +1,26 @@
-"""Opens the engine of a specification."""
+"""Opens the engine of a specification, and looks beforehand whether there is one."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
-from tso_fast.generators.engine import Engine, EngineSpec
+from tso_fast.errors import InputError
+from tso_fast.generators.engine import Engine, EngineSpec, Kind
+
+
+def check_available(kind: Kind) -> None:
+    """Looks for the library of an engine, before anything is done for it.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if kind == "openai":
+        import tso_fast.generators.openai_server  # noqa: F401 raises
+    elif kind == "vllm" and importlib.util.find_spec("vllm") is None:
+        from tso_fast.generators.vllm_engine import INSTALL
+
+        raise InputError(f"generator: vLLM is not installed. {INSTALL}")
 
 
 def open_engine(

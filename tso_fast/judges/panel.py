@@ -110,6 +110,12 @@ def check(judges: Sequence[Judge], matrix: ModelMatrix | None) -> None:
         judge.check(matrix)
 
 
+def inputs(judges: Sequence[Judge], matrix: ModelMatrix) -> dict[str, str]:
+    """Hashes of the weights of judges that are models of their own, by the name of their setting."""
+    own = [judge for judge in judges if isinstance(judge, LlmJudge) and judge.config.model is not None]
+    return {f"judges.{judge.name}": judge.cell(matrix)[0].weight_hash for judge in own}
+
+
 def usable(judges: Sequence[Judge], candidates: Sequence[Candidates], bad: BadRows) -> list[Candidates]:
     """The candidates that every judge can judge, known before anything is generated; the others are bad rows."""
     found = list(candidates)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tso_fast.files.run import METRICS_FILE, REPORT_FILE, RUN_FILE, parse_stage, read_run
+from tso_fast.files.run import REPORT_FILE, RUN_FILE, parse_stage, read_metrics, read_run
 from tso_fast.progress import make_console
 from tso_fast.report.tables import make_table
 
@@ -159,7 +158,7 @@ def summarise(folder: str | Path) -> Summary:
         libraries=state["versions"],
         trained=next((stages[t]["train"] for t in sorted(stages, reverse=True) if "train" in stages[t]), {}),
         versions=tuple(_version(t, stages[t], f"tso-{t}" if t else start) for t in sorted(stages)),
-        metrics=tuple(_read_metrics(folder / METRICS_FILE)),
+        metrics=tuple(read_metrics(folder)),
     )
 
 
@@ -188,14 +187,6 @@ def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str)
             *(cost["bias"] for cost in (stages.get("score", {}).get("costs") or {}).values() if cost["bias"]),
         ),
     )
-
-
-def _read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:  # a line cut off by a kill
-            continue
 
 
 def comparisons(folder: str | Path) -> list[str]:
@@ -275,7 +266,7 @@ def print_summary(folders: Sequence[str | Path]) -> None:
         InputError: a folder is not a run.
     """
     runs = [summarise(folder) for folder in folders]
-    run, console = runs[0], make_console(highlight=False, markup=False)
+    run, console = runs[0], make_console()
     console.print(make_table(f"{run.loss_name}, {run.progress}", VERSION_COLUMNS, version_rows(run)))
     console.print(f"\ngain: {gain_text(run)}")
     if len(runs) > 1:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from tso_fast.errors import TrainingError
-from tso_fast.files.atomic import atomic_file, write_json, writing
-from tso_fast.files.run import METRICS_FILE
+from tso_fast.files.atomic import write_json, write_jsonl, writing
+from tso_fast.files.run import METRICS_FILE, read_metrics
 from tso_fast.losses import Loss
 from tso_fast.models.tokens import IGNORE
 from tso_fast.training.batches import EncodedPair
@@ -87,18 +87,9 @@ class MetricsLog:
 
     def rewind(self, iteration: int, step: int) -> None:
         """Keeps what came before ``step`` of ``iteration``, the first step being 1."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # a line that a kill cut off
-                continue
-            if (row["iteration"], row["step"]) < (iteration, step):
-                kept.append(line + "\n")
-        with atomic_file(self.path) as handle:
-            handle.writelines(kept)
+        if self.path.exists():
+            rows = read_metrics(self.path.parent)
+            write_jsonl(self.path, (row for row in rows if (row["iteration"], row["step"]) < (iteration, step)))
 
     def write(self, row: dict[str, Any]) -> None:
         with writing(self.path), open(self.path, "a", encoding="utf-8") as handle:
@@ -212,9 +203,9 @@ def drift_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
     newest, first = history[-1], history[0]
     warnings = []
     reward = newest["final"]["rewards/chosen"]
-    if reward is not None and reward < 0:
+    if reward is not None and round(reward, 2) < 0:
         warnings.append(
-            f"chosen responses became less likely than under the reference (rewards/chosen {reward:.3f}): "
+            f"chosen responses became less likely than under the reference (rewards/chosen {reward:.2f}): "
             "lower learning_rate or clip_rejected"
         )
     length, before = newest["generated_tokens"], first["generated_tokens"]
