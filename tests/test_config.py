@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -398,6 +399,36 @@ def test_training_looks_at_judge_data_and_cells_before_any_work(
     with pytest.raises(InputError) as caught:
         train(config)
     assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "module", "message"),
+    [
+        ({"generator": "vllm"}, "vllm", "generator: vLLM is not installed."),
+        ({"executor": "ray"}, "ray", "executor: ray is not installed; pip install 'tso-fast[ray]'"),
+    ],
+)
+def test_a_start_without_its_engine_leaves_nothing_behind(
+    tmp_path: Path, tiny_matrix: Path, monkeypatch: pytest.MonkeyPatch, change: Any, module: str, message: str
+) -> None:
+    from tso_fast.trainer import train
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "2 + 3?", "answer": "5"}])
+    config = TrainConfig(
+        output_dir=str(tmp_path / "run"),
+        prompts=str(prompts),
+        cells=[CellConfig(path=str(tiny_matrix / "s.v1"))],
+        verifier="exact",
+        num_iterations=1,
+        use_cpu=True,
+        **change,
+    )
+    with pytest.raises(InputError) as caught:
+        train(config)
+    assert str(caught.value).startswith(message)
     assert not (tmp_path / "run").exists()
 
 

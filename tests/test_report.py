@@ -2,6 +2,7 @@
 
 import copy
 import html.parser
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 
+from tso_fast import progress
 from tso_fast.errors import InputError
 from tso_fast.progress import WHOLE, make_console
 from tso_fast.report import print_summary, write_report
@@ -400,6 +402,14 @@ def test_garbage_among_the_metrics_is_left_out_and_counted(tmp_path, caplog):
     assert summarise(run).metrics == whole
     assert f"{len(garbage)} lines are no rows of metrics" in caplog.text
     write_report(run)
+
+
+def test_a_progress_bar_shows_a_title_as_it_is(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "console", make_console(file=file, force_terminal=True, width=100))
+    with progress.progress_bar("evaluate [/x] :fire: [red]", 2) as advance:
+        advance(2)
+    assert file.getvalue().count("evaluate [/x] :fire: [red]") >= 2  # the bar, and the line that stays
 
 
 def test_no_run(tmp_path):

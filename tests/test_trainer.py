@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tso_fast import interrupts
 from tso_fast.cli import main
+from tso_fast.commands import train as train_command
 from tso_fast.commands import train_and_compare
 from tso_fast.config.settings import CellConfig, JudgeConfig, TrainConfig
 from tso_fast.correction.make_pairs import make_pairs
@@ -152,6 +154,77 @@ def test_resume_refuses_changed_prompts(base: TrainConfig, tmp_path: Path) -> No
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(InputError, match="prompts: its content changed"):
         train(changed)
+
+
+def test_a_finished_run_goes_on_with_more_prompts_and_more_iterations(
+    base: TrainConfig, few: TrainConfig, tmp_path: Path
+) -> None:
+    """What is done stays as it is; new prompts are answered first, then the mini-batches come again."""
+    rows = rows_of(Path(base.prompts))
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows[:8])
+    settings = dataclasses.replace(few, output_dir=str(tmp_path / "run"), prompts=str(prompts))
+    train(settings)
+
+    def done() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in (tmp_path / "run/iter-1").rglob("*") if p.is_file()}
+
+    before = done()
+    write_rows(prompts, rows[:14])
+    with pytest.raises(InputError, match=r"1 iterations have begun and 6 prompts were in none .*at least 2"):
+        train(settings)
+    train(dataclasses.replace(settings, num_iterations=2))
+    train(dataclasses.replace(settings, num_iterations=3))
+    assert done() == before
+    batches = [[row["id"] for row in rows_of(tmp_path / f"run/iter-{t}/responses.jsonl")] for t in (1, 2, 3)]
+    ids = [row["id"] for row in rows]
+    assert batches == [ids[:8], ids[8:14], ids[:8]]
+    third = rows_of(tmp_path / "run/iter-3/responses.jsonl")
+    assert {r["model"] for row in third for r in row["responses"]} >= {"m.v2", "tso-1", "tso-2"}
+    newest = (tmp_path / "run/iter-3/policy/model.safetensors").read_bytes()
+    assert (tmp_path / "run/model.safetensors").read_bytes() == newest
+    assert read_run(tmp_path / "run")["config"]["num_iterations"] == 3
+    assert "3 of 3 iterations" in write_report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+def test_a_run_goes_on_with_another_engine_at_another_place(few: TrainConfig, tmp_path: Path) -> None:
+    """Cells, prompts and the run itself were moved, and the batch of generation is smaller."""
+    settings = dataclasses.replace(few, output_dir=str(tmp_path / "run"))
+    train(settings)
+    cells = []
+    for cell in few.cells:
+        shutil.copytree(cell.path, tmp_path / "moved" / Path(cell.path).name)
+        cells.append(dataclasses.replace(cell, path=str(tmp_path / "moved" / Path(cell.path).name)))
+    prompts = shutil.copyfile(few.prompts, tmp_path / "moved/prompts.jsonl")
+    (tmp_path / "run").rename(tmp_path / "other")
+    train(
+        dataclasses.replace(
+            settings,
+            output_dir=str(tmp_path / "other"),
+            cells=cells,
+            prompts=str(prompts),
+            generation_batch_size=3,
+            shard_size=5,
+            num_iterations=2,
+        )
+    )
+    assert (tmp_path / "other/iter-2/policy").is_dir()
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    few: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [dataclasses.replace(c, name=n) for c, n in zip(few.cells, ("[bold]", "a[lr=1e-3]", ":fire:"), strict=True)]
+    held_out = str(write_rows(tmp_path / "held_out.jsonl", rows_of(Path(few.prompts))[:2]))
+    run = tmp_path / "[/x]"
+    config = dataclasses.replace(few, output_dir=str(run), cells=cells, eval_prompts=held_out, policy="a[lr=1e-3]")
+    train_command(config)
+    train_command(config)
+    out, err = capsys.readouterr()
+    assert "iteration 0: evaluate a[lr=1e-3] " in err
+    assert "iteration 0: a[lr=1e-3] answers " in err
+    assert f"{run}: going on after iter-1/eval" in err
+    assert "gain: a[lr=1e-3] " in out
+    assert f'from_pretrained("{run}") loads the newest policy, tso-1' in out
 
 
 def test_a_damaged_file_is_found_and_its_stage_done_again(
