@@ -281,16 +281,37 @@ def test_pairs_that_do_not_fit_are_set_aside_whole() -> None:
         preference(Prompt(id="long chosen", prompt=QUESTION), ANSWER * 9, "5"),
         preference(Prompt(id="long prompt", prompt=QUESTION * 9), "5", "6"),
     ]
-    every, none = encode_pairs(tokenizer, pairs, None)
+    every, *none = encode_pairs(tokenizer, pairs, None)
     assert len(every) == 4
-    assert none == []
+    assert none == [[], []]
     fits = every[0]
     assert (fits.scale, fits.soft_label, fits.margin, fits.prompt_id) == (2.0, 0.8, 0.3, "fits")
     assert fits.prompt == encode_prompt(tokenizer, pairs[0].prompt)
     assert fits.chosen == encode_response(tokenizer, pairs[0].prompt, "5")
     assert fits.length == len(fits.prompt) + max(len(fits.chosen), len(fits.rejected))
     for context, left in ((fits.length, every[:1]), (fits.length - 1, [])):
-        assert encode_pairs(tokenizer, pairs, context) == (left, [p.prompt.id for p in pairs[len(left) :]])
+        assert encode_pairs(tokenizer, pairs, context) == (left, [p.prompt.id for p in pairs[len(left) :]], [])
+
+
+def test_max_length_cuts_the_end_of_responses_and_leaves_out_what_has_no_room() -> None:
+    tokenizer, _ = family("llama3")
+    pairs = [
+        preference(Prompt(id="fits", prompt=QUESTION), "5", "6"),
+        preference(Prompt(id="long rejected", prompt=QUESTION), "5", ANSWER * 9),
+        preference(Prompt(id="long prompt", prompt=QUESTION * 9), "5", "6"),
+    ]
+    whole = encode_pairs(tokenizer, pairs, None).pairs
+    longest = whole[0].length
+    assert encode_pairs(tokenizer, pairs, None, max(pair.length for pair in whole)) == (whole, [], [])
+    cut = encode_pairs(tokenizer, pairs, longest, longest)
+    assert (cut.too_long, cut.truncated) == (["long prompt"], ["long rejected"])
+    assert [pair.length for pair in cut.pairs] == [longest, longest]
+    fits, long = cut.pairs
+    assert (fits, long.prompt, long.chosen) == (whole[0], whole[1].prompt, whole[1].chosen)
+    assert long.rejected == whole[1].rejected[: len(long.rejected)]
+    shortest = encode_pairs(tokenizer, pairs, None, len(fits.prompt) + 1).pairs
+    assert [(len(pair.chosen), len(pair.rejected)) for pair in shortest] == [(1, 1), (1, 1)]
+    assert encode_pairs(tokenizer, pairs, None, len(fits.prompt)).pairs == []
 
 
 # --------------------------------------------------------------------------------------------------------- batches

@@ -231,12 +231,13 @@ def test_numbers(tmp_path):
 def test_warnings_say_what_was_left_out_and_when_a_version_got_worse(tmp_path):
     stages = copy.deepcopy(STAGES)
     infos = dict(stages)
-    infos["iter-1/train"] |= {"warnings": ["the policy's responses grew"], "too_long": 3}
+    infos["iter-1/train"] |= {"warnings": ["the policy's responses grew"], "too_long": 3, "truncated": 2}
     infos["iter-2/pairs"]["abstained"] = 1200
     infos["iter-2/eval"]["accuracy"] = 0.35
     assert summarise(make_run(tmp_path / "run", stages)).warnings == [
         "iteration 1: the policy's responses grew",
-        "iteration 1: 3 pairs were longer than the context and left out",
+        "iteration 1: 3 pairs were longer than the context or max_length and left out",
+        "iteration 1: 2 pairs had a response cut to max_length",
         "iteration 2: 1,200 verdicts abstained",
         "tso-1 answered more held-out prompts (40.0%) than tso-2, which came after it (35.0%)",
     ]

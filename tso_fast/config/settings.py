@@ -374,6 +374,9 @@ class ReferenceConfig:
 
 
 @dataclass(kw_only=True)
+    max_length: PositiveInt | None = None
+    """Most tokens of prompt and response in training: the end of a longer response is cut off, and a pair whose prompt
+    leaves no room is left out; both are counted. Default: nothing is cut, and what exceeds the context is left out."""
 class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceConfig, AnsweringConfig):
     """The whole loop."""
 

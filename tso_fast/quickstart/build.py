@@ -284,7 +284,7 @@ def _train_judge(
         folder / f"{settings.size}.v{len(recipe.versions)}", dtype="float32", attn_implementation="sdpa", device="cpu"
     )
     policy = Policy(model)
-    pairs, _ = encode_pairs(tokenizer, _labelled(name, score, exercises, recipe), recipe.context)
+    pairs = encode_pairs(tokenizer, _labelled(name, score, exercises, recipe), recipe.context).pairs
     pad, cpu = tokenizer.pad_token_id, torch.device("cpu")
     to_batch = functools.partial(collate, pairs, pad_token_id=pad, device=cpu)
     ref_logprobs = reference_logprobs(

@@ -167,7 +167,8 @@ def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str)
     asides = (
         (stages.get("score", {}).get("skipped_prompts"), "prompts could not be judged and were set aside"),
         (paired.get("abstained"), "verdicts abstained"),
-        (trained.get("too_long"), "pairs were longer than the context and left out"),
+        (trained.get("too_long"), "pairs were longer than the context or max_length and left out"),
+        (trained.get("truncated"), "pairs had a response cut to max_length"),
     )
     return Version(
         name=evaluated.get("model", name),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,26 +31,45 @@ class EncodedPair:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
+class Encoded(NamedTuple):
+    """What is trained on, and the ids of the prompts whose pair is not, or not whole."""
+
+    pairs: list[EncodedPair]
+    too_long: list[str]
+    """Left out: they do not fit the context, or ``max_length`` leaves no room for a response."""
+    truncated: list[str]
+    """The end of a response was cut off, so that prompt and response have ``max_length`` tokens."""
+
+
 def encode_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair], context: int | None
-) -> tuple[list[EncodedPair], list[str]]:
-    """Encodes pairs; the second list names prompts whose pair does not fit the context and is left out, untruncated."""
-    encoded, too_long = [], []
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PreferencePair],
+    context: int | None,
+    max_length: int | None = None,
+) -> Encoded:
+    """Encodes pairs; the prompt is never cut."""
+    found = Encoded([], [], [])
     for pair in pairs:
+        prompt = encode_prompt(tokenizer, pair.prompt)
+        sides = [response_ids(tokenizer, pair.prompt, response) for response in (pair.chosen, pair.rejected)]
+        room = None if max_length is None else max(0, max_length - len(prompt))
+        chosen, rejected = (side[:room] for side in sides)
         item = EncodedPair(
-            prompt=encode_prompt(tokenizer, pair.prompt),
-            chosen=response_ids(tokenizer, pair.prompt, pair.chosen),
-            rejected=response_ids(tokenizer, pair.prompt, pair.rejected),
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
             scale=pair.scale,
             soft_label=pair.soft_label,
             margin=pair.margin,
             prompt_id=pair.prompt.id,
         )
-        if context is not None and item.length > context:
-            too_long.append(pair.prompt.id)
-        else:
-            encoded.append(item)
-    return encoded, too_long
+        if room == 0 or (context is not None and item.length > context):
+            found.too_long.append(pair.prompt.id)
+            continue
+        found.pairs.append(item)
+        if [chosen, rejected] != sides:
+            found.truncated.append(pair.prompt.id)
+    return found
 
 
 def completion_lengths(pairs: Sequence[EncodedPair]) -> list[int]:
