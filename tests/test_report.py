@@ -413,6 +413,15 @@ def test_a_progress_bar_shows_a_title_as_it_is(monkeypatch):
     assert file.getvalue().count("evaluate [/x] :fire: [red]") >= 2  # the bar, and the line that stays
 
 
+@pytest.mark.parametrize(("reply", "agreed"), [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False)])
+def test_a_question_is_put_to_whoever_sits_there(monkeypatch, capsys, reply, agreed):
+    monkeypatch.setattr("sys.stdin", io.StringIO(reply))
+    assert not progress.confirm("delete runs/[/x]?")
+    assert "delete runs/[/x]? Nobody is here to answer" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert progress.confirm("delete runs/[/x]?") == agreed
+
+
 def test_no_run(tmp_path):
     with pytest.raises(InputError, match=r"run\.json"):
         write_report(tmp_path)

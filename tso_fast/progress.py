@@ -36,7 +36,7 @@ def confirm(question: str) -> bool:
     if not sys.stdin.isatty():
         console.print(f"{question} Nobody is here to answer, so it is not done")
         return False
-    return console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    return console.input(f"{question} [y/N] ", markup=False, emoji=False).strip().lower() in ("y", "yes")
 
 
 @contextlib.contextmanager
