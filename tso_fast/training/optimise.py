@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tso_fast import interrupts
-from tso_fast.config.settings import OptimizationConfig, PairingConfig
+from tso_fast.config.settings import OptimizationConfig, PairingConfig, to_dict
 from tso_fast.errors import InputError
 from tso_fast.files.run import Iteration
 from tso_fast.logprob import linear_logprobs
@@ -105,7 +104,7 @@ def tracker_settings(config: Any) -> dict[str, int | float | str | bool]:
     """A configuration for trackers, some of which take nothing but numbers and text: JSON stands for the rest."""
     return {
         key: value if isinstance(value, int | float | str) else json.dumps(value)
-        for key, value in dataclasses.asdict(config).items()
+        for key, value in to_dict(config).items()
     }
 
 
