@@ -22,7 +22,7 @@ from tso_fast.errors import InputError
 from tso_fast.executors import Answer, Executor, Job
 from tso_fast.files.responses import ResponseStore, prompt_hash, response_key, settings_hash
 from tso_fast.files.rows import BadRows, prompt_row
-from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server, check_available
+from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server, check_available, prove_models
 from tso_fast.matrix import ModelMatrix, require_weights
 from tso_fast.models.load import device_of
 from tso_fast.models.tokens import encode_prompt
@@ -129,8 +129,10 @@ def _log_once(message: str) -> None:
 def check_engines(asked: Sequence[Asked], config: AnsweringConfig) -> None:
     """Looks for what the engines need, so that a start which must fail leaves nothing behind.
 
+    Models that transformers runs prove themselves, one of each configuration (``generators/proof.py``).
+
     Raises:
-        InputError: a library is not installed, or there are too few GPUs.
+        InputError: a library is not installed, there are too few GPUs, or a model is not one that can answer.
     """
     for kind in {a.kind for a in asked}:
         check_available(kind)
@@ -143,6 +145,17 @@ def check_engines(asked: Sequence[Asked], config: AnsweringConfig) -> None:
     for a in asked:
         if a.num_gpus > num_gpus:
             raise InputError(f"num_gpus: {a.cell.name} needs {a.num_gpus} GPUs, this machine offers {num_gpus}")
+    if cells := {a.cell.name: a.cell for a in asked if a.kind == "hf"}:
+        spec = EngineSpec(
+            kind="hf",
+            cells=tuple(cells.values()),
+            tokenizer=str(asked[-1].cell.base),
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            use_cpu=config.use_cpu,
+            batch_size=config.generation_batch_size,
+        )
+        prove_models(spec)
 
 
 def max_tokens(matrix: ModelMatrix, config: AnsweringConfig) -> int:

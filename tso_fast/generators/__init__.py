@@ -17,3 +17,4 @@ from tso_fast.generators.engine import Server as Server
 from tso_fast.generators.engine import generate as generate
 from tso_fast.generators.opening import check_available as check_available
 from tso_fast.generators.opening import open_engine as open_engine
+from tso_fast.generators.opening import prove_models as prove_models

@@ -8,6 +8,7 @@ A batch never spans two shards, so a repeated shard gives the same bytes on a CP
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,13 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tso_fast.errors import InputError
+from tso_fast.generators import proof
 from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request, Sampling
 from tso_fast.models.load import device_of, end_token_ids, load_model, load_tokenizer
 from tso_fast.models.memory import release
 from tso_fast.types import Cell, FinishReason, TopLogprobs
+
+logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -215,6 +219,8 @@ def has_plain_cache(model: Any) -> bool:
     config = model.config.get_text_config()
     # Chunked attention counts columns from the first; layers that share keys and values read them elsewhere.
     is_special = any(getattr(config, name, None) for name in ("attention_chunk_size", "num_kv_shared_layers"))
+    # RecurrentGemma keeps the state of its recurrent layers in the layers themselves.
+    is_special |= any("attention" not in kind for kind in getattr(config, "layers_block_type", None) or ())
     if is_special or not model._supports_default_dynamic_cache():
         return False
     layers = DynamicCache(config=model.config).layers
@@ -243,11 +249,59 @@ class BatchGenerator:
         self.batch_size = batch_size
         self.name = name or model.name_or_path
         self.on_step = on_step
+        self.on_logits: Callable[[Sequence[Request], torch.Tensor], None] = lambda requests, logits_SV: None
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.is_plain = has_plain_cache(model)
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._takes_positions = "position_ids" in accepted
+
+    def prove(self, context: int | None = None) -> None:
+        """Sees to it that rows in a batch are answered as alone: else they go one at a time, or not at all.
+
+        Raises:
+            InputError: even alone the model's answers are not what its full forward pass says.
+        """
+        ids = self.tokenizer("The capital of France is", verbose=False)["input_ids"] or [self.pad]
+        size = self.model.get_input_embeddings().weight.shape[0]
+        asked = proof.requests([token % size for token in ids], context)
+        ways = [(self.is_plain, self.batch_size), (False, self.batch_size), (False, 1)]
+        found: list[str] = []
+        for self.is_plain, self.batch_size in dict.fromkeys(ways):
+            found.append(proof.problem(self.model, asked, self._logits_of))
+            if not found[-1]:
+                break
+        else:
+            raise InputError(
+                f"{self.name}: {type(self.model).__name__} cannot be used for generation: answered token by token, "
+                f"{found[-1]}; expected a causal language model whose steps agree with its full forward pass"
+            )
+        if self.batch_size == 1 != ways[0][1]:
+            logger.warning(
+                "%s: %s answers one prompt at a time, which is slow: in a batch of prompts of unequal length, %s",
+                self.name,
+                type(self.model).__name__,
+                found[0],
+            )
+
+    def _logits_of(self, asked: Sequence[Request]) -> dict[bytes, list[torch.Tensor]]:
+        """See ``proof.Run``; two rows at a time, so that a third one joins."""
+        steps: dict[bytes, list[torch.Tensor]] = {request.key: [] for request in asked}
+        before = self.on_step, self.on_logits, self.end_tokens, self.batch_size
+
+        def note(requests: Sequence[Request], logits_SV: torch.Tensor) -> None:
+            for request, logits_V in zip(requests, logits_SV.cpu(), strict=True):
+                if len(steps[request.key]) < request.sampling.max_tokens:
+                    steps[request.key].append(logits_V)
+
+        self.on_step, self.on_logits, self.end_tokens = (lambda: None), note, frozenset()
+        self.batch_size = min(2, self.batch_size)
+        try:
+            for _ in self.run(asked):
+                pass
+        finally:
+            self.on_step, self.on_logits, self.end_tokens, self.batch_size = before
+        return steps
 
     def run(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
         """Yields completions as they finish; all prompts must fit the model and its context."""
@@ -337,6 +391,7 @@ class BatchGenerator:
 
     def _advance(self, rows: list[_Row], logits_SV: torch.Tensor) -> torch.Tensor:
         """Adds the next token to every unfinished row and returns the tokens."""
+        self.on_logits([row.request for row in rows], logits_SV)
         self._note_top(rows, logits_SV)
         seeds = np.array([row.request.seed for row in rows], dtype=np.uint64)
         steps = np.array([len(row.token_ids) for row in rows], dtype=np.uint64)
@@ -398,6 +453,10 @@ class _Finished(StoppingCriteria):
 
 
 # ------------------------------------------------------------------------------------------------------- the engine
+
+
+_proven: dict[tuple[str, str, str, str, bool], tuple[bool, bool]] = {}
+"""How models are run that have proved themselves: with rows that join a batch, and one at a time."""
 
 
 class HFEngine:
@@ -488,6 +547,33 @@ class HFEngine:
             name=cell.name,
             on_step=lambda: self.on_progress(),
         )
+        self._prove(cell)
+
+    def prove(self) -> None:
+        """Loads a cell of every configuration that has not proved itself in this process.
+
+        Raises:
+            InputError: a cell cannot be loaded, or is no model that can be used.
+        """
+        for cell in self.cells.values():
+            if self._kind(cell) not in _proven:
+                self._load(cell)
+
+    def _kind(self, cell: Cell) -> tuple[str, str, str, str, bool]:
+        spec = self.spec
+        return cell.architecture, spec.dtype, spec.attn_implementation, self.device.type, spec.batch_size == 1
+
+    def _prove(self, cell: Cell) -> None:
+        """Once in a process for models of one configuration."""
+        generator, key = self._generator, self._kind(cell)
+        assert generator is not None
+        if key not in _proven:
+            limits = [limit for limit in (self.spec.context, cell.context) if limit is not None]
+            generator.prove(min(limits, default=None))
+            _proven[key] = generator.is_plain, generator.batch_size == 1
+        generator.is_plain, is_alone = _proven[key]
+        if is_alone:
+            generator.batch_size = 1
 
     def _obstacle(self, request: Request) -> str:
         """Why a request cannot be answered; empty if it can."""

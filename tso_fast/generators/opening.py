@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping
 
@@ -21,6 +22,18 @@ def check_available(kind: Kind) -> None:
         from tso_fast.generators.vllm_engine import INSTALL
 
         raise InputError(f"generator: vLLM is not installed. {INSTALL}")
+
+
+def prove_models(spec: EngineSpec) -> None:
+    """Loads a cell of each configuration, unless one did before in this process, and sees whether it answers rightly.
+
+    Raises:
+        InputError: a cell cannot be loaded, or is no model that can be used.
+    """
+    from tso_fast.generators.hf import HFEngine
+
+    with contextlib.closing(HFEngine(spec)) as engine:
+        engine.prove()
 
 
 def open_engine(

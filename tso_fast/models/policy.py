@@ -90,7 +90,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Raises InputError if the model's logits are not those of its head, with softcap and temperature."""
+        """Raises InputError if the model's logits are not those of its head, with softcap and temperature, or if they
+        depend on later tokens."""
         name = type(self.model).__name__
         if not isinstance(self.head, nn.Linear):
             raise InputError(f"{name}: its output head is {type(self.head).__name__}, expected a Linear")
@@ -99,6 +100,7 @@ class Policy(nn.Module):
         self.model.eval()
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
         ours = self.head(self.hidden(ids, torch.ones_like(ids))).float()
+        before = self.model(input_ids=ids[:, :2], attention_mask=torch.ones_like(ids[:, :2]), use_cache=False).logits
         self.model.train(was_training)
         if self.softcap is not None:
             ours = self.softcap * torch.tanh(ours / self.softcap)
@@ -110,6 +112,12 @@ class Policy(nn.Module):
             raise InputError(
                 f"{name}: its logits, of up to {largest:.3g}, differ from head(hidden) by {error:.3g}; "
                 "this architecture changes its logits in a way that is not supported"
+            )
+        seen = float((before.float() - logits[:, :2]).abs().max())
+        if not seen <= (1e-3 if self.head.weight.dtype in (torch.float32, torch.float64) else 0.2) * largest:
+            raise InputError(
+                f"{name}: its logits, of up to {largest:.3g}, change by {seen:.3g} with the tokens that follow; "
+                "expected a causal language model"
             )
 
 
