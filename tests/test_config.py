@@ -18,7 +18,7 @@ import tso_fast
 from tso_fast import commands
 from tso_fast.config import settings as settings_module
 from tso_fast.config.checks import check
-from tso_fast.config.parse import parse
+from tso_fast.config.parse import ALIASES, parse
 from tso_fast.config.settings import (
     AnnotateConfig,
     CellConfig,
@@ -163,6 +163,30 @@ def test_an_unknown_option_names_the_nearest(command: str) -> None:
     assert refusal(command, "--xyzzy=1") == "unknown key 'xyzzy'"
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "meant"),
+    [
+        ("train", "lr", "learning_rate"),
+        ("train", "epochs", "num_train_epochs"),
+        ("train", "batch_size", "per_device_train_batch_size"),
+        ("train", "max_new_tokens", "max_completion_length"),
+        ("train", "model_name_or_path", "cells"),
+        ("train", "dataset", "prompts"),
+        ("train", "output", "output_dir"),
+        ("pairs", "output_dir", "output"),
+    ],
+)
+def test_what_others_call_a_setting_is_understood(command: str, given: str, meant: str) -> None:
+    assert refusal(command, f"--{given}", "1") == f"unknown key {given!r}; did you mean {meant!r}?"
+
+
+def test_an_alias_stands_for_a_setting_and_is_none() -> None:
+    for theirs, here in ALIASES.items():
+        offering = [{f.name for f in dataclasses.fields(cls)} for cls in COMMANDS.values()]
+        assert any(here in names for names in offering), here
+        assert all(alias not in names for names in offering for alias in theirs.split() if here in names), theirs
+
+
 def test_an_unknown_key_in_yaml_names_file_line_and_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("learning_rate: 1.0e-3\n\nlearning_rat: 1.0e-4\n")
@@ -225,6 +249,8 @@ def test_a_wrong_value_names_the_key(arguments: list[str], message: str) -> None
         ("cells: [{path: 3}]", "cells: path: got 3, expected str"),
         ("cells: [{path: a, version_rank: new}]", "cells: version_rank: got new, expected int"),
         ("cells: [{path: a, version_rank: null}]", "cells[0].version_rank: got None, expected int"),
+        ("cells: [{path: a, name: ' '}]", "cells[0].name: got ' ', expected some text, or leave it out"),
+        ("judges: [{kind: agreement, name: ''}]", "judges[0].name: got '', expected some text, or leave it out"),
         ("cells: [{path: a, size_b: -1}]", "cells[0].size_b: got -1.0, expected a finite number > 0"),
         ("cells: [", "broken YAML"),
         ("seed: 0x_", "broken YAML: invalid literal for int"),

@@ -147,8 +147,10 @@ def test_a_cell_with_fewer_embeddings_than_tokens(copied: Path, tiny_matrix: Pat
 def test_names(tiny_matrix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     twice = cells(tiny_matrix, "s.v1", "s.v1")
     assert refusal(*twice) == "cells: the name 's.v1' is given twice; set distinct names"
-    assert refusal(*cells(tiny_matrix, "s.v1", name=HUMAN)).startswith("cells: got a cell named 'human'")
-    assert refusal(*cells(tiny_matrix, "s.v1", name="a/b")).startswith("cells: got a cell named 'human' or with a '/'")
+    for name in (HUMAN, "a/b", " ", "a\nb", "a\u202eb"):
+        assert refusal(*cells(tiny_matrix, "s.v1", name=name)).startswith(
+            f"cells[0]: got a cell named {name!r}; expected"
+        )
     assert "the name 'tso-2' will be that of a trained" in refusal(
         *cells(tiny_matrix, "s.v1", name="tso-2"), reserved=["tso-1", "tso-2"]
     )
@@ -291,6 +293,21 @@ def test_a_template_that_raises_anything(tiny_matrix: Path, template: str, reaso
     broken.chat_template = template
     with pytest.raises(InputError, match=rf"p.jsonl:4: field 'prompt' is refused by the chat template: .*{reason}"):
         check_fits([item()], broken, 64, 16, BadRows())
+
+
+def test_a_cell_named_policy_is_the_policy_or_no_judge_can_be_asked(tiny_matrix: Path) -> None:
+    old, new = cells(tiny_matrix, "s.v1", "s.v2")
+    old.name = "policy"
+    assert ModelMatrix([old, new], "policy").named.keys() == {"policy", "s.v2"}
+    with pytest.raises(InputError, match=r"cells: got a cell named 'policy' \(.*s.v1\), which is what judges call"):
+        _ = ModelMatrix([old, new], "s.v2").named
+
+
+def test_no_prompt_fits_beside_such_long_responses(tokenizer: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"^max_completion_length: got 108, but the context of 64 tokens holds the pro"
+    ):
+        check_fits([item()], tokenizer, 64, 108, BadRows("skip"))
 
 
 def test_the_context_of_a_matrix_is_its_smallest(copied: Path, tiny_matrix: Path) -> None:

@@ -181,8 +181,11 @@ class ModelMatrix:
         """Configuration by cell name; trained versions have none."""
         if repeated := {name for name in names if names.count(name) > 1}:
             raise InputError(f"cells: the name {min(repeated)!r} is given twice; set distinct names")
-        if HUMAN in names or any("/" in name for name in names):
-            raise InputError(f"cells: got a cell named {HUMAN!r} or with a '/'; choose another name")
+        for i, name in enumerate(names):
+            if name == HUMAN or "/" in name or not name.strip() or not name.isprintable():
+                raise InputError(
+                    f"cells[{i}]: got a cell named {name!r}; expected printable text without '/' and not {HUMAN!r}"
+                )
         if taken := set(names) & set(reserved):
             raise InputError(f"cells: the name {min(taken)!r} will be that of a trained version; set another name")
         if policy is not None and policy not in names:
@@ -200,8 +203,18 @@ class ModelMatrix:
 
     @property
     def named(self) -> dict[str, Cell]:
-        """The cells by name, and the current policy as ``policy``."""
-        return {"policy": self.policy, **{cell.name: cell for cell in self.cells if cell.name != "policy"}}
+        """The cells by name, and the current policy as ``policy``.
+
+        Raises:
+            InputError: another cell is called ``policy``.
+        """
+        found = {cell.name: cell for cell in self.cells}
+        if found.get("policy", self.policy) is not self.policy:
+            raise InputError(
+                f"cells: got a cell named 'policy' ({found['policy'].path}), which is what judges call the current "
+                "policy; set another name"
+            )
+        return {"policy": self.policy, **found}
 
     def _check_vocabularies(self) -> None:
         vocabulary = self.tokenizer.get_vocab()
@@ -238,7 +251,16 @@ class ModelMatrix:
 def check_fits(
     candidates: Sequence[Candidates], tokenizer: Any, context: int | None, max_tokens: int, bad: BadRows
 ) -> list[Candidates]:
-    """Candidates whose prompt, answers to be sampled and written answers fit the context; others are bad rows."""
+    """Candidates whose prompt, answers to be sampled and written answers fit the context; others are bad rows.
+
+    Raises:
+        InputError: no prompt can fit, or none does.
+    """
+    if context is not None and max_tokens >= context:
+        raise InputError(
+            f"max_completion_length: got {max_tokens}, but the context of {context} tokens holds the prompt too; "
+            "expected less"
+        )
     fitting = []
     for item in candidates:
         prompt = item.prompt

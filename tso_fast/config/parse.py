@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,43 @@ LISTS: dict[str, tuple[type, str]] = {
     "judges": (JudgeConfig, "{kind: llm, cell: policy}"),
 }
 """Settings that are lists, what an item is, and an example."""
+
+
+ALIASES = {
+    "lr": "learning_rate",
+    "epochs num_epochs": "num_train_epochs",
+    "batch_size micro_batch_size train_batch_size": "per_device_train_batch_size",
+    "grad_accum accumulation_steps gradient_accumulation": "gradient_accumulation_steps",
+    "lr_scheduler scheduler": "lr_scheduler_type",
+    "warmup warmup_ratio": "warmup_steps",
+    "wd": "weight_decay",
+    "grad_clip clip_grad max_norm gradient_clipping": "max_grad_norm",
+    "loss rl": "loss_type",
+    "rl_beta": "beta",
+    "max_new_tokens max_tokens": "max_completion_length",
+    "max_seq_length sequence_len max_model_len": "max_length",
+    "n num_samples num_return_sequences": "num_generations",
+    "temp": "temperature",
+    "model models base_model model_name model_name_or_path": "cells",
+    "data dataset datasets dataset_name train_dataset train_file": "prompts",
+    "eval_data eval_dataset eval_file val_file test_file": "eval_prompts",
+    "output out run_dir save_dir": "output_dir",
+    "out output_dir output_file": "output",
+    "iterations num_iters rounds num_rounds": "num_iterations",
+    "ref_model ref reference_model": "reference",
+    "reward_model reward_fn reward_funcs judge": "judges",
+    "engine backend": "generator",
+    "workers num_workers": "num_engines",
+    "precision torch_dtype fp16": "dtype",
+    "attn attention flash_attn flash_attention": "attn_implementation",
+    "device cpu no_cuda": "use_cpu",
+    "tracker wandb tensorboard": "report_to",
+    "random_seed": "seed",
+    "lora use_peft": "peft",
+    "lora_rank": "lora_r",
+    "fsdp deepspeed zero": "shard",
+}
+"""What others call a setting, and what it is called here."""
 
 
 def is_given(arguments: Sequence[str], *names: str) -> bool:
@@ -94,9 +131,11 @@ def _join_booleans(cls: type, arguments: list[str]) -> list[str]:
     return out
 
 
-def _check_known(name: str, known: Iterable[str], place: str) -> None:
+def _check_known(name: str, known: Collection[str], place: str) -> None:
     if name not in known:
-        raise InputError(f"{place}unknown key {name!r}{did_you_mean(name, known)}")
+        ours = [here for theirs, here in ALIASES.items() if name in theirs.split() and here in known]
+        hint = f"; did you mean {ours[0]!r}?" if ours else did_you_mean(name, known)
+        raise InputError(f"{place}unknown key {name!r}{hint}")
 
 
 def _check_file(path: Path, known: Sequence[str]) -> None:

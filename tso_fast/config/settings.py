@@ -42,7 +42,7 @@ class CellConfig:
     vocabulary."""
     base: Annotated[str | None, FREE] = None
     """Folder of an adapter's base model; default: what the adapter's configuration names."""
-    name: str | None = None
+    name: Text | None = None
     """Name in files and tables; default: the folder's name."""
     size_b: PositiveFloat | None = None
     """Size that orders cells, in billions of parameters; default: counted from the weights, an adapter's base's."""
@@ -183,7 +183,7 @@ class JudgeConfig:
     """`llm`: a language model reads two responses in both orders, or rates one; `implicit`: log-probs of a cell;
     `agreement`: the share of a prompt's other responses that end in the same number; `verifier`: one more program; or
     a judge of your own, `package.module:Class`."""
-    name: str | None = None
+    name: Text | None = None
     """Name in files and tables; default: its kind."""
     cell: str | None = None
     """Cell of the matrix that judges, `policy` for the current one. `llm` has either this or `model`."""
