@@ -11,11 +11,12 @@ import subprocess
 import sys
 
 import pytest
+from helpers import write_rows
 
 from tso_fast import progress
 from tso_fast.errors import InputError
 from tso_fast.progress import WHOLE, make_console
-from tso_fast.report import print_summary, write_report
+from tso_fast.report import figures, print_summary, write_report
 from tso_fast.report.summary import comparisons, summarise
 from tso_fast.report.tables import make_table
 
@@ -420,6 +421,33 @@ def test_a_question_is_put_to_whoever_sits_there(monkeypatch, capsys, reply, agr
     assert "delete runs/[/x]? Nobody is here to answer" in capsys.readouterr().err
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert progress.confirm("delete runs/[/x]?") == agreed
+
+
+def test_characters_that_turn_text_round_are_shown_and_do_nothing(tmp_path):
+    run = make_run(tmp_path / "run", seed="<i>\u202e", reference="\x1b[31m\u2066")
+    write_rows(run / "iter-2/pairs.jsonl", [pair(1, chosen="safe \u202eevil\u202c שלום")])
+    found, text = page(run)
+    assert "safe ⟨U+202E⟩evil⟨U+202C⟩ שלום" in found.text
+    assert "seed <i>⟨U+202E⟩" in found.text
+    assert "⟨U+001B⟩[31m⟨U+2066⟩" in found.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", text)
+
+
+def test_curves_that_hardly_move_have_plain_axes_and_a_whole_last_point(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    rows = [{"iteration": 1, "step": n, "loss": math.log(2) + 1e-8 * n, "rewards/margins": 1e-7} for n in (1, 2, 3)]
+    write_rows(run / "metrics.jsonl", rows)
+    drawn = []
+    monkeypatch.setattr(figures, "draw", lambda name, plot, height: drawn.append((plot, height)))
+    figures.loss_and_margin(summarise(run))
+    (plot, height), seen = drawn[0], []
+    figures.save(io.BytesIO(), lambda figure: (plot(figure), seen.append(figure)), height, format="svg")
+    axes, _ = seen[0].axes
+    assert axes.get_xlim()[1] > 3.05
+    assert axes.yaxis.get_major_formatter().get_offset() == ""
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert all(re.fullmatch(r"0\.\d{3,4}", label) for label in labels)
+    assert len(set(labels)) == len(labels)
 
 
 def test_no_run(tmp_path):

@@ -15,6 +15,8 @@ from tso_fast.report.summary import Summary
 # vermilion: rejected responses and pairs that were dropped.
 CHOSEN, SWAPPED, REJECTED, DROPPED = "#0072B2", "#7CC0EA", "#D55E00", "#F3D3BC"
 THIRD, FOURTH, INK, SOFT, FAINT = "#009E73", "#CC79A7", "#333333", "#666666", "#9A9A9A"
+LEAST_SPAN = 0.01
+"""Least height of a panel of curves, as a share of their largest value."""
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -27,6 +29,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.grid.axis": "y",
+    "axes.formatter.useoffset": False,
     "axes.axisbelow": True,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -173,11 +176,12 @@ def _curves(run: Summary, name: str, panels: Sequence[Panel]) -> str | None:
                     axes.axhline(level, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
                     _note(axes, text, (ends[-1], level), (0, 2), ha="right", fontsize=7)
             axes.margins(y=0.14)
+            _widen(axes)
             for t, start in zip(by_iteration, starts, strict=True):
                 axes.axvline(start, color=FAINT, linewidth=0.6, zorder=1)
                 axes.annotate(t, (start, 1), (3, -1), ("data", "axes fraction"), "offset points", va="top", color=SOFT)
             axes.set_title(title)
-            axes.set_xlim(0, ends[-1])
+            axes.set_xlim(0, 1.02 * ends[-1])  # the last point whole
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("step; numbers at the top: iteration")
             if len(curves) > 1:
@@ -241,6 +245,14 @@ def lengths(run: Summary) -> str | None:
         axes.legend(loc="lower right", ncols=3)
 
     return draw("lengths", plot, 2.2)
+
+
+def _widen(axes: Any) -> None:
+    """Shows a curve that hardly moves as such: rounding does not fill the panel."""
+    low, high = axes.get_ylim()
+    least = LEAST_SPAN * max(abs(low), abs(high))
+    if high - low < least:
+        axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def _note(axes: Any, text: str, point: tuple[float, float], offset: tuple[float, float], **options: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -26,6 +27,9 @@ from tso_fast.types import PreferencePair
 NUM_PAIRS = 8
 FOLD = 280
 """Number of characters after which a text is folded."""
+
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, among them those that turn the direction of text: shown by their numbers, they do nothing."""
 
 CSS = """
 :root { --ink: #222; --soft: #666; --rule: #ddd; --chosen: #0072B2; --rejected: #D55E00; }
@@ -80,6 +84,7 @@ def write_report(folder: str | Path, others: Sequence[str | Path] = ()) -> Path:
     run = summarise(folder)
     file = run.folder / REPORT_FILE
     page = "\n".join(_page(run, [summarise(other) for other in others]))
+    page = UNSEEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", page)
     with atomic_file(file) as handle:
         handle.write(page)
     return file
@@ -94,7 +99,7 @@ def _page(run: Summary, others: Sequence[Summary]) -> Iterable[str]:
 <title>{title} – tso-fast report</title><style>{CSS}</style></head><body>
 <h1>{title}</h1>
 <p class="soft">tso-fast {escape(str(run.libraries.get("tso_fast", "")))} · {escape(run.loss_name)} · reference:
-{escape(str(run.config.get("reference")))} · {run.progress} · seed {run.config.get("seed")}</p>"""
+{escape(str(run.config.get("reference")))} · {escape(run.progress)} · seed {escape(str(run.config.get("seed")))}</p>"""
     yield _tiles(run)
     if run.warnings:
         yield '<ul class="warnings">' + "".join(f"<li>{escape(w)}</li>" for w in run.warnings) + "</ul>"
