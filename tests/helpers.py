@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -107,3 +109,50 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.nbytes)
         return out
+
+
+def encoded(n: int, seed: int = 0) -> list[Any]:
+    """Pairs of unequal lengths, scales (some 0), soft labels and margins."""
+    from tso_fast.training.batches import EncodedPair
+
+    r = np.random.default_rng(seed)
+
+    def tokens(most: int) -> tuple[int, ...]:
+        return tuple(r.integers(3, 61, r.integers(1, most)).tolist())
+
+    return [
+        EncodedPair(
+            prompt=tokens(9),
+            chosen=(*tokens(8), 2),
+            rejected=(*tokens(12), 2),
+            prompt_id=str(i),
+            scale=float(r.choice([0.0, 0.25, 1.0, 2.5])) if i else 1.0,
+            soft_label=float(r.uniform(0.6, 1)),
+            margin=float(r.choice([0.0, 0.2])),
+        )
+        for i in range(n)
+    ]
+
+
+def ranks(world: int, work: Callable[[int], object], *, per_node: int | None = None) -> None:
+    """Runs ``work(rank)`` in ``world`` forks that know of each other as after torchrun, and waits for all of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def child(rank: int) -> None:
+        local = per_node or world
+        os.environ.update(
+            RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK=str(rank % local),
+            LOCAL_WORLD_SIZE=str(local),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        torch.set_num_threads(1)
+        work(rank)
+
+    children = [fork(functools.partial(child, rank)) for rank in range(world)]
+    statuses = [status_of(pid) for pid in children]
+    assert statuses == [0] * world, statuses

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from helpers import encoded
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -49,27 +49,6 @@ def tiny() -> Any:
         initializer_range=0.2,
     )
     return GPT2LMHeadModel(config).double()
-
-
-def encoded(n: int, seed: int = 0) -> list[EncodedPair]:
-    """Pairs of unequal lengths, scales (some 0), soft labels and margins."""
-    r = np.random.default_rng(seed)
-
-    def tokens(most: int) -> tuple[int, ...]:
-        return tuple(r.integers(3, 61, r.integers(1, most)).tolist())
-
-    return [
-        EncodedPair(
-            prompt=tokens(9),
-            chosen=(*tokens(8), 2),
-            rejected=(*tokens(12), 2),
-            prompt_id=str(i),
-            scale=float(r.choice([0.0, 0.25, 1.0, 2.5])) if i else 1.0,
-            soft_label=float(r.uniform(0.6, 1)),
-            margin=float(r.choice([0.0, 0.2])),
-        )
-        for i in range(n)
-    ]
 
 
 def settings(folder: Path | str = "", **changes: Any) -> TrainConfig:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from tso_fast.answering import Asked, answer, ask, check_engines, max_tokens
 from tso_fast.config.checks import check
@@ -29,7 +28,7 @@ from tso_fast.config.settings import TrainConfig, evaluation_of, to_dict
 from tso_fast.correction.make_pairs import make_pairs, reasons_text
 from tso_fast.errors import Paused, TrainingError, import_named
 from tso_fast.evaluation import evaluate
-from tso_fast.files.atomic import atomic_folder, sha256_file, write_jsonl
+from tso_fast.files.atomic import sha256_file, write_jsonl
 from tso_fast.files.labels import Label, label_row, read_labels
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import (
@@ -37,7 +36,6 @@ from tso_fast.files.rows import (
     candidates_row,
     pair_row,
     read_candidates,
-    read_pairs,
     read_verdicts,
     verdict_row,
 )
@@ -45,13 +43,11 @@ from tso_fast.files.run import SKIPPED_FILE, Run, library_versions, remove_run
 from tso_fast.judges import panel
 from tso_fast.judges.judge import Bench, Judge
 from tso_fast.matrix import ModelMatrix, check_fits, require_weights
-from tso_fast.models.load import save_model
 from tso_fast.models.memory import free_gpu_memory
 from tso_fast.progress import confirm, console, progress_bar
-from tso_fast.training.batches import encode_pairs
-from tso_fast.training.monitors import PolicyStatistics, drift_warnings
-from tso_fast.training.optimise import make_accelerator, optimise, tracker_settings
-from tso_fast.training.reference import load_whole, reference_weights, save_ema
+from tso_fast.training.iteration import train_iteration
+from tso_fast.training.monitors import PolicyStatistics
+from tso_fast.training.optimise import make_accelerator, tracker_settings
 from tso_fast.types import Candidates
 
 Produced = tuple[Iterable[Path], dict[str, Any]]
@@ -181,45 +177,9 @@ class Loop:
         """policy_t <- dual clip on the pairs, against the reference of iteration t."""
         files = self.run.iteration(t)
         if self.run.info(files.stage("train")) is None:
-            self._optimise_and_save(t)
+            train_iteration(self.config, self.matrix, self.run, t, self.accelerator)
         if self.accelerator.is_main_process:
             shutil.rmtree(files.checkpoint, ignore_errors=True)
-
-    def _optimise_and_save(self, t: int) -> None:
-        config, matrix, files = self.config, self.matrix, self.run.iteration(t)
-        pairs, too_long = encode_pairs(matrix.tokenizer, read_pairs(files.pairs, BadRows()), matrix.context)
-        if not pairs:
-            raise TrainingError(f"iteration {t}: every pair is longer than the context of {matrix.context} tokens")
-        before = [info for k in range(1, t) if (info := self.run.info(self.run.iteration(k).stage("train")))]
-        reference = reference_weights(config, matrix, self.run, t)
-        set_seed(config.seed)
-        model = load_whole(config, matrix.policy.weights, self.accelerator.device)
-        info = optimise(
-            model,
-            pairs,
-            config,
-            files=files,
-            accelerator=self.accelerator,
-            reference=reference if reference != matrix.policy.weights else None,
-            pad_token_id=matrix.tokenizer.pad_token_id or 0,
-            steps_before=sum(of["steps"] for of in before),
-        )
-        if self.accelerator.is_main_process:
-            written = [files.policy]
-            with atomic_folder(files.policy) as tmp:
-                save_model(model, matrix.tokenizer, tmp)
-            if config.reference == "ema":
-                written.append(files.reference)
-                with atomic_folder(files.reference) as tmp:
-                    save_ema(config, config, model, matrix.tokenizer, reference, tmp)
-            generated = self.run.info(files.stage("generate"))
-            assert generated is not None
-            info |= {"too_long": len(too_long), **{k: generated[k] for k in ("generated_tokens", "distinct_responses")}}
-            info["warnings"] = drift_warnings([*before, info])
-            self.run.commit(files.stage("train"), written, info)
-            for warning in info["warnings"]:
-                console.print(f"warning: iteration {t}: {warning}", style="yellow")
-        self.accelerator.wait_for_everyone()
 
     def evaluate(self, t: int, held_out: Sequence[Candidates]) -> None:
         """The policy answers held-out prompts greedily; t = 0 is before training."""

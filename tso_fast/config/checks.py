@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tso_fast.config.ranges import check_ranges
 from tso_fast.config.settings import (
+    AdapterConfig,
     AnnotateConfig,
     CellConfig,
     EngineConfig,
@@ -119,10 +121,28 @@ def _check_train(config: TrainConfig) -> None:
         raise InputError("eval_prompts: evaluation needs a verifier; set verifier or eval_verifier too")
     if config.eval_verifier is not None and config.eval_prompts is None:
         raise InputError("eval_verifier: it has no effect without eval_prompts; leave it out")
+    _check_adapter(config)
     if config.annotate and config.people is not None:
         raise InputError("annotate: nobody is waited for where a function labels; leave out annotate or people")
     if config.eval_prompts is not None and config.eval_prompts == config.prompts:
         raise InputError(f"eval_prompts: {config.eval_prompts} is the training file; expected held-out prompts")
+
+
+def _check_adapter(config: TrainConfig) -> None:
+    defaults = AdapterConfig()
+    if config.peft == "none":
+        for field in dataclasses.fields(AdapterConfig):
+            if getattr(config, field.name) != getattr(defaults, field.name):
+                raise InputError(f"{field.name}: it has no effect with peft 'none'; leave it out or set peft to lora")
+    if config.lora_dropout and config.disable_dropout:
+        raise InputError("lora_dropout: it has no effect with disable_dropout true; set disable_dropout to false")
+    if config.peft == "lora" and config.reference == "ema":
+        raise InputError(
+            "reference: the mean of two adapters' factors is not the mean of what they add; with peft 'lora' set it to "
+            "previous or initial"
+        )
+    if config.use_dora and config.shard != "none":
+        raise InputError("use_dora: its magnitudes start from whole weights, which no process has; set shard to none")
 
 
 def _check_annotate(config: AnnotateConfig) -> None:

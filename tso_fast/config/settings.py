@@ -73,7 +73,6 @@ class RowsConfig:
 
     on_bad_row: Annotated[Literal["raise", "skip"], FREE] = "raise"
     """A row that cannot be used: `raise` stops with its file:line:field, `skip` sets it aside and counts it."""
-
     on_unknown_field: Annotated[Literal["raise", "warn", "ignore"], FREE] = "warn"
     """A field that is not read and looks like a misspelling of one that is, such as `human_reponse`: `raise` makes it a
     bad row, `warn` counts such rows."""
@@ -86,6 +85,7 @@ class RowsConfig:
     """Field of the answer that a verifier checks; default: `answer`."""
     id_field: str | None = None
     """Field of the row's id; default: `id`."""
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -303,7 +303,41 @@ class OpConfig:
 
 
 @dataclass(kw_only=True)
-class OptimizationConfig(OpConfig, ModelConfig):
+class AdapterConfig:
+    """What of the policy is trained: all weights, or a LoRA adapter."""
+
+    peft: Literal["none", "lora"] = "none"
+    """`lora`: train an adapter alone, which joins the matrix over the weights that it was trained on; a policy that is
+    an adapter already goes on with it. `none`: train all weights; an adapter is merged into them."""
+    lora_r: PositiveInt = 16
+    """Rank of a new adapter."""
+    lora_alpha: PositiveInt = 32
+    """What a new adapter adds is multiplied by this over its rank, or over its root with `use_rslora`."""
+    lora_dropout: Probability = 0.0
+    """Dropout of a new adapter's input; wants `disable_dropout: false`."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that a new adapter adapts, such as [q_proj, v_proj]; default: all linear layers but the
+    head."""
+    use_rslora: bool = False
+    """Scale a new adapter by `lora_alpha` over the root of its rank."""
+    use_dora: bool = False
+    """Let a new adapter learn direction and magnitude apart (DoRA)."""
+
+
+@dataclass(kw_only=True)
+class ShardConfig:
+    """How training is shared out over processes."""
+
+    num_processes: Annotated[PositiveInt, FREE] = 1
+    """Processes on this machine, each with its GPU, that the command starts; with `torchrun` or `accelerate launch` it
+    is they who say."""
+    shard: Annotated[Literal["none", "full", "hybrid"], FREE] = "none"
+    """What of weights, gradients and optimizer a process holds: `none`: all; `full`: its part, of as many as there are
+    processes; `hybrid`: its part of a node's, with a replica on every node."""
+
+
+@dataclass(kw_only=True)
+class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
     """How the policy is trained on the pairs of an iteration."""
 
     loss_type: str | list[str] = "dual_clip"
@@ -340,6 +374,9 @@ class OptimizationConfig(OpConfig, ModelConfig):
     """Denominator constant of AdamW."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
+    max_length: PositiveInt | None = None
+    """Most tokens of prompt and response in training: the end of a longer response is cut off, and a pair whose prompt
+    leaves no room is left out; both are counted. Default: nothing is cut, and what exceeds the context is left out."""
     num_train_epochs: PositiveInt = 1
     """Passes over the pairs of an iteration."""
     per_device_train_batch_size: PositiveInt = 8
@@ -374,9 +411,6 @@ class ReferenceConfig:
 
 
 @dataclass(kw_only=True)
-    max_length: PositiveInt | None = None
-    """Most tokens of prompt and response in training: the end of a longer response is cut off, and a pair whose prompt
-    leaves no room is left out; both are counted. Default: nothing is cut, and what exceeds the context is left out."""
 class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceConfig, AnsweringConfig):
     """The whole loop."""
 

@@ -15,7 +15,7 @@ from tso_fast.config.settings import AdapterConfig
 from tso_fast.errors import InputError
 from tso_fast.models.load import ADAPTER_WEIGHTS
 from tso_fast.seeds import seed_of
-from tso_fast.training.shard import set_weight
+from tso_fast.training.shard import reshard, set_weight
 from tso_fast.types import Weights
 
 
@@ -100,6 +100,7 @@ def another_adapter(model: Any, weights: Weights) -> Iterator[None]:
     if weights.path == weights.base:
         with model.disable_adapter():
             yield
+        reshard(model)
         return
     kept = {name: parameter.detach().clone() for name, parameter in adapter_weights(model).items()}
     with torch.no_grad():
@@ -107,6 +108,7 @@ def another_adapter(model: Any, weights: Weights) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         with torch.no_grad():
             for name, parameter in adapter_weights(model).items():
                 parameter.copy_(kept[name])

@@ -82,21 +82,20 @@ class Checkpoints:
             "scheduler": self.scheduler.state_dict(),
             "skipped": [self.guard.in_a_row, self.guard.total],
         }
-        written = dcp.async_save(
-            self._tensors() | self._own(self.rank),
-            storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True),
-            process_group=self.group,
-            no_dist=self.is_alone,
-        )
-        assert isinstance(written, Future)
+        copies = {key: _copy(value) for key, value in (self._tensors() | self._own(self.rank)).items()}
         threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.writing = threads.submit(self._finish, written, tmp, target, rest)
+        self.writing = threads.submit(self._write, copies, tmp, target, rest)
         threads.shutdown(wait=False)
 
-    def _finish(self, written: Future[Any], tmp: Path, target: Path, rest: dict[str, Any]) -> None:
-        """Waits until all processes have written; the first then gives the checkpoint its name and removes old ones."""
+    def _write(self, copies: dict[str, torch.Tensor], tmp: Path, target: Path, rest: dict[str, Any]) -> None:
+        """Writes this process's part; when all have, the first gives the checkpoint its name and removes old ones."""
         try:
-            written.result()
+            dcp.save(
+                copies,
+                storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True),
+                process_group=self.group,
+                no_dist=self.is_alone,
+            )
         except (Exception, CheckpointException) as error:  # the latter is none of the former
             raise OutputError(
                 f"cannot write {target}: {_last_line(error)}. Everything complete before is kept; mend the cause "
@@ -202,6 +201,12 @@ class Checkpoints:
             torch.set_rng_state(own[f"random.{rank}.cpu"])
             if f"random.{rank}.cuda" in own:
                 torch.cuda.set_rng_state(own[f"random.{rank}.cuda"])
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    """A copy in main memory."""
+    value = value.detach()
+    return value.clone() if value.device.type == "cpu" else value.cpu()
 
 
 def _like(value: torch.Tensor, stored: TensorStorageMetadata) -> torch.Tensor:

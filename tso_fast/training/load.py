@@ -14,7 +14,7 @@ from tso_fast.files.atomic import atomic_folder
 from tso_fast.models.load import load_model
 from tso_fast.models.policy import Policy
 from tso_fast.training.adapters import add_adapter, fill_adapter
-from tso_fast.training.shard import empty_model, fill, is_sharded, make_mesh, shard_policy, whole_weights
+from tso_fast.training.shard import empty_model, fill, is_sharded, make_mesh, reshard, shard_policy, whole_weights
 from tso_fast.types import Weights
 
 
@@ -45,6 +45,7 @@ def load_policy(
     if has_adapter:
         fill_adapter(model, weights, config.seed)
     policy.check_head()
+    reshard(policy)
     return policy
 
 

@@ -20,7 +20,7 @@ from tso_fast.models.tokens import IGNORE
 from tso_fast.training.adapters import another_adapter
 from tso_fast.training.batches import EncodedPair, collate, completion_lengths
 from tso_fast.training.load import load_policy, save_policy
-from tso_fast.training.shard import local_part
+from tso_fast.training.shard import local_part, reshard
 from tso_fast.types import Weights
 
 DEFAULT_EMA_ALPHA = 0.6  # TRL's ref_model_mixup_alpha
@@ -60,6 +60,7 @@ def scorer_of(
     """
     if reference is None:
         yield policy
+        reshard(policy)
     elif config.peft == "lora":
         with another_adapter(accelerator.unwrap_model(policy).model, reference):
             yield policy

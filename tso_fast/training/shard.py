@@ -147,6 +147,13 @@ def set_weight(target: torch.Tensor, value: torch.Tensor) -> None:
     target.copy_(value)
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of weights that a forward pass left gathered, so that the model's parameters are its parts again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_part(value: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that may be sharded."""
     return value.to_local() if isinstance(value, DTensor) else value
@@ -154,12 +161,12 @@ def local_part(value: torch.Tensor) -> torch.Tensor:
 
 def whole_weights(model: nn.Module, *, only_trained: bool = False) -> dict[str, torch.Tensor]:
     """The state dict of a sharded model, gathered in main memory; empty on all processes but the first."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_trained)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return state
+    once = dict(model.named_parameters())
+    repeated = dict(model.named_parameters(remove_duplicate=False)).keys() - once.keys()  # tied weights
+    return {name: value for name, value in state.items() if name not in repeated}
 
 
 def is_sharded(module: nn.Module) -> bool:
