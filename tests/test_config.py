@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import tso_fast
 from tso_fast import commands
 from tso_fast.config import settings as settings_module
 from tso_fast.config.checks import check
+from tso_fast.config.help import GROUPS, OF_CLASS
 from tso_fast.config.parse import ALIASES, parse
 from tso_fast.config.settings import (
     AnnotateConfig,
@@ -548,6 +550,58 @@ def test_help_lists_every_setting_with_its_text(command: str, cli: Callable[...,
     for field in dataclasses.fields(COMMANDS[command]):
         assert f"--{field.name} " in ended.out, field.name
     assert "sets it aside and counts it" in " ".join(ended.out.split())
+
+
+def groups_of(out: str) -> dict[str, list[str]]:
+    """Settings by the title that they stand under."""
+    found: dict[str, list[str]] = {}
+    for line in out.splitlines():
+        if re.fullmatch(r"[A-Z][a-z ]+:", line):
+            found[line] = []
+        elif setting := re.match(r"  --(\w+)", line):
+            found[[*found][-1]].append(setting[1])
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_is_needed_first_and_the_rest_by_stage(command: str, cli: Callable[..., Any]) -> None:
+    out = cli(command, ["--help"]).out
+    assert out.index("\n\n") < 500
+    assert len(out.partition("\n\n")[0].splitlines()) == 5
+    groups = groups_of(out)
+    assert next(iter(groups)) == "Most needed:"
+    assert all(groups.values())
+    listed = [name for names in groups.values() for name in names]
+    assert sorted(listed) == sorted(f.name for f in dataclasses.fields(COMMANDS[command]))  # each once
+    required = {f.name for f in dataclasses.fields(COMMANDS[command]) if f.default is dataclasses.MISSING}
+    assert required <= set(groups["Most needed:"])
+
+
+def test_help_of_training_has_a_group_for_each_stage(cli: Callable[..., Any]) -> None:
+    out = cli("train", ["-h"]).out
+    groups = groups_of(out)
+    assert len(groups["Most needed:"]) == 10
+    assert [*groups][1:] == [f"{title}:" for title in GROUPS.values()]
+    assert {"beta", "clip_chosen", "reference"} <= set(groups["Loss:"])
+    assert {base.__name__ for cls in COMMANDS.values() for base in cls.__mro__ if dataclasses.is_dataclass(base)} <= {
+        *OF_CLASS,
+        "AnsweringConfig",
+    }
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_help_of_a_group_a_setting_and_the_items_of_a_list(cli: Callable[..., Any]) -> None:
+    (title,) = groups_of(cli("train", ["--help", "engine"]).out)
+    assert title == "Engine:"
+    one = cli("train", ["--help", "beta"]).out
+    assert groups_of(one) == {"Loss:": ["beta"]}
+    cells = cli("train", ["--help", "cells"]).out
+    assert all(f"  {f.name} " in cells for f in dataclasses.fields(CellConfig))
+    ended = cli("train", ["--help", "los"])
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith(
+        "error: help: got 'los'; did you mean 'loss'?; expected a setting or one of what, matrix"
+    )
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -14,6 +14,7 @@ import jsonargparse
 import yaml
 
 from tso_fast.config.checks import check
+from tso_fast.config.help import help_text
 from tso_fast.config.settings import CellConfig, JudgeConfig
 from tso_fast.errors import InputError, did_you_mean
 
@@ -94,6 +95,9 @@ def parse(command: str, cls: type[T], arguments: Sequence[str]) -> T:
     arguments = list(arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
+    for asks in {"-h", "--help"} & set(arguments):
+        print(help_text(command, cls, "".join(arguments[arguments.index(asks) + 1 :][:1])), end="")
+        raise SystemExit(0)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for i, argument in enumerate(arguments):
         if argument.startswith("--"):
@@ -108,7 +112,6 @@ def parse(command: str, cls: type[T], arguments: Sequence[str]) -> T:
                 _check_file(Path(value), known)
             elif root in LISTS:
                 _check_items(root, {rest[0]: value} if rest and rest[0] else _yaml(value, root), "")
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=f"tso-fast {command}", description=cls.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of these settings.")
     parser.add_class_arguments(cls, as_group=False)

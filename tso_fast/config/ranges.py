@@ -78,15 +78,15 @@ def without_free(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _nested_without_free(value: Any, hint: Any) -> Any:
     if isinstance(value, list):
         return [_nested_without_free(item, hint) for item in value]
-    cls = _class_in(hint)
+    cls = class_in(hint)
     return without_free(cls, value) if isinstance(value, dict) and cls is not None else value
 
 
-def _class_in(hint: Any) -> type | None:
+def class_in(hint: Any) -> type | None:
     """The settings that a type such as ``list[CellConfig] | None`` is made of."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return hint
-    return next((cls for inner in typing.get_args(hint) if (cls := _class_in(inner))), None)
+    return next((cls for inner in typing.get_args(hint) if (cls := class_in(inner))), None)
 
 
 def _hints(cls: type) -> dict[str, Any]:
