@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import fork, status_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tso_fast.errors import EngineError, InputError
@@ -101,6 +102,12 @@ class HFEngine:
         os.set_inheritable(int(sys.argv[1]), True)
         subprocess.Popen(["sleep", "600"], close_fds=False)
         self.crash(seconds)
+
+    def share(self, seconds):
+        from multiprocessing import shared_memory
+        shared = shared_memory.SharedMemory(create=True, size=4096)
+        (here / f"share of {os.getpid()}").write_text(shared.name)
+        time.sleep(seconds)
 
     def lose_worker(self, seconds):
         self.worker.kill()
@@ -519,3 +526,42 @@ def test_last_words_are_those_that_tell(tmp_path: Path) -> None:
     assert last_words(log, len(earlier)) == ["INFO 11-21 news"]
     assert last_words(log, log.stat().st_size) == []
     assert "cannot be read" in last_words(tmp_path / "none")[0]
+
+
+# ------------------------------------------------------------------------------------------------------ shared memory
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm here")
+@pytest.mark.parametrize("end", ["close", "killed", "its owner killed"])
+def test_no_shared_memory_stays(start: Callable[..., EngineProcess], scripted: dict[str, str], end: str) -> None:
+    """Whoever is killed: vLLM's message queues are 400 MiB, and its own tracker would die with it."""
+
+    def share(engine: EngineProcess) -> None:
+        engine.submit(ask("share", seconds=600))
+        assert until(lambda: (noted := name_of(engine)).exists() and noted.read_text())
+
+    def name_of(engine: EngineProcess) -> Path:
+        return Path(scripted["PYTHONPATH"]) / f"share of {group_of(engine)}"
+
+    if end == "its owner killed":
+        told = Path(scripted["PYTHONPATH"]) / "owned"
+
+        def own() -> None:
+            share(engine := EngineProcess(SPEC, environment=scripted))
+            told.write_text(str(group_of(engine)))
+            time.sleep(600)
+
+        owner = fork(own)
+        assert until(lambda: told.exists() and told.read_text())
+        shared = Path("/dev/shm") / (told.parent / f"share of {told.read_text()}").read_text()
+        assert shared.exists()
+        os.kill(owner, signal.SIGKILL)
+        assert status_of(owner) == -signal.SIGKILL
+    else:
+        share(engine := start())
+        shared = Path("/dev/shm") / name_of(engine).read_text()
+        assert shared.exists()
+        if end == "killed":
+            os.killpg(group_of(engine), signal.SIGKILL)
+        engine.close()
+    assert until(lambda: not shared.exists())

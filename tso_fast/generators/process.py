@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.process
+import multiprocessing.resource_tracker
 import os
 import pickle
 import queue
@@ -385,9 +386,29 @@ def main() -> None:
         child.run()
         status = 0
     except BaseException as error:
+def _track_apart() -> subprocess.Popen[bytes]:
+    """Starts the tracker of shared memory, which outlives this process's group.
+
+    multiprocessing starts its own inside the group. When the group is killed, that one dies before it has removed what
+    the others leave in /dev/shm, such as the 400 MiB of vLLM's message queues.
+    """
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", f"from multiprocessing.resource_tracker import main; main({reader})"],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[reader],
+        start_new_session=True,
+    )
+    os.close(reader)
+    tracker: Any = multiprocessing.resource_tracker._resource_tracker
+    tracker._fd, tracker._pid = writer, process.pid
+    return process
+
+
         child.send_answers(is_due=True)  # answers from before the error
         if isinstance(error, InputError):
             child.send("input error", str(error))
+    tracker = _track_apart()  # noqa: F841 an unreferenced process is waited for
         elif isinstance(error, EngineError):
             child.send("error", str(error))
         else:
