@@ -359,6 +359,26 @@ def test_an_interrupt_leaves_nothing_behind(
     assert {name: before.get(name) for name in content(tmp_path) if "__pycache__" not in name} == before
 
 
+@pytest.mark.slow
+def test_a_stopped_program_ends_at_once_and_in_order() -> None:
+    """What was to be done at the exit is done, but no module is taken down."""
+    program = (
+        "import atexit, sys\n"
+        "from tso_fast import cli\n"
+        "class Slow:\n"
+        "    def __del__(self): print('taken down')\n"
+        "slow = Slow()\n"
+        "def stops(arguments): print('half a line', end=''); raise KeyboardInterrupt\n"
+        "atexit.register(print, ', done')\n"
+        "cli.COMMANDS['env'] = stops\n"
+        "sys.argv = ['tso-fast', 'env']\n"
+        "sys.exit(cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (130, "half a line, done\n")
+    assert done.stderr == "\nstopped; the same command goes on from here\n"
+
+
 # ---- exceptions that nobody expected
 
 

@@ -194,6 +194,27 @@ def test_an_error_of_the_receiver_stops_the_engines() -> None:
     assert all(engine.is_closed for engine in executor.engines)
 
 
+def test_ctrl_c_stops_engines_also_those_that_are_being_opened() -> None:
+    """The main thread is interrupted while one engine works and the other takes an hour to start."""
+
+    class Slow(Planned):
+        def open(self, spec: EngineSpec, place: Any) -> Any:
+            if spec.cells[0].name == "b":
+                assert self.stopped.wait(3600)
+                raise EngineError("was stopped")
+            return super().open(spec, place)
+
+    def interrupted(answers: list[Answer]) -> None:
+        raise KeyboardInterrupt
+
+    executor = Slow(lambda n: float("inf"), num_engines=2)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(executor, [job("a", 400), job("b", 2)], interrupted, max_retries=0)
+    assert time.monotonic() - begun < 30
+    assert all(engine.is_closed for engine in executor.engines)
+
+
 def test_an_engine_that_cannot_be_closed_is_an_error_and_no_wait() -> None:
     class Stuck(Planned):
         def open(self, spec: EngineSpec, place: Any) -> Any:

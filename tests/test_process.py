@@ -13,9 +13,11 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,8 @@ SPEC = EngineSpec(
 )
 
 
+AT_ONCE_S = 5.0
+"""Far less than ``CLOSE_S``: what takes a tenth of a second is not to fail under load."""
 SOON_S = 25.0
 """Less than the engine's patience, and far less than the 600 s for which a fault lasts."""
 
@@ -156,9 +160,9 @@ SOON_S = 25.0
 def start(scripted: dict[str, str]) -> Iterator[Callable[..., EngineProcess]]:
     started = []
 
-    def start(log: Path | None = None, **options: Any) -> EngineProcess:
-        spec = dataclasses.replace(SPEC, **options)
-        started.append(EngineProcess(spec, environment=scripted, log=None if log is None else str(log)))
+    def start(log: Path | None = None, stopped: threading.Event | None = None, **options: Any) -> EngineProcess:
+        spec, given = dataclasses.replace(SPEC, **options), None if log is None else str(log)
+        started.append(EngineProcess(spec, environment=scripted, log=given, stopped=stopped))
         return started[-1]
 
     yield start
@@ -297,6 +301,33 @@ def test_close_waits_for_nobody(
     engine.close()
     assert time.monotonic() - begun < SOON_S
     assert not alive(group_of(engine))
+
+
+def test_an_engine_that_is_stopped_ends_at_once(start: Callable[..., EngineProcess]) -> None:
+    """Also one that would never close, and one at work, whose thread waits for an answer."""
+    stopped = threading.Event()
+    idle, busy = start(dtype="never", stopped=stopped), start(stopped=stopped)
+    idle.submit(ask("answer"))
+    idle.collect()
+    busy.submit(ask("hang", 600))
+    waits = ThreadPoolExecutor(1).submit(busy.collect)
+    begun = time.monotonic()
+    stopped.set()
+    with pytest.raises(EngineError, match="the hf engine of tiny was stopped"):
+        waits.result(AT_ONCE_S)
+    for engine in (idle, busy):
+        engine.close()
+        assert not alive(group_of(engine))
+    assert time.monotonic() - begun < AT_ONCE_S
+
+
+def test_nobody_waits_for_the_start_of_an_engine_that_is_stopped(scripted: dict[str, str], tmp_path: Path) -> None:
+    stopped, spec = threading.Event(), dataclasses.replace(SPEC, dtype="slow")
+    threading.Timer(0.2, stopped.set).start()
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match="was stopped"):
+        EngineProcess(spec, environment=scripted, log=str(tmp_path / "log"), stopped=stopped)
+    assert time.monotonic() - begun < AT_ONCE_S
 
 
 def test_an_engine_that_is_let_go_ends(scripted: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import os
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
+        status = 128 + getattr(stop, "number", signal.SIGINT)
+        if argv is None:
+            _leave(status)
+        return status
     except BrokenPipeError:  # whoever read the output has enough; what Python still holds of it must go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -65,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: {explain(error, arguments)}", file=sys.stderr)
         return 1
+
+
+def _leave(status: int) -> None:
+    """Ends this process at once: taking down what was imported, module by module, would take seconds."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run(arguments: list[str]) -> int:

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 from tso_fast.errors import EngineError
 from tso_fast.generators import Completion, Engine, EngineSpec, Refusal, Request
 
+JOIN_S = 1.0
+"""Seconds that a stop waits for an engine's thread, which may be loading a model in this process."""
 LOOK_S = 10.0
 """Seconds between checks for room for more engines, since clusters grow."""
 
@@ -40,6 +42,10 @@ class Executor(Protocol):
 
     def open(self, spec: EngineSpec, place: Any) -> Engine:
         """Raises what ``generators.open_engine`` raises."""
+        ...
+
+    def stop(self) -> None:
+        """Ends all engines at once, also those that are being opened; called from another thread than theirs."""
         ...
 
     def close(self) -> None: ...
@@ -215,14 +221,17 @@ def run(
                 executor.release(event.place)
             for event in ended:
                 _give_back(event, max_retries)
-    finally:
+    except BaseException:  # Ctrl-C too
         for worker in workers.values():
             worker.is_stopped.set()
+        executor.stop()
         for worker in workers.values():
             if worker.engine is not None:
                 with contextlib.suppress(Exception):  # the first error is the one to report
                     worker.engine.close()
-            worker.join(timeout=60)
+        for worker in workers.values():
+            worker.join(timeout=JOIN_S)
+        raise
 
 
 def _waiting(events: queue.Queue[_Event], timeout_s: float) -> list[_Event]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class LocalExecutor:
         self.logs = logs
         self.running = 0
         self.started = 0
+        self.stopped = threading.Event()
 
     def acquire(self, spec: EngineSpec) -> Place | None:
         if spec.num_gpus > self.num_gpus:
@@ -60,8 +62,15 @@ class LocalExecutor:
     def open(self, spec: EngineSpec, place: Place) -> Engine:
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(place.gpus)} if place.gpus else {}
         return open_engine(
-            spec, own_process=self.limit > 1, environment=environment, log=str(self.logs / f"engine-{place.number}.log")
+            spec,
+            own_process=self.limit > 1,
+            environment=environment,
+            log=str(self.logs / f"engine-{place.number}.log"),
+            stopped=self.stopped,
         )
+
+    def stop(self) -> None:
+        self.stopped.set()
 
     def close(self) -> None:
         pass

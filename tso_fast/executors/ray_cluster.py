@@ -12,6 +12,7 @@ import importlib.util
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,7 @@ class RayExecutor:
         self.ray = _import_ray()
         self.num_engines = num_engines
         self.running: list[Place] = []
+        self.engines: weakref.WeakSet[RayEngine] = weakref.WeakSet()
         self.is_owner = not self.ray.is_initialized()
         if self.is_owner:
             given = address or os.environ.get("RAY_ADDRESS")
@@ -99,7 +101,11 @@ class RayExecutor:
         self.running.remove(place)
 
     def open(self, spec: EngineSpec, place: Place) -> Engine:
-        return open_engine(spec) if place.is_client else RayEngine(self.ray, spec)
+        return open_engine(spec) if place.is_client else RayEngine(self.ray, spec, self.engines)
+
+    def stop(self) -> None:
+        for engine in list(self.engines):
+            engine.kill()
 
     def close(self) -> None:
         if self.is_owner:
@@ -132,9 +138,9 @@ class EngineHost:
 
 
 class RayEngine:
-    """``Engine`` on a node that Ray chooses."""
+    """``Engine`` on a node that Ray chooses; it joins ``others`` before it has started."""
 
-    def __init__(self, ray: Any, spec: EngineSpec) -> None:
+    def __init__(self, ray: Any, spec: EngineSpec, others: weakref.WeakSet[RayEngine]) -> None:
         self.ray = ray
         self.spec = spec
         self.tasks: list[Any] = []
@@ -146,10 +152,11 @@ class RayEngine:
             "scheduling_strategy": "SPREAD",
         }
         self.actor = ray.remote(EngineHost).options(**options).remote(spec)
+        others.add(self)
         try:
             self._get(self.actor.ping.remote(), spec.start_timeout_s, "it did not start")
         except BaseException:
-            self._kill()
+            self.kill()
             raise
 
     def _get(self, task: Any, timeout_s: float, what: str) -> Any:
@@ -191,8 +198,9 @@ class RayEngine:
     def close(self) -> None:
         with contextlib.suppress(self.ray.exceptions.RayError):
             self.ray.get(self.actor.close.remote(), timeout=CLOSE_S)
-        self._kill()
+        self.kill()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """Ends the actor at once; its engine sees the connection close, and goes too."""
         with contextlib.suppress(self.ray.exceptions.RayError):
             self.ray.kill(self.actor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import threading
 from collections.abc import Mapping
 
 from tso_fast.errors import InputError
@@ -37,7 +38,12 @@ def prove_models(spec: EngineSpec) -> None:
 
 
 def open_engine(
-    spec: EngineSpec, *, own_process: bool = False, environment: Mapping[str, str] | None = None, log: str | None = None
+    spec: EngineSpec,
+    *,
+    own_process: bool = False,
+    environment: Mapping[str, str] | None = None,
+    log: str | None = None,
+    stopped: threading.Event | None = None,
 ) -> Engine:
     """An engine that is ready to answer.
 
@@ -45,6 +51,7 @@ def open_engine(
         own_process: run ``hf`` in its own process too.
         environment: more variables for that process, such as CUDA_VISIBLE_DEVICES.
         log: file to which the process's output is appended; default: a temporary one.
+        stopped: once it is set, that process ends at once.
 
     Raises:
         InputError: the engine cannot run here, e.g. a library is missing or a folder has no model.
@@ -57,7 +64,7 @@ def open_engine(
     if spec.kind == "vllm" or own_process:
         from tso_fast.generators.process import EngineProcess
 
-        return EngineProcess(spec, environment=environment, log=log)
+        return EngineProcess(spec, environment=environment, log=log, stopped=stopped)
     from tso_fast.generators.hf import HFEngine
 
     return HFEngine(spec)

@@ -34,8 +34,8 @@ from typing import Any
 from tso_fast.errors import EngineError, InputError
 from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request
 
-CLOSE_S = 10.0
-"""Time that an engine has to end by itself."""
+CLOSE_S, STOP_S = 10.0, 0.5
+"""Time that an engine has to end by itself, and that it has once it is ``stopped``."""
 BATCH_S = 0.05
 """Time that answers wait for others, since a message costs about 0.1 ms on either side."""
 GRACE_S = 1.0
@@ -54,6 +54,7 @@ class EngineProcess:
     Args:
         environment: more variables for the child.
         log: file to which its output is appended; default: a temporary one, which is kept if the engine dies.
+        stopped: once it is set, nobody waits for the engine any more: not for its start, nor for an answer or its end.
 
     Raises:
         InputError: the engine cannot run here.
@@ -61,9 +62,15 @@ class EngineProcess:
     """
 
     def __init__(
-        self, spec: EngineSpec, *, environment: Mapping[str, str] | None = None, log: str | None = None
+        self,
+        spec: EngineSpec,
+        *,
+        environment: Mapping[str, str] | None = None,
+        log: str | None = None,
+        stopped: threading.Event | None = None,
     ) -> None:
         self.spec = spec
+        self._stopped = stopped or threading.Event()
         self._is_own_log = log is None
         self._log = Path(log) if log is not None else _temporary_log()
         self._outstanding = 0
@@ -137,7 +144,7 @@ class EngineProcess:
             return
         if not self._outstanding or self.spec.kind == "vllm":  # hf only looks between batches
             self._send("close")
-            deadline = time.monotonic() + CLOSE_S
+            deadline = time.monotonic() + (STOP_S if self._stopped.is_set() else CLOSE_S)
             while self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
         self._finalizer()
@@ -155,6 +162,8 @@ class EngineProcess:
     def _receive(self, deadline: float) -> Message | None:
         """The next message; None: the deadline passed. The end of the process is a message, too."""
         while (left := deadline - time.monotonic()) > 0:
+            if self._stopped.is_set():
+                raise EngineError(f"the {self.spec.kind} engine of {self.spec.names} was stopped")
             with contextlib.suppress(queue.Empty):
                 return self._inbox.get(timeout=min(left, POLL_S))
             # Its children may hold the connection open.
@@ -377,15 +386,6 @@ def _open(spec: EngineSpec) -> Any:
     return HFEngine(spec)
 
 
-def main() -> None:
-    number = int(sys.argv[1])
-    os.set_inheritable(number, False)
-    child = _Child(Connection(number))
-    status = 1
-    try:
-        child.run()
-        status = 0
-    except BaseException as error:
 def _track_apart() -> subprocess.Popen[bytes]:
     """Starts the tracker of shared memory, which outlives this process's group.
 
@@ -405,10 +405,19 @@ def _track_apart() -> subprocess.Popen[bytes]:
     return process
 
 
+def main() -> None:
+    number = int(sys.argv[1])
+    os.set_inheritable(number, False)
+    tracker = _track_apart()  # noqa: F841 an unreferenced process is waited for
+    child = _Child(Connection(number))
+    status = 1
+    try:
+        child.run()
+        status = 0
+    except BaseException as error:
         child.send_answers(is_due=True)  # answers from before the error
         if isinstance(error, InputError):
             child.send("input error", str(error))
-    tracker = _track_apart()  # noqa: F841 an unreferenced process is waited for
         elif isinstance(error, EngineError):
             child.send("error", str(error))
         else:
