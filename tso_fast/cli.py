@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tso_fast.config.settings import TrainConfig
@@ -96,8 +96,7 @@ def _run(arguments: list[str]) -> int:
             f"expected one of {', '.join(COMMANDS)}"
         )
     _show_log()
-    COMMANDS[arguments[0]](arguments[1:])
-    return 0
+    return COMMANDS[arguments[0]](arguments[1:]) or 0
 
 
 def _show_log() -> None:
@@ -118,20 +117,25 @@ def _show_log() -> None:
         log.setLevel(logging.INFO)
 
 
-def _train(arguments: list[str]) -> None:
+def _train(arguments: list[str]) -> int | None:
     from tso_fast.config.parse import is_given, parse
     from tso_fast.config.settings import TrainConfig
 
     if is_given(arguments, "config", "cells", "prompts", "help"):
         config = parse("train", TrainConfig, arguments)
     else:
-        task, arguments = _task_of(arguments)
-        config = quickstart_config(arguments, task=task)
+        task, rest = _task_of(arguments)
+        config = quickstart_config(rest, task=task)
+    from tso_fast.launch import is_launched, launch
+
+    if config.num_processes > 1 and not is_launched():
+        return launch(config.num_processes, ["train", *arguments])
     from tso_fast import commands
     from tso_fast.crashes import noted_in
 
     with noted_in(config.output_dir):
         commands.train(config)
+    return None
 
 
 def _task_of(arguments: list[str]) -> tuple[str, list[str]]:
@@ -247,7 +251,7 @@ def _env(arguments: list[str]) -> None:
     print_environment(as_json=bool(arguments))
 
 
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "generate": _single("generate", "GenerateConfig"),
     "score": _single("score", "ScoreConfig"),

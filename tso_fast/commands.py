@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,8 @@ def train(config: TrainConfig) -> None:
     from tso_fast.report import print_summary, write_report
 
     runs = train_and_compare(config)
+    if os.environ.get("RANK", "0") != "0":
+        return
     write_report(runs[0], runs[1:])
     print_summary(runs)
 

@@ -11,7 +11,7 @@ the disk, losslessly; that makes a resumed run bitwise the same as an uninterrup
 
 from __future__ import annotations
 
-import functools
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -246,11 +246,19 @@ def _open_run(
         inputs = {f"cells.{cell.name}": cell.weight_hash for cell in matrix.cells} | panel.inputs(judges, matrix)
         if config.eval_prompts:
             inputs["eval_prompts"] = sha256_file(Path(config.eval_prompts))
-        fixed = functools.partial(without_free, TrainConfig)
+        settings = to_dict(config) | {"num_processes": accelerator.num_processes}
         run = Run.open(
-            config.output_dir, to_dict(config), inputs, library_versions(), fixed, prompts, may_resume=config.resume
+            config.output_dir, settings, inputs, library_versions(), _fixed, prompts, may_resume=config.resume
         )
         if stages_done := run.state["stages"]:
             console.print(f"{run.folder}: going on after {stages_done[-1]['name']}")
     accelerator.wait_for_everyone()
     return run if accelerator.is_main_process else Run.follow(config.output_dir)
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    """What may not change when a run is resumed: among others the pairs of a step, however they are shared out."""
+    shares = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes")
+    return without_free(TrainConfig, settings) | {
+        "pairs in a step": math.prod(settings.get(key) or 1 for key in shares)
+    }

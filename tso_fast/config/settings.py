@@ -379,9 +379,10 @@ class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
     leaves no room is left out; both are counted. Default: nothing is cut, and what exceeds the context is left out."""
     num_train_epochs: PositiveInt = 1
     """Passes over the pairs of an iteration."""
-    per_device_train_batch_size: PositiveInt = 8
-    """Pairs in one forward pass on one device."""
-    gradient_accumulation_steps: PositiveInt = 1
+    per_device_train_batch_size: Annotated[PositiveInt, FREE] = 8
+    """Pairs in one forward pass on one device. This times `gradient_accumulation_steps` times processes are the pairs
+    of a step, which stay as many when a run is resumed."""
+    gradient_accumulation_steps: Annotated[PositiveInt, FREE] = 1
     """Forward passes in one optimiser step."""
     gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward pass: less memory, more time."""

@@ -97,6 +97,7 @@ class Checkpoints:
                 no_dist=self.is_alone,
             )
         except (Exception, CheckpointException) as error:  # the latter is none of the former
+            shutil.rmtree(tmp, ignore_errors=True)
             raise OutputError(
                 f"cannot write {target}: {_last_line(error)}. Everything complete before is kept; mend the cause "
                 "(space, permissions) and run the same command again"
