@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import write_rows
+from helpers import read_rows, write_rows
 
 from tso_fast.config.settings import RowsConfig
 from tso_fast.errors import InputError
@@ -152,10 +152,18 @@ def test_a_bad_row_is_named_in_every_format(tmp_path: Path, name: str, content: 
 
 
 def test_a_bad_item_of_an_array_is_set_aside_and_the_others_are_read(tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text('[{"prompt": "a"}, 3, {"prompt": "b", "prompt": "c"}, {"prompt": "d"}]')
+    items = [
+        "3",
+        '{"prompt": "b", "prompt": "c"}',
+        '{"prompt": "d", "x": NaN}',
+        '{"prompt": "\\ud800"}',
+        '{"prompt": 5}',
+    ]
+    (tmp_path / "p.json").write_text(f'[{{"prompt": "a"}}, {", ".join(items)}, {{"prompt": "z"}}]')
     bad = BadRows("skip")
-    assert [c.prompt.prompt for c in read(tmp_path / "p.json", bad)] == ["a", "d"]
-    assert [row["row"] for row in bad.rows] == [3, {"prompt": "c"}]
+    assert [c.prompt.prompt for c in read(tmp_path / "p.json", bad)] == ["a", "z"]
+    (written,) = bad.set_aside(tmp_path / "bad.jsonl")
+    assert [row["row"] for row in read_rows(written)] == [*items[:-1], {"prompt": 5}]
 
 
 def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

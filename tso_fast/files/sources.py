@@ -173,7 +173,7 @@ def _array(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
         try:
             found = _checked(row, where, decoder, "an object", "\\u" in text[at:end])
         except InputError as error:
-            bad.handle(error, row)
+            bad.handle(error, text[at:end])
         else:
             yield where, found
         at = space.match(text, end).end()  # type: ignore[union-attr]
@@ -279,7 +279,7 @@ def _table(path: Path, rows: Iterator[Row], bad: BadRows) -> Iterator[tuple[str,
         try:
             check_leaves(row, where)
         except InputError as error:
-            bad.handle(error, row)
+            bad.handle(error, repr(row))
         else:
             yield where, row
 
