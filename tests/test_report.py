@@ -15,6 +15,7 @@ from helpers import write_rows
 
 from tso_fast import progress
 from tso_fast.errors import InputError
+from tso_fast.files.run import write_state
 from tso_fast.progress import WHOLE, make_console
 from tso_fast.report import figures, print_summary, write_report
 from tso_fast.report.summary import comparisons, summarise
@@ -145,7 +146,7 @@ def make_run(folder, stages=STAGES, **config):
         "stages": stages,
         "manifest": {},
     }
-    (folder / "run.json").write_text(json.dumps(state))
+    write_state(folder, state)
     names = {stage["name"] for stage in stages}
     with open(folder / "metrics.jsonl", "w") as metrics:
         for t in (1, 2):

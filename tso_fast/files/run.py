@@ -7,6 +7,7 @@ with size and sha256. A stage that is not in ``run.json`` did not happen, whatev
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -31,6 +32,8 @@ BACKUP_FILE = f"{RUN_FILE}.bak"
 """Copy of run.json as it was last written, in case somebody or something damages that."""
 LABELS_FILE, LOCK_FILE = "labels.jsonl", ".lock"
 FORMAT = 2
+SEAL = "sha256"
+"""Key of the hash of all else in run.json."""
 
 Settings = dict[str, Any]
 
@@ -257,7 +260,7 @@ class Run:
             place_file(file, self / file.name)
 
     def _save(self) -> None:
-        write_json(self.folder / RUN_FILE, self.state)
+        write_state(self.folder, self.state)
         with writing(self.folder / BACKUP_FILE):
             shutil.copyfile(self.folder / RUN_FILE, self.folder / BACKUP_FILE)
 
@@ -392,47 +395,19 @@ def _parsed(file: Path) -> Settings:
     written = state.get("format")
     if isinstance(written, int) and written != FORMAT:
         raise _NewerError(f"output_dir: {file} has format {written!r}, this release reads {FORMAT}")
-    for key, kind in _KINDS.items():
-        if not isinstance(state.get(key), kind):
-            raise InputError(f"its {key!r} is {state.get(key)!r:.60}, expected a {kind.__name__}")
-    for number, stage in enumerate(state["stages"]):
-        if not _is_stage(stage, state["manifest"]):
-            raise InputError(f"its stage {number} is {stage!r:.60}, expected a name, info, and files of the manifest")
-    if not all(_are_bounds(bounds) for bounds in state["mini_batches"]):
-        raise InputError("its 'mini_batches' are not pairs of numbers")
+    if state.pop(SEAL, None) != _seal(state):
+        raise InputError("it is not as it was written, but edited or damaged")
     state["mini_batches"] = [tuple(bounds) for bounds in state["mini_batches"]]
     return state
 
 
-def _are_bounds(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) for n in value)
+def write_state(folder: Path, state: Settings) -> None:
+    """Writes run.json with a seal, by which every later change of its content is seen."""
+    write_json(folder / RUN_FILE, {**state, SEAL: _seal(state)})
 
 
-_KINDS = {
-    "format": int,
-    "versions": dict,
-    "config": dict,
-    "inputs": dict,
-    "prompts": str,
-    "mini_batches": list,
-    "stages": list,
-    "manifest": dict,
-}
-"""Types of what run.json must hold, by key."""
-
-
-def _is_stage(stage: Any, manifest: Settings) -> bool:
-    def is_known(name: Any) -> bool:
-        entry = manifest.get(name) if isinstance(name, str) else None
-        return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-
-    return (
-        isinstance(stage, dict)
-        and re.fullmatch(r"iter-\d+/\w+", str(stage.get("name"))) is not None
-        and isinstance(stage.get("info"), dict)
-        and isinstance(stage.get("files"), list)
-        and all(map(is_known, stage["files"]))
-    )
+def _seal(state: Settings) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def read_run(folder: str | Path) -> Settings:
