@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -254,6 +255,20 @@ def test_a_prompt_longer_than_the_context(cli: Cli, tiny_matrix: Path, tmp_path:
     ended = cli("generate", [*arguments, "--on_bad_row", "skip"])
     assert ended.status == 0
     assert len(read_rows(output)) == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_a_command_without_its_engine_leaves_nothing_behind(
+    cli: Cli, tiny_matrix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    file = write_rows(tmp_path / "p.jsonl", [{"prompt": "2 + 3?", "answer": "5"}])
+    arguments = ["--prompts", file, "--cells", cells(tiny_matrix, "s.v1"), "--output", tmp_path / "out"]
+    arguments += ["--use_cpu", "--generator", "vllm", "--max_completion_length", 4]
+    arguments += ["--verifier", "exact"] if command == "eval" else []
+    assert_error(cli(command, arguments), 2, "generator: vLLM is not installed. ")
+    assert sorted(content(tmp_path)) == ["p.jsonl"]
 
 
 # ---- exit statuses and messages

@@ -104,7 +104,7 @@ def report(run: str) -> None:
 
 def generate(config: GenerateConfig) -> None:
     """Every cell answers every prompt; responses that the file holds already stay in front."""
-    from tso_fast.answering import answer, ask, max_tokens
+    from tso_fast.answering import answer, ask, check_engines, max_tokens
     from tso_fast.files.responses import ResponseStore
     from tso_fast.matrix import ModelMatrix, check_fits
 
@@ -114,6 +114,7 @@ def generate(config: GenerateConfig) -> None:
     matrix = ModelMatrix(config.cells)
     candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
     asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+    check_engines(asked, config)
     total = sum(a.num_generations for a in asked) * len(candidates)
     with (
         ResponseStore(config.response_store or f"{config.output}.responses") as store,
@@ -286,7 +287,7 @@ def pairs(config: PairsConfig) -> None:
 
 def evaluate(config: EvalConfig) -> None:
     """Accuracy of each cell with its 95 % interval."""
-    from tso_fast.answering import ask, max_tokens
+    from tso_fast.answering import ask, check_engines, max_tokens
     from tso_fast.evaluation import evaluate
     from tso_fast.files.responses import ResponseStore
     from tso_fast.judges import panel
@@ -302,6 +303,7 @@ def evaluate(config: EvalConfig) -> None:
     candidates = check_fits(candidates, matrix.tokenizer, matrix.context, max_tokens(matrix, config), bad)
     candidates = [dataclasses.replace(c, responses=()) for c in candidates]
     asked = [ask(cell, config, matrix.configs[cell.name]) for cell in matrix.cells]
+    check_engines(asked, config)
     total = sum(a.num_generations for a in asked) * len(candidates)
     with (
         tempfile.TemporaryDirectory() as scratch,
