@@ -255,6 +255,8 @@ def test_a_wrong_value_names_the_key(arguments: list[str], message: str) -> None
         ("judges: [{kind: agreement, name: ''}]", "judges[0].name: got '', expected some text, or leave it out"),
         ("cells: [{path: a, size_b: -1}]", "cells[0].size_b: got -1.0, expected a finite number > 0"),
         ("cells: [", "broken YAML"),
+        ("seed: 1\nbeta: 1\nseed: 2", "broken YAML: key 'seed' is given twice; line 1 ff."),
+        ("cells: [{path: a, path: b}]", "broken YAML: key 'path' is given twice; line 3 ff."),
         ("seed: 0x_", "broken YAML: invalid literal for int"),
         ("cells: " + "[" * 3000, "brackets or lists are nested too deeply"),
         ("- a", "expected keys and values, got a list"),

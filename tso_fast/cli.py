@@ -30,7 +30,7 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
   report     write report.html of a run folder and print its table
   env        what is installed and usable here, and what to install for the rest
 
-  tso-fast COMMAND --help           every setting of a command, with its default
+  tso-fast COMMAND --help           every setting of a command, by stage; --help GROUP shows one of them
   tso-fast COMMAND --print_config   the resolved configuration as YAML
   tso-fast --version
 """

@@ -22,7 +22,13 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: a folder may be called 2026-01-31."""
+    """YAML without dates, since a folder may be called 2026-01-31, and without keys that are given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"key {twice[0]!r} is given twice; line {node.value[0][0].start_mark.line + 1} ff.")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
