@@ -31,8 +31,8 @@ from tso_fast.errors import InputError
 from tso_fast.files.atomic import write_json
 from tso_fast.generators import Completion, Request, Sampling
 from tso_fast.generators.hf import BatchGenerator
+from tso_fast.models.layout import padded
 from tso_fast.models.policy import Policy
-from tso_fast.models.tokens import pad_sequences
 from tso_fast.progress import make_console
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.report.tables import make_table
@@ -274,10 +274,10 @@ def generation_error(truth: Any, request: Request, completion: Completion) -> fl
 
 
 def training_error(model: Any, truth: Any, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> float:
-    ids, mask, targets = pad_sequences(rows, 0)
+    layout = padded(rows, 0)
     policy = Policy(model)
     with torch.no_grad():
-        ours = policy.logprobs(ids, mask, targets, impl="auto").double()
+        ours = policy.logprobs(layout, impl="auto").double()
     errors = []
     for row, (prompt, completion) in enumerate(rows):
         logprobs = true_logprobs(truth, [*prompt, *completion], len(prompt))

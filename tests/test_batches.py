@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from tso_fast.errors import InputError
+from tso_fast.models.layout import attention_mask, padded, shared
 from tso_fast.models.tokens import IGNORE, encode_prompt, encode_response, end_of_turn, pad_sequences, response_ids
 from tso_fast.training.batches import EncodedPair, collate, encode_pairs, num_steps, plan_steps
 from tso_fast.types import Message, PreferencePair, Prompt, Response
@@ -347,36 +351,82 @@ def encoded(n: int) -> list[EncodedPair]:
     ]
 
 
-def test_collate_puts_chosen_rows_first_and_carries_the_scalars() -> None:
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_collate_has_each_sequence_once_and_carries_the_scalars(share_prompts: bool) -> None:
     pairs = encoded(4)
+    pairs[3] = dataclasses.replace(pairs[3], rejected=pairs[3].chosen)  # prompt and chosen are those of the first
     reference = torch.arange(8.0).reshape(4, 2)
-    batch = collate(
-        pairs,
-        [2, 0, 3],
-        pad_token_id=0,
-        device=torch.device("cpu"),
-        ref_logprobs=reference,
-        is_padding=[False, False, True],
-    )
-    rows = [(pairs[i].prompt, side) for side in ((6, 2), (7, 8, 2)) for i in (2, 0, 3)]
-    for got, want in zip((batch.input_ids, batch.attention_mask, batch.targets), pad_sequences(rows, 0), strict=True):
-        assert torch.equal(got, want)
+    options: dict[str, Any] = {"pad_token_id": 0, "device": torch.device("cpu"), "share_prompts": share_prompts}
+    batch = collate(pairs, [2, 0, 3], ref_logprobs=reference, is_padding=[False, False, True], **options)
+    sequences = [(pairs[i].prompt, side) for side in ((6, 2), (7, 8, 2)) for i in (2, 0)]
+    want = (shared if share_prompts else padded)(sequences, 0)
+    for name, value in vars(want).items():
+        assert value is None or torch.equal(getattr(batch.layout, name), value), name
+    assert batch.pairs.tolist() == [[0, 2], [1, 3], [1, 1]]
+    assert batch.sides.tolist() == [0, 1, 1, 2, 3, 1]
     assert batch.scale.tolist() == [3.0, 1.0, 0.0]
     torch.testing.assert_close(batch.soft_label, torch.full((3,), 0.9))
     torch.testing.assert_close(batch.margin, torch.tensor([0.2, 0.0, 0.3]))
-    assert batch.ref_logprobs.tolist() == [4.0, 0.0, 6.0, 5.0, 1.0, 7.0]
-    assert collate(pairs, [1], pad_token_id=0, device=torch.device("cpu")).ref_logprobs is None
+    assert batch.ref_logprobs.tolist() == [4.0, 0.0, 5.0, 1.0]
+    assert collate(pairs, [1], **options).ref_logprobs is None
+    tokens = [
+        torch.full((len(side),), 10.0 * i + n)
+        for i, p in enumerate(pairs)
+        for n, side in enumerate((p.chosen, p.rejected))
+    ]
+    batch = collate(pairs, [2, 0, 3], ref_tokens=tokens, **options)
+    found = batch.ref_token_logprobs[batch.layout.targets != IGNORE]
+    assert found.tolist() == [20.0] * 2 + [0.0] * 2 + [21.0] * 3 + [1.0] * 3
+
+
+def test_a_prompt_is_in_a_row_once_before_all_of_its_responses() -> None:
+    layout = shared([((5, 6, 7), (8, 9, 2)), ((5, 6, 7), (2,)), ((3,), (4, 2)), ((5, 6, 7), (8, 2))], pad_token_id=0)
+    assert layout.input_ids.tolist() == [[5, 6, 7, 8, 9, 8], [3, 4, 0, 0, 0, 0]]
+    assert layout.attention_mask.tolist() == [[1] * 6, [1, 1, 0, 0, 0, 0]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 0, 0, 0, 0]]
+    assert layout.groups.tolist() == [[0] * 6, [1, 1, -1, -1, -1, -1]]
+    assert layout.branches.tolist() == [[0, 0, 0, 1, 1, 3], [0, 1, 0, 0, 0, 0]]
+    assert layout.targets.tolist() == [[8, 9, 2], [2, IGNORE, IGNORE], [4, 2, IGNORE], [8, 2, IGNORE]]
+    assert layout.rows.tolist() == [[2, 3, 4], [2, 0, 0], [6, 7, 0], [2, 5, 0]]
+
+
+def test_short_groups_fill_the_rows_of_long_ones() -> None:
+    def group(length: int, number: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (number, *[1] * (length - 1)), (9,)
+
+    layout = shared([group(n, i + 10) for i, n in enumerate((3, 10, 4, 6, 7))], pad_token_id=0)
+    assert layout.input_ids.shape == (3, 10)  # 10; 7 + 3; 6 + 4
+    assert layout.attention_mask.all()
+    mask = attention_mask(layout, SimpleNamespace(_attn_implementation="sdpa"), torch.float32)
+    assert mask.shape == (3, 1, 10, 10)
+    assert mask[0, 0].equal(torch.ones(10, 10).tril().bool())
+    assert not mask[1, 0, 7:, :7].any()
 
 
 # ----------------------------------------------------------------------------------------------------------- steps
 
 
-def steps_of(num_pairs: int, micro: int, accumulation: int, world: int, *, epochs: int = 2, seed: int = 3) -> list[Any]:
+def steps_of(
+    num_pairs: int,
+    micro: int,
+    accumulation: int,
+    world: int,
+    *,
+    epochs: int = 2,
+    seed: int = 3,
+    prompts: Sequence[int] = (),
+) -> list[Any]:
     """For each step the shares of all processes."""
     plans = [
         list(
             plan_steps(
-                num_pairs, epochs=epochs, micro_size=micro, accumulation=accumulation, rank=rank, world=world, seed=seed
+                prompts or range(num_pairs),
+                epochs=epochs,
+                micro_size=micro,
+                accumulation=accumulation,
+                rank=rank,
+                world=world,
+                seed=seed,
             )
         )
         for rank in range(world)
@@ -421,6 +471,22 @@ def test_steps_do_not_depend_on_how_they_are_shared_out(num_pairs: int) -> None:
     assert plans[0] == [step[0].all_index for step in steps_of(num_pairs, 4, 1, 1)]  # no hidden state
     if num_pairs > 4:
         assert plans[0] != [step[0].all_index for step in steps_of(num_pairs, 4, 1, 1, seed=4)]
+
+
+def test_pairs_of_a_prompt_come_together() -> None:
+    prompts = [0, 1, 2, 3, 4, 5] * 4
+    steps = steps_of(24, 4, 2, 1, epochs=2, prompts=prompts)
+    orders = []
+    for epoch in (0, 1):
+        order = [i for (step,) in steps if step.epoch == epoch for i in step.all_index]
+        assert sorted(order) == list(range(24))
+        runs = [key for key, _ in itertools.groupby(prompts[i] for i in order)]
+        assert sorted(runs) == [0, 1, 2, 3, 4, 5]
+        orders.append((runs, order))
+        assert all([i for part in step.micro_batches for i in part.index] == step.all_index for (step,) in steps)
+    assert orders[0][0] != orders[1][0]  # prompts are shuffled
+    first = [[i for i in order if prompts[i] == 0] for _, order in orders]
+    assert first[0] != first[1]  # and so are the pairs of one
 
 
 def test_a_process_without_pairs_computes_one_of_scale_0() -> None:

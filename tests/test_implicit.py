@@ -58,14 +58,14 @@ def test_scores_are_those_of_full_logits_in_float64(name: str) -> None:
 def test_batches_hold_as_many_tokens_as_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = tiny(), rows(60)
     shapes: list[torch.Size] = []
-    original = implicit.pad_sequences
+    original = implicit.padded
 
     def pad(batch: Any, pad_token_id: int) -> Any:
-        ids, mask, targets = original(batch, pad_token_id)
-        shapes.append(ids.shape)
-        return ids, mask, targets
+        layout = original(batch, pad_token_id)
+        shapes.append(layout.input_ids.shape)
+        return layout
 
-    monkeypatch.setattr(implicit, "pad_sequences", pad)
+    monkeypatch.setattr(implicit, "padded", pad)
     done: list[int] = []
     response_logprobs(model, asked, pad_token_id=0, tokens_per_batch=200, advance=done.append)
     assert done == [shape[0] for shape in shapes]

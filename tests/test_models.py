@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -116,9 +118,9 @@ def test_log_probs_are_those_of_the_models_own_logits(name: str) -> None:
     got = policy(batch, impl="auto")
     with torch.no_grad():
         torch.testing.assert_close(got.double(), own_sums(model, pairs), rtol=1e-5, atol=1e-5)
-    hidden = policy.hidden(batch.input_ids, batch.attention_mask)
-    assert hidden.shape == (4, batch.input_ids.shape[1], 32)
-    logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    rows = batch.layout
+    assert policy.hidden_of(rows).shape == (4, rows.input_ids.shape[1], 32)
+    logits = model(rows.input_ids, attention_mask=rows.attention_mask).logits
     assert logits.shape[-1] == VOCAB  # the head is itself again
 
 
@@ -135,6 +137,76 @@ def test_gradients_reach_every_weight_as_through_full_logits(name: str) -> None:
     for key, p in model.named_parameters():
         torch.testing.assert_close(got[key], p.grad, rtol=1e-5, atol=1e-8)
         assert p.grad.any(), key
+
+
+WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2-window": ("Gemma2Config", {**SHAPE, "head_dim": 8, "sliding_window": 4}),
+    "mistral-window": ("MistralConfig", {**SHAPE, "sliding_window": 4}),
+    "mixtral": ("MixtralConfig", {**SHAPE, "num_local_experts": 4}),
+    "qwen3": ("Qwen3Config", {**SHAPE, "head_dim": 8}),
+}
+"""Further architectures: windows shorter than a response, and experts."""
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*CONFIGS, *WINDOWS])
+def test_a_shared_prompt_gives_the_gradients_of_padded_sequences(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four pairs of two prompts and six responses."""
+    monkeypatch.setattr(sys.modules[__name__], "CONFIGS", CONFIGS | WINDOWS)
+    model = tiny(name, attn_implementation=attention)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    policy = Policy(model.double())
+    assert policy.obstacle_to_sharing() is None
+    if attention == "eager" and "window" in name:
+        return  # transformers gives NaN for padding beyond the window
+    prompts, r = [(5, 6, 7, 8), (11,)], np.random.default_rng(0)
+    pairs = [
+        EncodedPair(
+            prompt=prompts[i % 2],
+            chosen=(12, 13, 2),
+            rejected=tuple(r.integers(3, VOCAB, 1 + 2 * i).tolist()),
+            scale=1.0 + i,
+            soft_label=0.9,
+            margin=0.0,
+            prompt_id="",
+        )
+        for i in range(4)
+    ]
+    found = []
+    for share_prompts in (False, True):
+        reference = -torch.arange(8.0).reshape(4, 2)
+        batch = collate(
+            pairs,
+            range(4),
+            pad_token_id=0,
+            device=torch.device("cpu"),
+            share_prompts=share_prompts,
+            ref_logprobs=reference,
+        )
+        assert batch.layout.targets.shape[0] == 6
+        out = policy(batch, impl="auto", loss="dpo")
+        out.loss.backward()
+        found.append([out.losses, out.logprobs, *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # most norms compute in float32
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "reason"),
+    [
+        ("MambaConfig", {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "it fails"),
+        ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "attn|fails|differ"),
+    ],
+)
+def test_what_cannot_share_prompts_says_why(cls: str, fields: dict[str, Any], reason: str) -> None:
+    torch.manual_seed(0)
+    obstacle = Policy(AutoModelForCausalLM.from_config(getattr(transformers, cls)(**fields))).obstacle_to_sharing()
+    assert obstacle is not None
+    assert re.search(reason, obstacle), obstacle
 
 
 def test_forward_is_the_loss_with_the_scalars_of_the_batch() -> None:

@@ -110,9 +110,8 @@ def first_step(loss: str, *pairs: tuple[float, float, float]) -> FirstStep:
     """Of pairs (scale, soft label, margin), whose responses have any log-probs."""
     scale, soft_label, margin = (torch.tensor(column) for column in zip(*pairs, strict=True))
     n = len(pairs)
-    empty = torch.empty(0)
-    batch = PairBatch(input_ids=empty, attention_mask=empty, targets=empty, scale=scale, soft_label=soft_label,
-                      margin=margin)  # fmt: skip
+    pairs = torch.arange(2 * n).reshape(2, n).T
+    batch = PairBatch(layout=None, pairs=pairs, scale=scale, soft_label=soft_label, margin=margin)
     step = FirstStep(LOSSES[loss])
     step.add(output(logprobs=torch.linspace(-9, -2, 2 * n), num_tokens=torch.arange(1, 2 * n + 1)), batch)
     return step
@@ -145,8 +144,8 @@ def test_first_loss_follows_from_margin_soft_label_and_scale() -> None:
 def test_first_loss_of_a_sum_of_losses_follows_from_the_log_probs() -> None:
     """A loss with an NLL in it has no constant first value; what the function says of log-ratios of 0 is expected."""
     step = FirstStep(weighted_sum(["dpo", "sft"], [1.0, 0.5], {}))
-    batch = PairBatch(**dict.fromkeys(("input_ids", "attention_mask", "targets"), torch.empty(0)),
-                      scale=torch.ones(1), soft_label=torch.ones(1), margin=torch.zeros(1))  # fmt: skip
+    one = torch.ones(1)
+    batch = PairBatch(layout=None, pairs=torch.tensor([[0, 1]]), scale=one, soft_label=one, margin=0 * one)
     step.add(output(logprobs=torch.tensor([-6.0, -8.0]), num_tokens=torch.tensor([3, 2])), batch)
     step.check(means(LN2 + 0.5 * 6 / 3), is_exact=True)
     with pytest.raises(TrainingError):

@@ -79,7 +79,7 @@ def gradients(
         )
         step = next(
             plan_steps(
-                len(pairs), epochs=1, micro_size=micro, accumulation=accumulation, rank=rank, world=world, seed=5
+                range(len(pairs)), epochs=1, micro_size=micro, accumulation=accumulation, rank=rank, world=world, seed=5
             )
         )
         meters.append(Meter())
@@ -89,6 +89,7 @@ def gradients(
             pairs=pairs,
             references=reference if isinstance(reference, dict) else {"ref_logprobs": reference},
             pad_token_id=0,
+            share_prompts=False,
             config=config,
             loss=optimise.configured_loss(config),
         )

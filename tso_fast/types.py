@@ -240,14 +240,12 @@ class PreferencePair:
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch:
-    """Right-padded sequences of some pairs, ready for a model; the chosen rows first, then the rejected ones."""
+    """Some pairs, ready for a model: their distinct sequences in rows, and which of them are pairs."""
 
-    input_ids: torch.Tensor
-    """[S, L] int64."""
-    attention_mask: torch.Tensor
-    """[S, L] int64."""
-    targets: torch.Tensor
-    """[S, L] int64, shifted: targets[s, t] is predicted from position t; -100 outside the completion."""
+    layout: Any
+    """``models.layout.Layout`` of the S sequences."""
+    pairs: torch.Tensor
+    """[N, 2] int64: the sequences that are the chosen and the rejected response of each pair."""
     scale: torch.Tensor
     """[N] float32."""
     soft_label: torch.Tensor
@@ -257,7 +255,13 @@ class PairBatch:
     ref_logprobs: torch.Tensor | None = None
     """[S] float32 sums under the reference, nats."""
     ref_token_logprobs: torch.Tensor | None = None
-    """[S, L] float32 log-probs of the targets under the reference, instead of their sums; anything where ignored."""
+    """Like the layout's targets, float32: log-probs of the targets under the reference, instead of their sums; anything
+    where ignored."""
+
+    @property
+    def sides(self) -> torch.Tensor:
+        """[2 N] int64: the sequences of all chosen responses, then those of all rejected ones."""
+        return self.pairs.T.reshape(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -384,6 +384,9 @@ class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
     of a step, which stay as many when a run is resumed."""
     gradient_accumulation_steps: Annotated[PositiveInt, FREE] = 1
     """Forward passes in one optimiser step."""
+    share_prompt: bool | Literal["auto"] = "auto"
+    """Compute a prompt once for all of its responses in a forward pass, and a response once for all of its pairs:
+    `auto` where the architecture allows it, as is tried on a few tokens."""
     gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward pass: less memory, more time."""
     disable_dropout: bool = True

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tso_fast.errors import InputError
 from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts
 from tso_fast.matrix import ModelMatrix, require_weights
+from tso_fast.models.layout import padded
 from tso_fast.models.load import device_of, load_model
 from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy
-from tso_fast.models.tokens import encode_prompt, pad_sequences, response_ids
+from tso_fast.models.tokens import encode_prompt, response_ids
 from tso_fast.types import Candidates, Cell
 
 
@@ -127,8 +128,7 @@ def response_logprobs(
     out: dict[int, SequenceLogprob] = {}
     for index in _batches([len(prompt) + len(completion) for prompt, completion in rows], tokens_per_batch):
         batch = [(tuple(rows[i][0]), tuple(rows[i][1])) for i in index]
-        ids, mask, targets = (t.to(model.device) for t in pad_sequences(batch, pad_token_id))
-        sums = policy.logprobs(ids, mask, targets, impl=impl).sum(dim=1, dtype=torch.float64)
+        sums = policy.logprobs(padded(batch, pad_token_id).to(model.device), impl=impl).sum(dim=1, dtype=torch.float64)
         if not sums.isfinite().all():
             raise InputError(
                 f"{model.name_or_path}: the model gives log-probs that are not finite; its weights are "

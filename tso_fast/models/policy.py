@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import (
 from tso_fast.errors import InputError
 from tso_fast.logprob import linear_logprobs, preference_loss
 from tso_fast.losses import Loss
+from tso_fast.models.layout import Layout, attention_mask, padded, shared
+from tso_fast.models.tokens import IGNORE
 from tso_fast.types import PairBatch
 
 
@@ -39,6 +42,8 @@ class Policy(nn.Module):
         # Granite divides its logits, Cohere multiplies them.
         divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
         self.temperature = float(divisor or 1.0) / float(factor or 1.0)
+        self.shares_prompts = False
+        """Whether a prompt is computed once for all of its responses; see ``obstacle_to_sharing``."""
         if is_checked:
             self.check_head()
 
@@ -46,34 +51,45 @@ class Policy(nn.Module):
     def head(self) -> Any:
         return self.model.get_output_embeddings()
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Input of the output head, [S, L, D]."""
+    def hidden(self, input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None = None) -> Any:
+        """Input of the output head, [B, L, D]."""
+        positions = {} if position_ids is None else {"position_ids": position_ids}
         with _capture_head_input(self.head) as captured:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
         return captured[0]
 
-    def logprobs(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor, *, impl: str
-    ) -> torch.Tensor:
-        """Log-probs of the targets, [S, L] nats, 0 for ignored targets."""
-        hidden = self.hidden(input_ids, attention_mask)
-        return linear_logprobs(hidden, self.head.weight, targets, impl=impl, **self._head_options())
+    def hidden_of(self, layout: Layout) -> torch.Tensor:
+        """What the targets of a layout are predicted from, with their shape and a dimension D."""
+        config = self.model.config.get_text_config()
+        mask = attention_mask(layout, config, self.model.dtype)
+        hidden = self.hidden(layout.input_ids, mask, layout.position_ids)
+        if layout.rows is None:
+            return hidden
+        # Not by indexing, whose gradient would add up in any order where prompts end.
+        return nn.functional.embedding(layout.rows, hidden.reshape(-1, hidden.shape[-1]))
+
+    def logprobs(self, layout: Layout, *, impl: str) -> torch.Tensor:
+        """Log-probs of the targets, shaped like them, nats, 0 for ignored targets."""
+        return linear_logprobs(
+            self.hidden_of(layout), self.head.weight, layout.targets, impl=impl, **self._head_options()
+        )
 
     def forward(
         self, batch: PairBatch, *, impl: str, loss: str | Loss | None = None, per_token: bool = False, **options: Any
     ) -> Any:
-        """The ``PreferenceOutput`` of a batch, or, if ``loss`` is None, the log-prob of each sequence, [S] nats, or of
-        each token, [S, L]."""
+        """The ``PreferenceOutput`` of a batch with its sequences as ``batch.sides``, the chosen ones first, or, if
+        ``loss`` is None, the log-prob of each of these sequences, [2 N] nats, or of each token, [2 N, C]."""
         if loss is None:
-            logprobs = self.logprobs(batch.input_ids, batch.attention_mask, batch.targets, impl=impl)
+            logprobs = self.logprobs(batch.layout, impl=impl)
             if per_token:
-                return logprobs
+                return logprobs[batch.sides]
             # Summed as in preference_loss, so that equal policy and reference have equal sums.
-            return logprobs.sum(dim=1, dtype=torch.float64).to(logprobs.dtype)
-        return preference_loss(
-            self.hidden(batch.input_ids, batch.attention_mask),
+            return logprobs.sum(dim=1, dtype=torch.float64).to(logprobs.dtype)[batch.sides]
+        output = preference_loss(
+            self.hidden_of(batch.layout),
             self.head.weight,
-            batch.targets,
+            batch.layout.targets,
+            pairs=batch.pairs,
             loss=loss,
             ref_logprobs=batch.ref_logprobs,
             ref_token_logprobs=batch.ref_token_logprobs,
@@ -84,6 +100,8 @@ class Policy(nn.Module):
             **self._head_options(),
             **options,
         )
+        by_side = {name: getattr(output, name)[batch.sides] for name in ("logprobs", "ref_logprobs", "num_tokens")}
+        return dataclasses.replace(output, **by_side)
 
     def _head_options(self) -> dict[str, Any]:
         return {"bias": self.head.bias, "softcap": self.softcap, "temperature": self.temperature}
@@ -119,6 +137,33 @@ class Policy(nn.Module):
                 f"{name}: its logits, of up to {largest:.3g}, change by {seen:.3g} with the tokens that follow; "
                 "expected a causal language model"
             )
+
+    @torch.no_grad()
+    def obstacle_to_sharing(self) -> str | None:
+        """Why a prompt cannot be computed once for several responses; None: it can, as was tried.
+
+        Some architectures make positions of their own, or carry what came before along in a state.
+        """
+        config = self.model.config.get_text_config()
+        if config._attn_implementation not in ("sdpa", "eager"):
+            return f"attn_implementation {config._attn_implementation!r} takes no mask"
+        size = min(self.head.weight.shape[0], 97)
+        prompts = [tuple((7 * i + j * j) % size for i in range(2 + 3 * j)) for j in (1, 2)]
+        tried = [(p, tuple((5 * i + 3 * k) % size for i in range(2 + k))) for p in prompts for k in range(3)]
+        many = shared(tried, 0).to(self.model.device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            ones = [padded([sequence], 0).to(self.model.device) for sequence in tried]
+            alone = torch.cat([self.hidden_of(one)[one.targets != IGNORE] for one in ones]).float()
+            together = self.hidden_of(many)[many.targets != IGNORE].float()
+        except Exception as error:
+            return f"it fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        finally:
+            self.model.train(was_training)
+        off = float((alone - together).norm() / alone.norm())
+        is_same = off <= max(1e-4, 20 * torch.finfo(self.model.dtype).eps)
+        return None if is_same else f"hidden states differ by {off:.2g} of their size"
 
 
 @contextlib.contextmanager

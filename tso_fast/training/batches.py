@@ -1,16 +1,17 @@
-"""Preference pairs to padded batches, and the order of the steps that use them."""
+"""Preference pairs to batches, and the order of the steps that use them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tso_fast.models.tokens import IGNORE, encode_prompt, pad_sequences, response_ids
+from tso_fast.models.layout import padded, shared
+from tso_fast.models.tokens import IGNORE, encode_prompt, response_ids
 from tso_fast.types import PairBatch, PreferencePair
 
 
@@ -83,35 +84,41 @@ def collate(
     *,
     pad_token_id: int,
     device: torch.device,
+    share_prompts: bool = False,
     ref_logprobs: torch.Tensor | None = None,
     ref_tokens: Sequence[torch.Tensor] | None = None,
     is_padding: Sequence[bool] | None = None,
 ) -> PairBatch:
-    """Batch of the pairs ``index``.
+    """Batch of the pairs ``index``; a response that is in several of them is in it once.
 
     Args:
+        share_prompts: a prompt once for all of its responses, else each sequence in a row of its own.
         ref_logprobs: [number of pairs, 2] reference sums (chosen, rejected), or None.
         ref_tokens: reference log-probs of the tokens of each completion, pair by pair the chosen and the rejected one.
         is_padding: pairs that only fill the batch; they get scale 0.
     """
-    chosen = [(pairs[i].prompt, pairs[i].chosen) for i in index]
-    rejected = [(pairs[i].prompt, pairs[i].rejected) for i in index]
-    ids, mask, targets = pad_sequences(chosen + rejected, pad_token_id)
+    sides = [(pairs[i].prompt, response) for i in index for response in (pairs[i].chosen, pairs[i].rejected)]
+    owners = [2 * i + side for i in index for side in (0, 1)]
+    in_order = [*range(0, len(sides), 2), *range(1, len(sides), 2)]  # the chosen ones first
+    first: dict[Any, int] = {}
+    for at in in_order:
+        first.setdefault(sides[at], at)
+    number = {sequence: n for n, sequence in enumerate(first)}
+    layout = (shared if share_prompts else padded)(list(number), pad_token_id).to(device)
     keep = 1.0 - torch.tensor(is_padding if is_padding is not None else [False] * len(index), dtype=torch.float32)
-    reference = None if ref_logprobs is None else ref_logprobs[list(index)].T.reshape(-1).to(device)
+    owner = [owners[at] for at in first.values()]
     tokens = None
     if ref_tokens is not None:
-        tokens = torch.zeros(targets.shape)
-        tokens[targets != IGNORE] = torch.cat([ref_tokens[2 * i + side] for side in (0, 1) for i in index])
+        tokens = torch.zeros(layout.targets.shape, device=device)
+        tokens[layout.targets != IGNORE] = torch.cat([ref_tokens[at] for at in owner]).to(device)
     return PairBatch(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        targets=targets.to(device),
+        layout=layout,
+        pairs=torch.tensor([number[sequence] for sequence in sides]).reshape(-1, 2).to(device),
         scale=(torch.tensor([pairs[i].scale for i in index]) * keep).to(device),
         soft_label=torch.tensor([pairs[i].soft_label for i in index]).to(device),
         margin=torch.tensor([pairs[i].margin for i in index]).to(device),
-        ref_logprobs=reference,
-        ref_token_logprobs=None if tokens is None else tokens.to(device),
+        ref_logprobs=None if ref_logprobs is None else ref_logprobs.reshape(-1)[owner].to(device),
+        ref_token_logprobs=tokens,
     )
 
 
@@ -133,21 +140,38 @@ class Step:
 
 
 def plan_steps(
-    num_pairs: int, *, epochs: int, micro_size: int, accumulation: int, rank: int, world: int, seed: int
+    prompts: Sequence[Hashable],
+    *,
+    epochs: int,
+    micro_size: int,
+    accumulation: int,
+    rank: int,
+    world: int,
+    seed: int,
 ) -> Iterator[Step]:
     """Steps of an iteration; the pairs of a step do not depend on how many processes or passes share it.
 
-    A share that runs short is filled with a repeated pair of scale 0, so that every process makes as many passes.
+    Pairs of a prompt come one after the other, so that they can share its forward pass. A share that runs short is
+    filled with a repeated pair of scale 0, so that every process makes as many passes.
+
+    Args:
+        prompts: what the prompt of each pair is known by.
     """
     size = micro_size * accumulation * world
+    members: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        members.setdefault(prompt, []).append(i)
+    groups = list(members.values())
     for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(num_pairs).tolist()
-        for start in range(0, num_pairs, size):
+        random = np.random.default_rng([seed, epoch])
+        order = [i for g in random.permutation(len(groups)) for i in random.permutation(groups[g]).tolist()]
+        for start in range(0, len(order), size):
             batch = order[start : start + size]
             parts = min(accumulation, -(-len(batch) // (micro_size * world)))
+            bounds = [-(-len(batch) * share // (parts * world)) for share in range(parts * world + 1)]
             micro_batches = []
             for part in range(parts):
-                share = batch[part * world + rank :: parts * world]
+                share = batch[bounds[part * world + rank] : bounds[part * world + rank + 1]]
                 micro_batches.append(MicroBatch(index=share or batch[:1], is_padding=[not share] * max(1, len(share))))
             yield Step(epoch=epoch, micro_batches=micro_batches, all_index=batch)
 

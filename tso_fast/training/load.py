@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 
 from tso_fast.config.settings import ModelConfig, OptimizationConfig
+from tso_fast.errors import InputError
 from tso_fast.files.atomic import atomic_folder
 from tso_fast.models.load import load_model
 from tso_fast.models.policy import Policy
 from tso_fast.training.adapters import add_adapter, fill_adapter
 from tso_fast.training.shard import empty_model, fill, is_sharded, make_mesh, reshard, shard_policy, whole_weights
 from tso_fast.types import Weights
+
+logger = logging.getLogger(__name__)
 
 
 def load_policy(
@@ -30,12 +35,11 @@ def load_policy(
     device = accelerator.device
     mesh = make_mesh(config.shard, device.type, accelerator.num_processes, _per_node(accelerator))
     if mesh is None:
-        if not has_adapter:
-            return Policy(load_whole(config, weights, device))
-        model = load_whole(config, Weights(weights.base, weights.base), device)
-        model = add_adapter(model, config, weights)
-        fill_adapter(model, weights, config.seed)
-        return Policy(model)
+        model = load_whole(config, Weights(weights.base, weights.base) if has_adapter else weights, device)
+        if has_adapter:
+            model = add_adapter(model, config, weights)
+            fill_adapter(model, weights, config.seed)
+        return _share_prompts(Policy(model), config.share_prompt)
     model = empty_model(weights, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
     if has_adapter:
         model = add_adapter(model, config, weights)
@@ -45,8 +49,28 @@ def load_policy(
     if has_adapter:
         fill_adapter(model, weights, config.seed)
     policy.check_head()
+    _share_prompts(policy, config.share_prompt)
     reshard(policy)
     return policy
+
+
+def _share_prompts(policy: Policy, wanted: bool | Literal["auto"]) -> Policy:
+    """The policy, told whether to compute a prompt once for all of its responses."""
+    if wanted is False:
+        return policy
+    obstacle = policy.obstacle_to_sharing()
+    name = type(policy.model).__name__
+    if obstacle and wanted is True:
+        raise InputError(f"share_prompt: {name} cannot share prompts: {obstacle}; set share_prompt to auto or false")
+    policy.shares_prompts = not obstacle
+    _log_sharing(name, obstacle)
+    return policy
+
+
+@functools.cache
+def _log_sharing(name: str, obstacle: str | None) -> None:
+    how = f"off, {obstacle}" if obstacle else "on: a prompt is computed once for all of its responses"
+    logger.info("share_prompt for %s: %s", name, how)
 
 
 def _per_node(accelerator: Accelerator) -> int:

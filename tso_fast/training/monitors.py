@@ -168,8 +168,8 @@ class FirstStep:
             return []
         reference = batch.ref_token_logprobs.double()
         tokens = TokenLogprobs(logprobs=reference.flatten(), ref_logprobs=reference.flatten(), values=None)
-        terms = self.loss.terms(tokens).view_as(reference).where(batch.targets != IGNORE, 0.0)
-        return list(terms.sum(1).reshape(2, -1))
+        terms = self.loss.terms(tokens).view_as(reference).where(batch.layout.targets != IGNORE, 0.0)
+        return list(terms.sum(1)[batch.sides].reshape(2, -1))
 
     def check(self, means: Mapping[str, float], accelerator: Any = None, *, is_exact: bool) -> float:
         """Compares the step's means with what was added, and returns the expected loss.

@@ -152,6 +152,7 @@ def optimise(
         accelerator=accelerator,
         config=config,
         pad_token_id=pad_token_id,
+        share_prompts=policy.shares_prompts,
         total_steps=total_steps,
         steps_before=steps_before,
     )
@@ -201,6 +202,7 @@ def _references(
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             impl=config.impl,
+            share_prompts=accelerator.unwrap_model(policy).shares_prompts,
             per_token=per_token,
             autocast=contextlib.nullcontext if sharded else accelerator.autocast,
             advance=advance,
@@ -227,6 +229,7 @@ class _Training:
     accelerator: Accelerator
     config: OptimizationConfig
     pad_token_id: int
+    share_prompts: bool
     total_steps: int
     steps_before: int
     first_loss: float | None = None
@@ -292,7 +295,10 @@ class _Training:
     def _steps(self) -> Iterator[tuple[int, Step]]:
         seed = seed_of(self.config.seed, self.files.number)
         shares = _shares(self.config, self.accelerator)
-        return enumerate(plan_steps(len(self.pairs), rank=self.accelerator.process_index, seed=seed, **shares), start=1)
+        return enumerate(
+            plan_steps([pair.prompt for pair in self.pairs], rank=self.accelerator.process_index, seed=seed, **shares),
+            start=1,
+        )
 
     def one_step(self, number: int, step: Step) -> float:
         """One optimiser step, skipped when it is not finite; returns the gradient's norm."""
@@ -342,6 +348,7 @@ def backward(run: _Training, step: Step, meter: Meter, first: FirstStep | None =
             micro.index,
             pad_token_id=run.pad_token_id,
             device=accelerator.device,
+            share_prompts=run.share_prompts,
             is_padding=micro.is_padding,
             **run.references,
         )

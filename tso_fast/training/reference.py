@@ -81,6 +81,7 @@ def reference_logprobs(
     rank: int,
     world: int,
     impl: str,
+    share_prompts: bool = False,
     per_token: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     advance: Callable[[int], None] = lambda n: None,
@@ -90,6 +91,7 @@ def reference_logprobs(
     Batches of like length are dealt to the processes; each fills in its own and leaves zeros elsewhere.
 
     Args:
+        share_prompts: see ``collate``.
         per_token: not the sums but the log-probs of all completions' tokens, one after the other in a single dimension,
             see ``completion_lengths``.
         autocast: the context that the policy is trained in, so that both round alike.
@@ -97,16 +99,21 @@ def reference_logprobs(
     lengths = completion_lengths(pairs)
     out = torch.zeros(sum(lengths)) if per_token else torch.zeros(len(pairs), 2)
     parts = out.split(lengths) if per_token else ()
-    order = sorted(range(len(pairs)), key=lambda i: pairs[i].length)
+    longest: dict[tuple[int, ...], int] = {}
+    for pair in pairs:
+        longest[pair.prompt] = max(pair.length, longest.get(pair.prompt, 0))
+    order = sorted(range(len(pairs)), key=lambda i: (longest[pairs[i].prompt], pairs[i].prompt))
     for start in range(0, len(order), batch_size * world):
         index = order[start + rank * batch_size :][:batch_size]
         # Wrapped models communicate in their forward pass, so a process without pairs makes the pass all the same.
-        batch = collate(pairs, index or order[:1], pad_token_id=pad_token_id, device=device)
+        batch = collate(
+            pairs, index or order[:1], pad_token_id=pad_token_id, device=device, share_prompts=share_prompts
+        )
         with autocast():
             logprobs = policy(batch, impl=impl, per_token=per_token).float()
         if index and per_token:
             sides = [2 * i + side for side in (0, 1) for i in index]
-            found = logprobs[batch.targets != IGNORE].cpu().split([lengths[side] for side in sides])
+            found = logprobs[batch.layout.targets[batch.sides] != IGNORE].cpu().split([lengths[side] for side in sides])
             for side, values in zip(sides, found, strict=True):
                 parts[side].copy_(values)
         elif index:

@@ -87,7 +87,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, bf16: bool) -> None:
     # The loss uses the head's weight after the head was called, so that it must stay gathered.
     fully_shard(tail, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(policy, "check_head")
+    for name in ("check_head", "obstacle_to_sharing"):
+        register_fsdp_forward_method(policy, name)
 
 
 def fill(policy: Policy, weights: Weights, device: torch.device, *, merge: bool) -> None:
