@@ -14,6 +14,7 @@ import logging
 import math
 import platform
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -372,7 +373,7 @@ def _read_state(folder: Path) -> Settings:
     except InputError as error:
         try:
             _parsed(backup)
-            advice = f"its last whole version is in {backup}: cp {backup} {file}"
+            advice = f"its last whole version is in {backup}: {shlex.join(['cp', str(backup), str(file)])}"
         except InputError:
             advice = (
                 "restore it from a copy, or choose a new folder; with response_store: "
