@@ -15,8 +15,9 @@ from helpers import read_rows, write_rows
 from tso_fast.config.settings import RowsConfig
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import sha256_file
-from tso_fast.files.rows import BadRows, candidates_row, read_candidates
-from tso_fast.types import Candidates, Message
+from tso_fast.files.labels import read_labels
+from tso_fast.files.rows import BadRows, candidates_row, read_candidates, read_verdicts
+from tso_fast.types import Candidates, Message, Prompt, Response
 
 ROWS = [
     {"prompt": "2 + 3?", "answer": "5", "human_response": 'five,\n"5"'},
@@ -278,3 +279,33 @@ def test_misspelt_fields_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert error_of(file, on_unknown_field="raise") == (
         ":1: field 'human_reponse' is not read; did you mean 'human_response'? (--on_unknown_field ignore allows it)"
     )
+
+
+VERDICT: dict[str, Any] = {"prompt_id": "p", "response": 0, "judge": "j", "score": 1.0}
+LABEL: dict[str, Any] = {"prompt_id": "p", "responses": [0, 1], "judge": "human", "probability": 1, "annotator": "ada"}
+
+
+@pytest.mark.parametrize(
+    ("reader", "row", "misspelt", "known"),
+    [
+        (read_verdicts, VERDICT, "raeson", "reason"),
+        (read_verdicts, LABEL, "annotater", "annotator"),
+        (read_labels, LABEL, "withdrawen", "withdrawn"),
+    ],
+)
+def test_misspelt_fields_of_verdicts_and_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reader: Any, row: dict[str, Any], misspelt: str, known: str
+) -> None:
+    responses = tuple(Response(model="m", sample=i, text=str(i)) for i in range(2))
+    candidates = [Candidates(prompt=Prompt(id="p", prompt="q"), responses=responses)]
+    given = {name: value for name, value in row.items() if name != known} | {misspelt: "x", "source": "web"}
+    file = write_rows(tmp_path / "rows.jsonl", [given])
+    with caplog.at_level(logging.WARNING, "tso_fast"):
+        assert len(reader(file, candidates, BadRows(), on_unknown_field="warn")) == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{file}: 1 of 1 rows have a field {misspelt!r}, which is not read; did you")
+    bad = BadRows("skip")
+    assert len(reader(write_rows(file, [row, given]), candidates, bad, on_unknown_field="raise")) == 1
+    assert [r["error"] for r in bad.rows] == [
+        f"{file}:2: field {misspelt!r} is not read; did you mean {known!r}? (--on_unknown_field ignore allows it)"
+    ]

@@ -184,12 +184,12 @@ def _judged(config: JudgedConfig, bad: BadRows) -> tuple[list[Candidates], list[
     candidates = read_candidates(config.responses, bad, config)
     verdicts: list[Verdict | Comparison] = []
     if config.verdicts is not None:
-        verdicts = read_verdicts(config.verdicts, candidates, bad)
+        verdicts = read_verdicts(config.verdicts, candidates, bad, on_unknown_field=config.on_unknown_field)
     elif judges:
         panel.check(judges, None)
         verdicts, _ = panel.ask(judges, candidates, Bench(bad=bad))
     if config.labels is not None:
-        verdicts += read_labels(config.labels, candidates, bad)
+        verdicts += read_labels(config.labels, candidates, bad, config.on_unknown_field)
     return candidates, verdicts
 
 

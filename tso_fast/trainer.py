@@ -159,7 +159,8 @@ class Loop:
             verdicts = read_verdicts(files.verdicts, candidates, BadRows(), may_be_empty=True)
             if self.people is not None and not files.labels.exists():
                 write_jsonl(files.labels, map(label_row, self.people(candidates, config.seed)))
-            verdicts += read_labels(files.labels, candidates, BadRows()) if files.labels.exists() else []
+            if files.labels.exists():
+                verdicts += read_labels(files.labels, candidates, BadRows(), config.on_unknown_field)
             pairs, info = make_pairs(candidates, verdicts, config, config, config.seed)
             if not pairs:
                 raise TrainingError(

@@ -76,7 +76,11 @@ def annotate(config: AnnotateConfig) -> None:
         raise InputError("annotate: the page needs gradio, which is not installed: pip install 'tso-fast[annotate]'")
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(files.responses, bad, config)
-    verdicts = [] if files.verdicts is None else read_verdicts(files.verdicts, candidates, bad, may_be_empty=True)
+    verdicts = (
+        []
+        if files.verdicts is None
+        else read_verdicts(files.verdicts, candidates, bad, may_be_empty=True, on_unknown_field=config.on_unknown_field)
+    )
     beliefs = believe(candidates, verdicts, EvidenceConfig())
     labels = LabelFile(files.labels, candidates)
     desk = Desk(beliefs, labels, seed=config.seed, overlap=config.overlap, max_pairs=config.max_pairs)
@@ -91,7 +95,9 @@ def annotate(config: AnnotateConfig) -> None:
             _say(f"labelling configuration for the project:\n{LABEL_STUDIO_CONFIG}")
     elif config.import_from is not None:
         source = Path(config.import_from)
-        count, new = import_labels(source, config.format, candidates, labels, config.annotator, bad)
+        count, new = import_labels(
+            source, config.format, candidates, labels, config.annotator, bad, config.on_unknown_field
+        )
         rest = f"; the other {count - new} were there already, or older than what was said here" if new < count else ""
         _say(f"{new} of {count} labels of {source} added to {files.labels}{rest}")
     if bad.rows:

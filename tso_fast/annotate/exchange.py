@@ -120,7 +120,13 @@ def _argilla_record(number: int, item: Candidates, shown: tuple[int, int], label
 
 
 def import_labels(
-    path: Path, form: str, candidates: Sequence[Candidates], labels: LabelFile, annotator: str | None, bad: BadRows
+    path: Path,
+    form: str,
+    candidates: Sequence[Candidates],
+    labels: LabelFile,
+    annotator: str | None,
+    bad: BadRows,
+    on_unknown_field: str = "ignore",
 ) -> tuple[int, int]:
     """Adds the labels of a file, all or none.
 
@@ -129,6 +135,7 @@ def import_labels(
 
     Args:
         annotator: name for labels that carry none.
+        on_unknown_field: what happens to fields of ours that look misspelt.
 
     Returns:
         Number of labels in the file, and number of labels added.
@@ -136,7 +143,7 @@ def import_labels(
     Raises:
         InputError: a row is wrong, with its place and the error; nothing was added.
     """
-    given = list(standing(_read(path, form, candidates, annotator, bad)).values())
+    given = list(standing(_read(path, form, candidates, annotator, bad, on_unknown_field)).values())
     now = datetime.now(UTC)
     given = [label if label.time is not None else replace(label, time=now) for label in given]
     history = labels.history()
@@ -153,10 +160,15 @@ def import_labels(
 
 
 def _read(
-    path: Path, form: str, candidates: Sequence[Candidates], annotator: str | None, bad: BadRows
+    path: Path,
+    form: str,
+    candidates: Sequence[Candidates],
+    annotator: str | None,
+    bad: BadRows,
+    on_unknown_field: str,
 ) -> Iterator[Label]:
     if form == "jsonl":
-        yield from read_history(path, candidates, bad)
+        yield from read_history(path, candidates, bad, on_unknown_field)
         return
     items = {c.prompt.id: c for c in candidates}
     parse = _from_label_studio if form == "label_studio" else _from_argilla

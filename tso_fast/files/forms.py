@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 from collections import Counter
@@ -53,6 +54,56 @@ class RowSettings(Protocol):
     id_field: str | None
 
 
+class Spelling:
+    """Fields of the rows of one file that look like misspellings of ones that are read: counted, or refused.
+
+    Args:
+        on_unknown: ``raise``, ``warn`` or ``ignore``.
+    """
+
+    def __init__(self, path: str, on_unknown: str) -> None:
+        self.path, self.on_unknown = path, on_unknown
+        self.rows = 0
+        self.misspelt: Counter[tuple[str, str]] = Counter()
+
+    def check(self, row: Row, known: Iterable[str], where: str, *inside: tuple[str, Any, Iterable[str]]) -> None:
+        """Looks at a row, and ``inside`` it at objects, each with what stands before its fields' names.
+
+        Raises:
+            InputError: a field looks misspelt, and that is not allowed.
+        """
+        self.rows += 1
+        if self.on_unknown == "ignore":
+            return
+        objects = [("", row, known), *((prefix, item, names) for prefix, item, names in inside)]
+        near = {
+            f"{prefix}{name}": like
+            for prefix, item, names in objects
+            if isinstance(item, dict)
+            for name in item
+            if (like := _like(name, names, item))
+        }
+        if near and self.on_unknown == "raise":
+            name, like = next(iter(near.items()))
+            raise InputError(
+                f"{where}: field {name!r} is not read; did you mean {like!r}? (--on_unknown_field ignore allows it)"
+            )
+        self.misspelt.update(near.items())
+
+    def finish(self) -> None:
+        """Warns of what was counted."""
+        for (name, like), count in self.misspelt.items():
+            logger.warning(
+                "%s: %d of %d rows have a field %r, which is not read; did you mean %r? (--on_unknown_field raise "
+                "refuses such rows, ignore says nothing)",
+                self.path,
+                count,
+                self.rows,
+                name,
+                like,
+            )
+
+
 @dataclass
 class Forms:
     """Turns the rows of one file into ours, and counts the fields that look misspelt."""
@@ -64,10 +115,11 @@ class Forms:
     rows: int = 0
     found: Counter[str] = field(default_factory=Counter)
     """In how many rows a field of theirs was."""
-    misspelt: Counter[tuple[str, str]] = field(default_factory=Counter)
+    spelling: Spelling = field(init=False)
 
     def __post_init__(self) -> None:
         settings = self.settings
+        self.spelling = Spelling(self.path, settings.on_unknown_field)
         names = {
             "prompt": settings.prompt_field,
             "human_response": settings.human_response_field,
@@ -101,48 +153,30 @@ class Forms:
                 out[name] = _json(out[name], f"{where}: field {source if name == 'prompt' else name!r}")
         if source is not None and isinstance(out.get("prompt"), list | dict):
             _split(out, f"{where}: field {source!r}")
-        self._note_misspelt(out, where)
+        responses = out.get("responses")
+        inside = responses if isinstance(responses, list) else ()
+        self.spelling.check(out, FIELDS, where, *(("responses[].", item, RESPONSE_FIELDS) for item in inside))
         return out
-
-    def _note_misspelt(self, row: Row, where: str) -> None:
-        settings = self.settings
-        if settings.on_unknown_field == "ignore":
-            return
-        near = {name: like for name in row if (like := _like(name, FIELDS, row))}
-        responses = row.get("responses")
-        for item in responses if isinstance(responses, list) else ():
-            if isinstance(item, dict):
-                near |= {f"responses[].{name}": like for name in item if (like := _like(name, RESPONSE_FIELDS, item))}
-        if near and settings.on_unknown_field == "raise":
-            name, like = next(iter(near.items()))
-            raise InputError(
-                f"{where}: field {name!r} is not read; did you mean {like!r}? (--on_unknown_field ignore allows it)"
-            )
-        self.misspelt.update(near.items())
 
     def finish(self) -> None:
         """Warns of fields that look misspelt; raises InputError where no row had a field that a setting names."""
         for ours, theirs in self.names.items():
             if self.rows and not self.found[theirs]:
                 raise InputError(f"{self.path}: no row has the field {theirs!r}, which {ours}_field names")
-        for (name, like), count in self.misspelt.items():
-            logger.warning(
-                "%s: %d of %d rows have a field %r, which is not read; did you mean %r? (--on_unknown_field raise "
-                "refuses such rows, ignore says nothing)",
-                self.path,
-                count,
-                self.rows,
-                name,
-                like,
-            )
+        self.spelling.finish()
 
 
 def _like(name: str, known: Iterable[str], row: Row) -> str | None:
     """The known field that is not in the row and of which ``name`` looks like a misspelling."""
     if name in known or len(name) < 4:
         return None
-    absent = [other for other in known if other not in row]
-    close = difflib.get_close_matches(name, absent, n=1, cutoff=NEAR)
+    return _nearest(name, tuple(other for other in known if other not in row))
+
+
+@functools.lru_cache(10_000)
+def _nearest(name: str, names: tuple[str, ...]) -> str | None:
+    """Remembered, as the rows of a file have the same fields."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=NEAR)
     return close[0] if close else None
 
 

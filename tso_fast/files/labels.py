@@ -25,7 +25,8 @@ from typing import Any
 
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import fsync_folder, writing
-from tso_fast.files.rows import BadRows, Row, parse_verdict, read_rows, text_hash, texts_of, verdict_row
+from tso_fast.files.forms import Spelling
+from tso_fast.files.rows import BadRows, Row, fields_of, parse_verdict, read_rows, text_hash, texts_of, verdict_row
 from tso_fast.types import HUMAN, Candidates, Comparison
 
 logger = logging.getLogger(__name__)
@@ -156,14 +157,22 @@ def parse_time(value: Any, where: str) -> datetime | None:
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time
 
 
-def read_history(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Label]:
+LABEL_FIELDS = (*fields_of(Comparison), *fields_of(Label))
+"""Fields of a row of labels, and two of ``Label`` that no row has."""
+
+
+def read_history(
+    path: str | Path, candidates: Iterable[Candidates], bad: BadRows, on_unknown_field: str = "ignore"
+) -> list[Label]:
     """All rows of a labels file in order; a torn last line is skipped with a warning."""
-    texts, labels = texts_of(candidates), []
+    texts, labels, spelling = texts_of(candidates), [], Spelling(str(path), on_unknown_field)
     for where, row in read_rows(path, bad, may_be_torn=True):
         try:
             labels.append(parse_label(row, where, texts))
+            spelling.check(row, LABEL_FIELDS, where)
         except InputError as error:
             bad.handle(error, row)
+    spelling.finish()
     return labels
 
 
@@ -197,14 +206,16 @@ def standing(labels: Iterable[Label]) -> dict[tuple[Pair, str], Label]:
     return newest
 
 
-def read_labels(path: str | Path, candidates: Iterable[Candidates], bad: BadRows) -> list[Comparison]:
+def read_labels(
+    path: str | Path, candidates: Iterable[Candidates], bad: BadRows, on_unknown_field: str = "ignore"
+) -> list[Comparison]:
     """Each annotator's current label on each pair, in the order of the file.
 
     Raises:
         InputError: a row names an unknown prompt or response, or its hashes do not match the texts; see also
             ``standing``.
     """
-    labels = read_history(path, candidates, bad)
+    labels = read_history(path, candidates, bad, on_unknown_field)
     kept = {id(label) for label in standing(labels).values()}
     return [label.comparison for label in labels if id(label) in kept]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tso_fast.errors import InputError
-from tso_fast.files.forms import Forms, RowSettings, content_of, messages_of
+from tso_fast.files.forms import Forms, RowSettings, Spelling, content_of, messages_of
 from tso_fast.files.sources import BadRows, Row, kind_of, number_of, read_rows
 from tso_fast.types import HUMAN, Candidates, Comparison, Constraint, Message, PreferencePair, Prompt, Response, Verdict
 
@@ -267,6 +267,11 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def fields_of(kind: type) -> tuple[str, ...]:
+    """The fields of a row that holds a record."""
+    return tuple(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+
+
 def verdict_row(verdict: Verdict | Comparison) -> Row:
     row = {name: getattr(verdict, name) for name in verdict.__dataclass_fields__}
     if isinstance(verdict, Verdict):
@@ -278,18 +283,23 @@ def verdict_row(verdict: Verdict | Comparison) -> Row:
 
 
 def read_verdicts(
-    path: str | Path, candidates: Iterable[Candidates], bad: BadRows, may_be_empty: bool = False
+    path: str | Path,
+    candidates: Iterable[Candidates],
+    bad: BadRows,
+    may_be_empty: bool = False,
+    on_unknown_field: str = "ignore",
 ) -> list[Verdict | Comparison]:
     """Reads verdicts, on single responses and on two; each must name responses of ``candidates``.
 
     A judge gives one verdict on a response, and one on two of them, in either order; so does an annotator. A labels
     file, where later labels replace earlier ones and may be withdrawn, is read by ``files.labels.read_labels``.
     """
-    texts = texts_of(candidates)
+    texts, spelling = texts_of(candidates), Spelling(str(path), on_unknown_field)
     seen: dict[tuple[Any, ...], str] = {}
 
     def parse(row: Row, where: str) -> Verdict | Comparison:
         verdict = parse_verdict(row, where, texts)
+        spelling.check(row, fields_of(type(verdict)), where)
         key: tuple[Any, ...] = (
             (verdict.prompt_id, verdict.response, verdict.judge)
             if isinstance(verdict, Verdict)
@@ -308,7 +318,9 @@ def read_verdicts(
             )
         return verdict
 
-    return _read(path, parse, bad, "verdicts", may_be_empty)
+    verdicts = _read(path, parse, bad, "verdicts", may_be_empty)
+    spelling.finish()
+    return verdicts
 
 
 def texts_of(candidates: Iterable[Candidates]) -> dict[str, list[str]]:
@@ -394,6 +406,10 @@ def _probability(row: Row, name: str, where: str) -> float | None:
     return value
 
 
+_SIDE_FIELDS = ("model", "sample", "version_rank", "size_b", "finish_reason", "token_ids")
+"""What a row of pairs knows of each of its responses beside the text, as ``chosen_model`` and alike."""
+
+
 def pair_row(pair: PreferencePair) -> Row:
     """TRL's explicit conversational form, plus flat columns."""
     row: Row = {
@@ -415,11 +431,7 @@ def pair_row(pair: PreferencePair) -> Row:
         "probability": pair.probability,
     }
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        row[f"{side}_model"] = response.model
-        row[f"{side}_sample"] = response.sample
-        row[f"{side}_version_rank"] = response.version_rank
-        row[f"{side}_size_b"] = response.size_b
-        row[f"{side}_finish_reason"] = response.finish_reason
+        row |= {f"{side}_{name}": getattr(response, name) for name in _SIDE_FIELDS}
         row[f"{side}_token_ids"] = None if response.token_ids is None else list(response.token_ids)
     return row
 
@@ -443,8 +455,7 @@ def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
                     f"{where}: field {name!r} has {len(messages)} messages; expected one assistant message"
                 )
             value = messages[0].content
-        fields = ("model", "sample", "version_rank", "size_b", "finish_reason", "token_ids")
-        item = {key: row[f"{name}_{key}"] for key in fields if row.get(f"{name}_{key}") is not None}
+        item = {key: row[f"{name}_{key}"] for key in _SIDE_FIELDS if row.get(f"{name}_{key}") is not None}
         return _response({"model": name, **item, "text": value}, f"{where}: field {name!r}")
 
     def scalar(name: str, default: float, high: float) -> float:
