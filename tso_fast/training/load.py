@@ -39,7 +39,7 @@ def load_policy(
         if has_adapter:
             model = add_adapter(model, config, weights)
             fill_adapter(model, weights, config.seed)
-        return _share_prompts(Policy(model), config.share_prompt)
+        return share_prompts(Policy(model), config.share_prompt)
     model = empty_model(weights, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
     if has_adapter:
         model = add_adapter(model, config, weights)
@@ -49,12 +49,12 @@ def load_policy(
     if has_adapter:
         fill_adapter(model, weights, config.seed)
     policy.check_head()
-    _share_prompts(policy, config.share_prompt)
+    share_prompts(policy, config.share_prompt)
     reshard(policy)
     return policy
 
 
-def _share_prompts(policy: Policy, wanted: bool | Literal["auto"]) -> Policy:
+def share_prompts(policy: Policy, wanted: bool | Literal["auto"]) -> Policy:
     """The policy, told whether to compute a prompt once for all of its responses."""
     if wanted is False:
         return policy
