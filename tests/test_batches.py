@@ -415,6 +415,7 @@ def steps_of(
     epochs: int = 2,
     seed: int = 3,
     prompts: Sequence[int] = (),
+    grouped: bool = False,
 ) -> list[Any]:
     """For each step the shares of all processes."""
     plans = [
@@ -427,6 +428,7 @@ def steps_of(
                 rank=rank,
                 world=world,
                 seed=seed,
+                grouped=grouped,
             )
         )
         for rank in range(world)
@@ -475,7 +477,7 @@ def test_steps_do_not_depend_on_how_they_are_shared_out(num_pairs: int) -> None:
 
 def test_pairs_of_a_prompt_come_together() -> None:
     prompts = [0, 1, 2, 3, 4, 5] * 4
-    steps = steps_of(24, 4, 2, 1, epochs=2, prompts=prompts)
+    steps = steps_of(24, 4, 2, 1, epochs=2, prompts=prompts, grouped=True)
     orders = []
     for epoch in (0, 1):
         order = [i for (step,) in steps if step.epoch == epoch for i in step.all_index]
@@ -487,6 +489,16 @@ def test_pairs_of_a_prompt_come_together() -> None:
     assert orders[0][0] != orders[1][0]  # prompts are shuffled
     first = [[i for i in order if prompts[i] == 0] for _, order in orders]
     assert first[0] != first[1]  # and so are the pairs of one
+
+
+def test_pairs_of_a_prompt_in_a_step_are_in_the_same_pass() -> None:
+    prompts = [0, 1, 2, 3] * 8
+    alone = [step.all_index for (step,) in steps_of(32, 16, 1, 1, epochs=1)]
+    steps = [step for (step,) in steps_of(32, 4, 4, 1, epochs=1, prompts=prompts)]
+    assert [sorted(step.all_index) for step in steps] == [sorted(index) for index in alone]  # the same pairs
+    for step in steps:
+        order = [prompts[i] for part in step.micro_batches for i in part.index]
+        assert len(list(itertools.groupby(order))) == len(set(order))
 
 
 def test_a_process_without_pairs_computes_one_of_scale_0() -> None:

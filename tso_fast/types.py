@@ -326,3 +326,5 @@ class PreferenceOutput:
     rejected_rewards: torch.Tensor
     clipped: torch.Tensor
     """[N, 2] bool: whether the chosen and the rejected side are clipped."""
+    aux_loss: torch.Tensor | None = None
+    """Scalar: how unevenly a mixture's experts were used, where ``Policy`` adds that to the loss."""

@@ -358,12 +358,19 @@ class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
     clip_rejected: Bound | None = None
     """Negated reward at which a rejected response is no longer pushed down, `.inf`: never; short for an entry of
     `loss_args`; default: the loss's own, 0.3."""
+    optim: Literal["adamw", "adamw_8bit", "adamw_bf16"] = "adamw"
+    """Optimizer: `adamw`, fused; `adamw_8bit`: bitsandbytes', whose moments have 8 bits; `adamw_bf16`: weights and
+    moments of bfloat16, rounded at random; wants `dtype: bfloat16`."""
+    keep_optimizer: bool = False
+    """Start an iteration with the moments that the one before ended with; else with none."""
     learning_rate: NonNegativeFloat = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Schedule of the learning rate over one iteration."""
+    """Schedule of the learning rate."""
+    lr_scheduler_span: Literal["iteration", "run"] = "iteration"
+    """What the schedule, and its warm-up, goes over: each iteration, or the whole run."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up in each iteration."""
+    """Steps of linear warm-up."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     adam_beta1: Decay = 0.9
@@ -387,12 +394,20 @@ class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
     share_prompt: bool | Literal["auto"] = "auto"
     """Compute a prompt once for all of its responses in a forward pass, and a response once for all of its pairs:
     `auto` where the architecture allows it, as is tried on a few tokens."""
+    group_pairs: bool = False
+    """Have all pairs of a prompt in the same step, where they share its prompt and the chosen response: faster the more
+    pairs a prompt has, but a step sees fewer prompts."""
     gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward pass: less memory, more time."""
     disable_dropout: bool = True
     """Train without dropout, so that policy and reference agree at the start."""
     bf16: bool = False
     """Autocast to bfloat16 while the weights stay in `dtype`."""
+    router_aux_loss_coef: NonNegativeFloat | None = None
+    """Weight of the auxiliary loss that balances a mixture's experts; default: what the model's configuration says.
+    With one, prompts are not shared."""
+    cache_reference: Annotated[bool, FREE] = True
+    """Keep an iteration's reference log-probs in the run folder, so that a resumed run need not compute them again."""
     max_skipped_steps: Annotated[PositiveInt, FREE] = 5
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     logging_steps: Annotated[PositiveInt, FREE] = 10

@@ -11,11 +11,12 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import math
+import os
 import platform
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,16 @@ class Iteration:
         return self.folder / "reference"
 
     @property
+    def optimizer(self) -> Path:
+        """What the optimiser kept at the end, for the next iteration."""
+        return self.folder / "optimizer"
+
+    @property
+    def reference_logprobs(self) -> Path:
+        """Reference log-probs of the pairs, which a resumed run takes over."""
+        return self.folder / "reference-logprobs.safetensors"
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
 
@@ -141,7 +152,10 @@ def _metrics_row(line: bytes) -> dict[str, Any] | None:
     is_row = (
         isinstance(row, dict)
         and all(isinstance(row.get(key), int) for key in ("iteration", "step"))
-        and all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in row.values())
+        and all(
+            value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)
+            for value in row.values()
+        )
     )
     return row if is_row else None
 
@@ -183,7 +197,7 @@ class Run:
             OutputError: the folder cannot be written.
         """
         folder = Path(folder)
-        is_new = not (folder / RUN_FILE).exists()
+        is_new = not os.path.exists(folder / RUN_FILE)
         num_iterations = config.get("num_iterations", 0)
         if is_new:
             _refuse_strangers(folder)
@@ -319,7 +333,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _refuse_strangers(folder: Path) -> None:
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     strangers = [name for name in names if name != LOCK_FILE and not name.startswith(TMP)]
     if strangers:
         raise InputError(
@@ -349,7 +363,7 @@ def remove_run(folder: Path, confirm: Callable[[str], bool]) -> None:
     Raises:
         InputError: nobody agreed, or the run is in use.
     """
-    if not (folder / RUN_FILE).exists():
+    if not os.path.exists(folder / RUN_FILE):
         return
     with _locked(folder):
         size = sum(file.stat().st_size for file in _files_of(folder))
@@ -418,6 +432,6 @@ def read_run(folder: str | Path) -> Settings:
         InputError: the folder is not a run.
     """
     folder = Path(folder)
-    if not (folder / RUN_FILE).is_file():
+    if not os.path.isfile(folder / RUN_FILE):
         raise InputError(f"{folder}: holds no {RUN_FILE}; expected the output_dir of a run")
     return _read_state(folder)

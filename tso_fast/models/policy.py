@@ -44,6 +44,9 @@ class Policy(nn.Module):
         self.temperature = float(divisor or 1.0) / float(factor or 1.0)
         self.shares_prompts = False
         """Whether a prompt is computed once for all of its responses; see ``obstacle_to_sharing``."""
+        self.aux_weight = 0.0
+        """Weight in the loss of a mixture's auxiliary loss, which spreads tokens over the experts; padded rows only."""
+        self._aux_loss: torch.Tensor | None = None
         if is_checked:
             self.check_head()
 
@@ -53,9 +56,12 @@ class Policy(nn.Module):
 
     def hidden(self, input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None = None) -> Any:
         """Input of the output head, [B, L, D]."""
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+        if self.aux_weight and torch.is_grad_enabled():
+            options["output_router_logits"] = True
         with _capture_head_input(self.head) as captured:
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options)
+        self._aux_loss = getattr(output, "aux_loss", None)
         return captured[0]
 
     def hidden_of(self, layout: Layout) -> torch.Tensor:
@@ -100,8 +106,11 @@ class Policy(nn.Module):
             **self._head_options(),
             **options,
         )
-        by_side = {name: getattr(output, name)[batch.sides] for name in ("logprobs", "ref_logprobs", "num_tokens")}
-        return dataclasses.replace(output, **by_side)
+        changes = {name: getattr(output, name)[batch.sides] for name in ("logprobs", "ref_logprobs", "num_tokens")}
+        aux, self._aux_loss = self._aux_loss, None
+        if aux is not None:
+            changes |= {"loss": output.loss + self.aux_weight * aux.to(output.loss), "aux_loss": aux.detach()}
+        return dataclasses.replace(output, **changes)
 
     def _head_options(self) -> dict[str, Any]:
         return {"bias": self.head.bias, "softcap": self.softcap, "temperature": self.temperature}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -148,25 +148,27 @@ def plan_steps(
     rank: int,
     world: int,
     seed: int,
+    grouped: bool = False,
 ) -> Iterator[Step]:
     """Steps of an iteration; the pairs of a step do not depend on how many processes or passes share it.
 
-    Pairs of a prompt come one after the other, so that they can share its forward pass. A share that runs short is
-    filled with a repeated pair of scale 0, so that every process makes as many passes.
+    Pairs of a prompt that are in the same step are in the same pass, as far as they fit, and share it. A share that
+    runs short is filled with a repeated pair of scale 0, so that every process makes as many passes.
 
     Args:
         prompts: what the prompt of each pair is known by.
+        grouped: pairs of a prompt are in the same step, else they fall where chance puts them.
     """
     size = micro_size * accumulation * world
-    members: dict[Hashable, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        members.setdefault(prompt, []).append(i)
-    groups = list(members.values())
+    members = list(_by_prompt(prompts, range(len(prompts))).values())
     for epoch in range(epochs):
         random = np.random.default_rng([seed, epoch])
-        order = [i for g in random.permutation(len(groups)) for i in random.permutation(groups[g]).tolist()]
+        if grouped:
+            order = [i for g in random.permutation(len(members)) for i in random.permutation(members[g]).tolist()]
+        else:
+            order = random.permutation(len(prompts)).tolist()
         for start in range(0, len(order), size):
-            batch = order[start : start + size]
+            batch = [i for group in _by_prompt(prompts, order[start : start + size]).values() for i in group]
             parts = min(accumulation, -(-len(batch) // (micro_size * world)))
             bounds = [-(-len(batch) * share // (parts * world)) for share in range(parts * world + 1)]
             micro_batches = []
@@ -174,6 +176,14 @@ def plan_steps(
                 share = batch[bounds[part * world + rank] : bounds[part * world + rank + 1]]
                 micro_batches.append(MicroBatch(index=share or batch[:1], is_padding=[not share] * max(1, len(share))))
             yield Step(epoch=epoch, micro_batches=micro_batches, all_index=batch)
+
+
+def _by_prompt(prompts: Sequence[Hashable], index: Iterable[int]) -> dict[Hashable, list[int]]:
+    """Pairs by their prompts, in the order in which they come."""
+    groups: dict[Hashable, list[int]] = {}
+    for i in index:
+        groups.setdefault(prompts[i], []).append(i)
+    return groups
 
 
 def num_steps(num_pairs: int, *, epochs: int, micro_size: int, accumulation: int, world: int) -> int:

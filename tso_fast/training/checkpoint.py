@@ -89,9 +89,21 @@ class Checkpoints:
 
     def _write(self, copies: dict[str, torch.Tensor], tmp: Path, target: Path, rest: dict[str, Any]) -> None:
         """Writes this process's part; when all have, the first gives the checkpoint its name and removes old ones."""
+        self._save(copies, tmp, target)
+        if self.rank != 0:
+            return
+        write_json(tmp / STATE, rest)
+        write_json(tmp / MANIFEST, {file.name: fingerprint(file) for file in sorted(tmp.iterdir())})
+        with writing(target):
+            os.replace(tmp, target)
+            fsync_folder(target.parent)
+        for old in _found(self.folder)[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _save(self, tensors: dict[str, torch.Tensor], tmp: Path, target: Path) -> None:
         try:
             dcp.save(
-                copies,
+                tensors,
                 storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True),
                 process_group=self.group,
                 no_dist=self.is_alone,
@@ -102,15 +114,6 @@ class Checkpoints:
                 f"cannot write {target}: {_last_line(error)}. Everything complete before is kept; mend the cause "
                 "(space, permissions) and run the same command again"
             ) from error
-        if self.rank != 0:
-            return
-        write_json(tmp / STATE, rest)
-        write_json(tmp / MANIFEST, {file.name: fingerprint(file) for file in sorted(tmp.iterdir())})
-        with writing(target):
-            os.replace(tmp, target)
-            fsync_folder(target.parent)
-        for old in _found(self.folder)[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
 
     def wait(self) -> None:
         """Waits until the last checkpoint is written.
@@ -151,6 +154,7 @@ class Checkpoints:
         own = self._own(mine) if mine is not None else self._sums_of_all(rest["processes"])
         dcp.load(tensors | own, storage_reader=reader, process_group=self.group, no_dist=self.is_alone)
         self._restore(own, mine)
+        self._to_numbers()
         self.scheduler.load_state_dict(rest["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -158,13 +162,49 @@ class Checkpoints:
         step: int = rest["step"]
         return step
 
+    def write_optimizer(self, folder: Path) -> None:
+        """Writes what the optimiser keeps of the weights; every process takes part.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.wait()
+        tmp = folder.with_name(TMP + folder.name)
+        with writing(folder):
+            if self.rank == 0:
+                shutil.rmtree(tmp, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self._save(self._optimizer_tensors(), tmp, folder)
+            if self.rank == 0:
+                os.replace(tmp, folder)
+        self.accelerator.wait_for_everyone()
+
+    def read_optimizer(self, folder: Path) -> None:
+        """Takes over what ``write_optimizer`` wrote."""
+        reader = HuggingFaceStorageReader(str(folder))
+        tensors = self._optimizer_tensors(reader.read_metadata().state_dict_metadata)
+        dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.is_alone)
+        self._to_numbers()
+
+    def _to_numbers(self) -> None:
+        """Turns counts of steps, which files hold as tensors, into the numbers that some optimisers keep."""
+        for state in self.optimizer.state.values():
+            for key, item in state.items():
+                if item.ndim == 0 and item.dtype == torch.int64:
+                    state[key] = int(item)
+
     def _tensors(self, stored: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-        """What is trained and what the optimiser keeps of it, by name, to be saved or to be read into.
+        """What is trained and what the optimiser keeps of it, by name, to be saved or to be read into."""
+        weights = {f"model.{name}": value.detach() for name, value in self.trained.items()}
+        return weights | self._optimizer_tensors(stored)
+
+    def _optimizer_tensors(self, stored: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
+        """What the optimiser keeps of each weight, by name.
 
         Args:
-            stored: what a checkpoint holds; the optimiser's state is made like it.
+            stored: what a file holds; the optimiser's state is made like it, to be read into.
         """
-        out = {f"model.{name}": value.detach() for name, value in self.trained.items()}
+        out: dict[str, torch.Tensor] = {}
         for name, value in self.trained.items():
             prefix = f"optimizer.{name}/"
             if stored is not None:
@@ -173,7 +213,7 @@ class Checkpoints:
                     for key, item in stored.items()
                     if key.startswith(prefix)
                 }
-            out |= {prefix + key: item for key, item in self.optimizer.state[value].items()}
+            out |= {prefix + key: torch.as_tensor(item) for key, item in self.optimizer.state[value].items()}
         return out
 
     def _own(self, rank: int) -> dict[str, torch.Tensor]:

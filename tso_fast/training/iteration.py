@@ -15,7 +15,7 @@ from tso_fast.training.batches import encode_pairs
 from tso_fast.training.load import load_policy, save_policy
 from tso_fast.training.monitors import drift_warnings
 from tso_fast.training.optimise import optimise
-from tso_fast.training.reference import reference_weights, save_ema
+from tso_fast.training.reference import reference_weights, save_ema, weights_key
 
 
 def train_iteration(config: TrainConfig, matrix: ModelMatrix, run: Run, t: int, accelerator: Accelerator) -> None:
@@ -48,14 +48,18 @@ def train_iteration(config: TrainConfig, matrix: ModelMatrix, run: Run, t: int, 
         files=files,
         accelerator=accelerator,
         reference=reference if reference != matrix.policy.weights else None,
+        reference_key=weights_key(reference),
         pad_token_id=matrix.tokenizer.pad_token_id or 0,
         steps_before=sum(of["steps"] for of in before),
+        num_iterations=config.num_iterations,
     )
     written = [files.policy]
     save_policy(policy, matrix.tokenizer, files.policy, accelerator)
     if config.reference == "ema":
         written.append(files.reference)
         save_ema(config, policy, matrix.tokenizer, reference, files.reference, accelerator)
+    if config.keep_optimizer:
+        written.append(files.optimizer)
     if accelerator.is_main_process:
         generated = run.info(files.stage("generate"))
         assert generated is not None

@@ -39,7 +39,7 @@ def load_policy(
         if has_adapter:
             model = add_adapter(model, config, weights)
             fill_adapter(model, weights, config.seed)
-        return share_prompts(Policy(model), config.share_prompt)
+        return share_prompts(balance_experts(Policy(model), config.router_aux_loss_coef), config.share_prompt)
     model = empty_model(weights, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
     if has_adapter:
         model = add_adapter(model, config, weights)
@@ -49,8 +49,18 @@ def load_policy(
     if has_adapter:
         fill_adapter(model, weights, config.seed)
     policy.check_head()
-    share_prompts(policy, config.share_prompt)
+    share_prompts(balance_experts(policy, config.router_aux_loss_coef), config.share_prompt)
     reshard(policy)
+    return policy
+
+
+def balance_experts(policy: Policy, coefficient: float | None) -> Policy:
+    """The policy, told the weight of a mixture's auxiliary loss; None: what its configuration says, if it says any."""
+    own = getattr(policy.model.config.get_text_config(), "router_aux_loss_coef", None)
+    if coefficient and own is None:
+        name = type(policy.model).__name__
+        raise InputError(f"router_aux_loss_coef: {name} is no mixture of experts with such a loss; leave it out")
+    policy.aux_weight = float((own if coefficient is None else coefficient) or 0.0)
     return policy
 
 
@@ -58,7 +68,7 @@ def share_prompts(policy: Policy, wanted: bool | Literal["auto"]) -> Policy:
     """The policy, told whether to compute a prompt once for all of its responses."""
     if wanted is False:
         return policy
-    obstacle = policy.obstacle_to_sharing()
+    obstacle = "the experts' auxiliary loss counts padded rows" if policy.aux_weight else policy.obstacle_to_sharing()
     name = type(policy.model).__name__
     if obstacle and wanted is True:
         raise InputError(f"share_prompt: {name} cannot share prompts: {obstacle}; set share_prompt to auto or false")

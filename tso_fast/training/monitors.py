@@ -32,6 +32,7 @@ _MEANS = (
     "clip/rejected",
     "num_tokens/chosen",
     "num_tokens/rejected",
+    "aux_loss",
 )
 
 
@@ -55,6 +56,7 @@ class Meter:
                 output.logprobs[half:],
                 *output.clipped.to(chosen).T,
                 *output.num_tokens.to(chosen).reshape(2, half),
+                torch.zeros_like(chosen) if output.aux_loss is None else output.aux_loss.to(chosen).expand_as(chosen),
             ],
             dim=1,
         )
@@ -68,10 +70,10 @@ class Meter:
         """Over all processes when given an accelerator, else over this one."""
         sums = self.sums if accelerator is None else accelerator.reduce(self.sums.to(accelerator.device))
         loss, scale, count, *rest = sums.tolist()
-        return {
-            "loss": loss / scale if scale else math.nan,
-            **{name: value / count if count else math.nan for name, value in zip(_MEANS, rest, strict=True)},
-        }
+        means = {name: value / count if count else math.nan for name, value in zip(_MEANS, rest, strict=True)}
+        if means["aux_loss"] == 0 or not count:  # it is more than 0 where there is one
+            del means["aux_loss"]
+        return {"loss": loss / scale if scale else math.nan, **means}
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -27,8 +26,10 @@ from tso_fast.progress import progress_bar
 from tso_fast.seeds import seed_of
 from tso_fast.training.batches import EncodedPair, Step, collate, completion_lengths, num_steps, plan_steps
 from tso_fast.training.checkpoint import Checkpoints
+from tso_fast.training.memory import explained_memory
 from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, finite
-from tso_fast.training.reference import reference_logprobs, scorer_of
+from tso_fast.training.optimizers import make_optimizer, make_scheduler
+from tso_fast.training.reference import cached_logprobs, reference_logprobs, scorer_of
 from tso_fast.training.shard import is_sharded
 from tso_fast.types import Weights
 
@@ -117,17 +118,22 @@ def optimise(
     accelerator: Accelerator,
     reference: Weights | None,
     pad_token_id: int,
+    reference_key: str = "",
     steps_before: int = 0,
+    num_iterations: int = 1,
 ) -> dict[str, Any]:
     """Trains ``policy`` in place and returns the figures of the iteration.
 
     Args:
         files: of the iteration.
         reference: the reference's weights; None: the policy as it is now.
+        reference_key: what tells the reference's weights from others, so that its log-probs can be kept; empty: they
+            are not.
         steps_before: optimiser steps of the iterations before, so that a tracker's count goes on.
+        num_iterations: of the run.
 
     Raises:
-        TrainingError: a first loss that shows a mistake, or too many non-finite steps in a row.
+        TrainingError: a first loss that shows a mistake, too many non-finite steps in a row, or no memory left.
     """
     loss = configured_loss(config)
     if config.disable_dropout:
@@ -142,10 +148,12 @@ def optimise(
     run = _Training(
         policy=wrapped,
         optimizer=optimizer,
-        scheduler=transformers.get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps),
+        scheduler=make_scheduler(optimizer, config, total_steps, files.number, num_iterations),
         loss=loss,
         pairs=pairs,
-        references=_references(loss, pairs, wrapped, reference, config, files.number, accelerator, pad_token_id),
+        references=_references(
+            loss, pairs, wrapped, reference, config, files, accelerator, pad_token_id, reference_key
+        ),
         has_own_reference=reference is None and config.disable_dropout,
         guard=NonFiniteGuard(files.folder, config.max_skipped_steps, accelerator.is_main_process),
         files=files,
@@ -156,7 +164,8 @@ def optimise(
         total_steps=total_steps,
         steps_before=steps_before,
     )
-    figures = run.all_steps()
+    with explained_memory(config, accelerator, max(pair.length for pair in pairs)):
+        figures = run.all_steps()
     accelerator.free_memory()
     return figures
 
@@ -177,9 +186,10 @@ def _references(
     policy: Any,
     reference: Weights | None,
     config: OptimizationConfig,
-    iteration: int,
+    files: Iteration,
     accelerator: Accelerator,
     pad_token_id: int,
+    key: str,
 ) -> dict[str, Any]:
     """Reference log-probs of all pairs as the loss needs them, sums or those of tokens, for ``collate``.
 
@@ -188,26 +198,35 @@ def _references(
     if not loss.needs_reference:
         return {}
     per_token = loss.token_term is not None
+    unwrapped = accelerator.unwrap_model(policy)
     sharded = is_sharded(policy)  # it computes in its own precision
-    with (
-        scorer_of(reference, policy, config, accelerator) as scorer,
-        progress_bar(f"iteration {iteration}: reference log-probs", len(pairs)) as advance,
-    ):
-        logprobs = reference_logprobs(
-            scorer.eval(),
-            pairs,
-            batch_size=4 * config.per_device_train_batch_size,
-            pad_token_id=pad_token_id,
-            device=accelerator.device,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            impl=config.impl,
-            share_prompts=accelerator.unwrap_model(policy).shares_prompts,
-            per_token=per_token,
-            autocast=contextlib.nullcontext if sharded else accelerator.autocast,
-            advance=advance,
-        )
-    logprobs = accelerator.reduce(logprobs.to(accelerator.device)).cpu()
+
+    def compute() -> torch.Tensor:
+        with (
+            scorer_of(reference, policy, config, accelerator) as scorer,
+            progress_bar(f"iteration {files.number}: reference log-probs", len(pairs)) as advance,
+        ):
+            logprobs = reference_logprobs(
+                scorer.eval(),
+                pairs,
+                batch_size=4 * config.per_device_train_batch_size,
+                pad_token_id=pad_token_id,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                world=accelerator.num_processes,
+                impl=config.impl,
+                share_prompts=unwrapped.shares_prompts,
+                per_token=per_token,
+                autocast=contextlib.nullcontext if sharded else accelerator.autocast,
+                advance=advance,
+            )
+        return accelerator.reduce(logprobs.to(accelerator.device)).cpu()
+
+    if config.cache_reference and key:
+        how = (key, per_token, config.dtype, config.bf16, sharded, unwrapped.shares_prompts)
+        logprobs = cached_logprobs(files.reference_logprobs, pairs, how, accelerator, compute)
+    else:
+        logprobs = compute()
     return {"ref_tokens": logprobs.split(completion_lengths(pairs))} if per_token else {"ref_logprobs": logprobs}
 
 
@@ -252,6 +271,8 @@ class _Training:
             progress_bar(title, self.total_steps, lambda: f"loss {self.whole.means()['loss']:.4f}") as advance,
         ):
             done = checkpoints.load()
+            if not done and self.config.keep_optimizer and t > 1:
+                checkpoints.read_optimizer(Iteration(self.files.run, t - 1).optimizer)
             if accelerator.is_main_process:
                 metrics.rewind(t, done + 1)
             advance(done)
@@ -265,6 +286,8 @@ class _Training:
                 if stopped_by:
                     raise interrupts.Stopped(stopped_by)
                 advance(1)
+            if self.config.keep_optimizer:
+                checkpoints.write_optimizer(self.files.optimizer)
         return {
             "loss": self.loss.title,
             "loss_options": finite(loss_options(self.loss)),
@@ -293,12 +316,14 @@ class _Training:
         return int(self.accelerator.gather(torch.tensor([signalled], device=self.accelerator.device)).max())
 
     def _steps(self) -> Iterator[tuple[int, Step]]:
-        seed = seed_of(self.config.seed, self.files.number)
-        shares = _shares(self.config, self.accelerator)
-        return enumerate(
-            plan_steps([pair.prompt for pair in self.pairs], rank=self.accelerator.process_index, seed=seed, **shares),
-            start=1,
+        steps = plan_steps(
+            [pair.prompt for pair in self.pairs],
+            rank=self.accelerator.process_index,
+            seed=seed_of(self.config.seed, self.files.number),
+            grouped=self.config.group_pairs,
+            **_shares(self.config, self.accelerator),
         )
+        return enumerate(steps, start=1)
 
     def one_step(self, number: int, step: Step) -> float:
         """One optimiser step, skipped when it is not finite; returns the gradient's norm."""
@@ -366,14 +391,3 @@ def clip_gradients(policy: nn.Module, most: float) -> float:
     """Scales gradients down to a global norm and returns the norm that they had, over all processes."""
     norm = nn.utils.clip_grad_norm_(policy.parameters(), most)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def make_optimizer(model: Any, config: OptimizationConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,8 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from tso_fast.config.settings import OptimizationConfig, ReferenceConfig, TrainConfig
+from tso_fast.files.atomic import TMP, writing
 from tso_fast.files.run import Run
 from tso_fast.matrix import ModelMatrix
 from tso_fast.models.memory import release
@@ -120,3 +127,38 @@ def reference_logprobs(
             out[index] = logprobs.reshape(2, -1).T.cpu()
         advance(batch_size * world)
     return out
+
+
+def weights_key(weights: Weights) -> str:
+    """What tells weights from others that had the same place: names, sizes and times of their files."""
+    folders = dict.fromkeys((weights.path, weights.base))
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
+    return json.dumps([[str(file), (found := file.stat()).st_size, found.st_mtime_ns] for file in files])
+
+
+def cached_logprobs(
+    file: Path,
+    pairs: Sequence[EncodedPair],
+    how: tuple[Any, ...],
+    accelerator: Accelerator,
+    compute: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """What ``compute`` gives, from ``file`` if it was computed of the same pairs in the same way before."""
+    tokens = [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+    key = hashlib.sha256(repr((how, tokens)).encode()).hexdigest()
+    found: list[torch.Tensor | None] = [None]
+    if accelerator.is_main_process:
+        with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as stored:
+            if (stored.metadata() or {}).get("key") == key:
+                found[0] = stored.get_tensor("logprobs")
+    broadcast_object_list(found)
+    if found[0] is not None:
+        return found[0]
+    logprobs = compute()
+    if accelerator.is_main_process:
+        tmp = file.with_name(TMP + file.name)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"logprobs": logprobs.contiguous()}, tmp, {"key": key})
+            os.replace(tmp, file)
+    return logprobs
