@@ -358,6 +358,34 @@ def test_two_processes_give_the_trajectory_of_one(few: TrainConfig, tmp_path: Pa
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+def test_an_adapter_is_trained_and_joins_the_matrix(base: TrainConfig, tmp_path: Path, reference: str) -> None:
+    """The weights under it stay as they are, the second iteration goes on with it, and both answer as cells."""
+    settings = dataclasses.replace(
+        base, output_dir=str(tmp_path / "run"), peft="lora", lora_r=4, learning_rate=1e-2, reference=reference
+    )
+    train(settings)
+    policies = [tmp_path / f"run/iter-{t}/policy" for t in (1, 2)]
+    first, second = (load_file(policy / "adapter_model.safetensors") for policy in policies)
+    assert first.keys() == second.keys()
+    assert all(".lora_A." in name or ".lora_B." in name for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert all(value.any() for name, value in first.items() if ".lora_B." in name)
+    config = json.loads((policies[1] / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(Path(base.cells[2].path).resolve())
+    assert {path.name for path in policies[0].iterdir()} >= {"adapter_config.json", "tokenizer.json"}
+    assert not (policies[0] / "model.safetensors").exists()
+    assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == (
+        policies[1] / "adapter_model.safetensors"
+    ).read_bytes()
+    stages = {stage["name"]: stage["info"] for stage in read_run(tmp_path / "run")["stages"]}
+    assert stages["iter-2/generate"]["cells"][-1] == "tso-1"
+    rows = [row for row in rows_of(tmp_path / "run/metrics.jsonl") if row["iteration"] == 2]
+    away = abs(rows[0]["rewards/chosen"]) + abs(rows[0]["rewards/rejected"])
+    assert (away > 1e-5) == (reference == "initial")  # the adapter as it stood, or none
+    assert (stages["iter-2/train"]["first_loss"] is None) == (reference == "initial")
+
+
 @pytest.mark.parametrize("reference", ["initial", "ema"])
 def test_reference_policies(base: TrainConfig, tmp_path: Path, reference: str) -> None:
     """iter-2's reference log-probs are those of the weights that the setting names."""

@@ -109,4 +109,5 @@ def save_policy(policy: Policy, tokenizer: Any, folder: Path, accelerator: Accel
         with atomic_folder(folder) as tmp:
             options = {"save_embedding_layers": False} if has_adapter else {}
             model.save_pretrained(tmp, state_dict=state, **options)
+            (tmp / "README.md").unlink(missing_ok=True)  # peft's model card, to be filled in
             tokenizer.save_pretrained(tmp)
