@@ -334,10 +334,13 @@ def test_contradicting_labels_without_an_order_are_refused(tmp_path: Path) -> No
         ({"judge": "llm"}, ("'judge' is 'llm'", "'human'")),
         ({"annotator": None}, ("'annotator' is missing",)),
         ({"probability": 0.7}, ("'probability' is 0.7", "0.5 (a tie)")),
-        ({"time": "yesterday"}, ("'time' is 'yesterday'", "ISO 8601")),
+        ({"time": "yesterday"}, ("'time' is a string (\"yesterday\")", "ISO 8601")),
+        ({"time": "0001-01-01T00:00:00+14:00"}, ("'time' is a string", "ISO 8601")),
         ({"withdrawn": "no"}, ("'withdrawn'",)),
-        ({"shown": [0, 2]}, ("'shown' is [0, 2]",)),
-        ({"seconds": -1}, ("'seconds' is -1",)),
+        ({"shown": [0, 2]}, ("'shown' is a list ([0, 2])",)),
+        ({"shown": ["0", "1"]}, ("'shown' is a list",)),
+        ({"seconds": -1}, ("'seconds' is a number (-1)",)),
+        ({"seconds": 10**400}, ("'seconds' is a number (1000",)),
     ],
 )
 def test_a_bad_label_names_its_line_and_field(tmp_path: Path, change: dict[str, Any], parts: tuple[str, ...]) -> None:
@@ -500,10 +503,19 @@ def break_task(tasks: list[Any], where: str, value: Any) -> None:
         ("label_studio", "data.left", "another", "another text"),
         ("label_studio", "annotations.0.result.0.value", {"choices": ["both"]}, "the choice is 'both'"),
         ("label_studio", "annotations.0.annotator", None, "--annotator NAME"),
+        ("label_studio", "annotations.0.annotator", "\ud800", "half of a surrogate pair"),
+        ("label_studio", "annotations.0.result.0.value", {"choices": ["left", "tie"]}, "expected a list of one"),
+        ("label_studio", "annotations.0.lead_time", -1, "'lead_time' is a number (-1); expected a number >= 0"),
+        ("label_studio", "annotations.0.lead_time", float("nan"), "expected a finite number"),
+        ("label_studio", "annotations.0.created_at", "0001-01-01T00:00:00+14:00", "expected ISO 8601"),
+        ("label_studio", "annotations", 5, "'annotations' is a number (5); expected a list"),
         ("argilla", "metadata.prompt_id", None, "'prompt_id' is missing"),
         ("argilla", "metadata.right_response", -1, "'right_response' is -1"),
         ("argilla", "fields.right", "another", "another text"),
         ("argilla", "responses.preference", [{"user_id": "ada", "value": 3}], "the choice is 3"),
+        ("argilla", "responses.preference", 5, "'responses' is a number (5); expected a list"),
+        ("argilla", "responses", ["left"], "is 'left'; expected an object with 'user_id' and 'value'"),
+        ("argilla", "responses", [{"user_id": "ada", "values": ["left"]}], "the choice is None"),
     ],
 )
 def test_a_file_with_one_bad_record_adds_nothing(
@@ -522,6 +534,13 @@ def test_a_file_with_one_bad_record_adds_nothing(
     bad = BadRows("skip")
     import_labels(out, form, CANDIDATES, copy, None, bad)
     assert len(bad.rows) == 1
+
+
+def test_a_file_of_many_brackets_is_refused(file: LabelFile, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text("[" * 100_000)
+    assert "cannot be read" in refusal(
+        lambda: import_labels(tmp_path / "in.json", "argilla", CANDIDATES, file, None, BadRows())
+    )
 
 
 def test_contradictions_in_an_imported_file_are_refused(filled: LabelFile, tmp_path: Path) -> None:

@@ -308,6 +308,25 @@ def test_bad_input_ends_with_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_no_file_can_have(cli: Cli, tiny_matrix: Path, tmp_path: Path) -> None:
+    name = "x" * 300
+    rows, cell = tiny_matrix / "prompts.jsonl", cells(tiny_matrix, "s.v1")
+    scored = write_rows(tmp_path / "r.jsonl", [{"prompt": "a", "responses": [{"model": "m", "text": "t"}] * 2}])
+    train = ["--prompts", rows, "--verifier", "exact", "--num_iterations", 1]
+    for command, arguments, status in (
+        ("pairs", ["--config", name], 2),
+        ("pairs", ["--responses", name, "--output", tmp_path / "o"], 2),
+        ("pairs", ["--responses", scored, "--verdicts", name, "--output", tmp_path / "o"], 2),
+        ("pairs", ["--responses", scored, "--output", tmp_path / name], 3),
+        ("generate", ["--prompts", rows, "--cells", f"[{{path: {name}}}]", "--output", tmp_path / "o"], 2),
+        ("train", [*train, "--output_dir", tmp_path / name, "--cells", cell], 3),
+        ("train", [*train, "--output_dir", tmp_path / "run", "--cells", f"[{{path: {name}}}]"], 2),
+        ("report", [name], 2),
+        ("annotate", [name], 2),
+    ):
+        assert_error(cli(command, arguments), status, name[:200])
+
+
 def test_two_sources_of_verdicts(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(GOOD)
     arguments = ["--responses", tmp_path / "r.jsonl", "--verdicts", "v", "--verifier", "exact", "--output", "o"]

@@ -399,7 +399,7 @@ def test_garbage_among_the_metrics_is_left_out_and_counted(tmp_path, caplog):
     run = make_run(tmp_path / "run")
     whole = summarise(run).metrics
     garbage = [b"\xff\xfe", b"[1]", b"7", b"[" * 50_000, b'{"loss": 1}', b'{"iteration": "a", "step": 1}']
-    garbage += [b'{"iteration": 1, "step": 1, "loss": "low"}', b'{"iteration": 1, "step": 1, "loss": NaN}']
+    garbage += [b'{"iteration": 1, "step": 1, "loss": %s}' % loss for loss in (b'"low"', b"NaN", b"9" * 400)]
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b"\n".join(garbage) + b'\n{"iteration": 2, "st')  # a kill cut the last one
     assert summarise(run).metrics == whole

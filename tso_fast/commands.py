@@ -33,7 +33,7 @@ stdout = make_console()
 def _new_file(path: str) -> Path:
     """The output file; refuses early what could not be written after hours of work."""
     file = Path(path)
-    if file.exists():
+    if os.path.exists(file):
         raise InputError(f"output: {path} exists already; choose another name or remove it")
     check_writable(file)
     return file

@@ -55,7 +55,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
 def _write(error: Exception, arguments: Sequence[str]) -> Path:
     """Writes the traceback into the run folder, or into a temporary file if there is none."""
     folder = Path(getattr(error, "run_folder", ""))
-    has_run = (folder / RUN_FILE).is_file() and os.access(folder, os.W_OK)
+    has_run = os.path.isfile(folder / RUN_FILE) and os.access(folder, os.W_OK)
     number, name = tempfile.mkstemp(
         prefix=f"{'' if has_run else 'tso-fast-'}crash-{time.strftime('%Y%m%d-%H%M%S')}-",
         suffix=".txt",

@@ -54,7 +54,7 @@ def open_cell(config: CellConfig, place: str = "cells") -> Cell:
             rank differs from its configuration; there are neither weights nor ``size_b``.
     """
     path = Path(config.path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(
             f"{place}: path {config.path!r} is no folder; expected a local Hugging Face model or a LoRA adapter"
         )
@@ -160,7 +160,7 @@ def _open_adapter(path: Path, base: str | None, place: str) -> tuple[int, list[s
                 f"r {rank}; the two files do not belong together"
             )
     named = base or config.get("base_model_name_or_path")
-    if not named or not Path(named).is_dir():
+    if not named or not os.path.isdir(named):
         raise InputError(
             f"{place}: the base model of {path}, {named!r}, is no folder; set {place}.base to its local folder"
         )

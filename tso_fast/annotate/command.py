@@ -40,7 +40,7 @@ def find_files(config: AnnotateConfig) -> Files:
     """
     run = Path(config.run)
     given = None if config.verdicts is None else Path(config.verdicts)
-    if run.is_file():
+    if os.path.isfile(run):
         if config.iteration is not None:
             raise InputError(f"iteration: it has no effect on {run}, which is a file; leave it out")
         stem = re.sub(r"\.jsonl(\.gz)?$", "", run.name)
@@ -59,7 +59,7 @@ def _iteration(run: Path, number: int | None) -> Iteration:
     if not known:
         what = (
             "has no iteration with responses yet"
-            if (run / RUN_FILE).is_file()
+            if os.path.isfile(run / RUN_FILE)
             else "is neither a run folder nor a file of responses"
         )
         raise InputError(f"run: {run} {what}; expected the output_dir of `tso-fast train`, or JSONL of responses")
@@ -86,7 +86,7 @@ def annotate(config: AnnotateConfig) -> None:
     desk = Desk(beliefs, labels, seed=config.seed, overlap=config.overlap, max_pairs=config.max_pairs)
     if config.export_to is not None:
         output = Path(config.export_to)
-        if output.exists():
+        if os.path.exists(output):
             raise InputError(f"export_to: {output} exists already; choose another name or remove it")
         check_writable(output)
         count = export_labels(output, config.format, candidates, desk.queue, labels, config.seed)

@@ -16,8 +16,18 @@ from typing import Any
 from tso_fast.annotate.order import sides
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import write_json, write_jsonl
-from tso_fast.files.labels import Label, LabelFile, Pair, label_row, make_label, parse_time, read_history, standing
-from tso_fast.files.rows import BadRows, Row
+from tso_fast.files.labels import (
+    Label,
+    LabelFile,
+    Pair,
+    label_row,
+    make_label,
+    parse_seconds,
+    parse_time,
+    read_history,
+    standing,
+)
+from tso_fast.files.sources import BadRows, Row, check_leaves, kind_of
 from tso_fast.types import Candidates
 
 PROBABILITY: dict[str, float | None] = {"left": 1.0, "right": 0.0, "tie": 0.5, "bad": None}
@@ -175,6 +185,11 @@ def _read(
     for number, record in enumerate(_read_list(path)):
         where = f"{path}: [{number}]"
         try:
+            check_leaves(record, where)
+        except InputError as error:
+            bad.handle(error, repr(record))
+            continue
+        try:
             yield from parse(record, where, items, annotator)
         except InputError as error:
             bad.handle(error, record)
@@ -183,7 +198,7 @@ def _read(
 def _read_list(path: Path) -> list[Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"import_from: {path} cannot be read: {error}; expected a JSON list") from error
     if isinstance(content, dict) and isinstance(content.get("records"), list):
         content = content["records"]
@@ -258,23 +273,24 @@ def _from_label_studio(task: Any, where: str, items: Mapping[str, Candidates], a
             }
         ]
     out = []
-    for k, annotation in enumerate(annotations or []):
+    for k, annotation in enumerate(_list(annotations, "annotations", where)):
         place = f"{where}.annotations[{k}]"
         results = _field(annotation, "result", place, list, "a list of results")
         if annotation.get("was_cancelled") or not results:
             continue
         value = _field(results[0], "value", f"{place}.result[0]", dict, "a choice")
         choices = value.get("choices") or [value.get("selected", value.get("choice"))]
-        seconds = annotation.get("lead_time")
+        if not isinstance(choices, list) or len(choices) != 1:
+            raise InputError(f"{place}: the choices are {kind_of(choices)}; expected a list of one")
         who = _name(annotation.get("annotator", annotation.get("completed_by")), annotator, place)
         out.append(
             make_label(
                 item,
                 (left, right),
                 who,
-                _probability(choices[0] if isinstance(choices, list) else choices, place),
+                _probability(choices[0], place),
                 parse_time(annotation.get("created_at"), place),
-                seconds=float(seconds) if isinstance(seconds, int | float) else None,
+                seconds=parse_seconds(annotation.get("lead_time"), f"{place}: field 'lead_time'"),
                 shown=(left, right),
                 where=place,
             )
@@ -286,13 +302,13 @@ def _from_argilla(record: Any, where: str, items: Mapping[str, Candidates], anno
     """Labels of a record as Argilla's ``records.to_json`` writes it, or as exports of Argilla 1 do."""
     fields = _field(record, "fields", where, dict, "the texts that were shown")
     item, left, right = _pair(record.get("metadata"), fields, where, items)
-    responses = record.get("responses") or {}
-    if isinstance(responses, dict):
-        answers = responses.get("preference") or []
-    else:
-        answers = [{**r, **((r.get("values") or {}).get("preference") or {})} for r in responses if isinstance(r, dict)]
+    answers = record.get("responses")
+    if isinstance(answers, dict):
+        answers = answers.get("preference")
+    elif isinstance(answers, list):
+        answers = [_flat(answer) for answer in answers]
     out = []
-    for k, answer in enumerate(answers):
+    for k, answer in enumerate(_list(answers, "responses", where)):
         place = f"{where}.responses[{k}]"
         if not isinstance(answer, dict):
             raise InputError(f"{place}: is {answer!r:.60}; expected an object with 'user_id' and 'value'")
@@ -309,3 +325,19 @@ def _from_argilla(record: Any, where: str, items: Mapping[str, Candidates], anno
             )
         )
     return out
+
+
+def _flat(answer: Any) -> Any:
+    """A response of Argilla 1, ``{"user_id", "status", "values": {"preference": {"value"}}}``, as one of today's."""
+    inside = answer
+    for name in ("values", "preference"):
+        inside = inside.get(name) if isinstance(inside, dict) else None
+    return {**answer, **inside} if isinstance(inside, dict) else answer
+
+
+def _list(value: Any, name: str, where: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise InputError(f"{where}: field {name!r} is {kind_of(value)}; expected a list")
+    return value

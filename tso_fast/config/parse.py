@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import typing
 from collections.abc import Collection, Sequence
@@ -148,7 +149,7 @@ def _check_known(name: str, known: Collection[str], place: str) -> None:
 
 
 def _check_file(path: Path, known: Sequence[str]) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"config: {str(path)!r} is no file; expected YAML")
     try:
         text = path.read_text(encoding="utf-8")

@@ -26,7 +26,8 @@ from typing import Any
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import fsync_folder, writing
 from tso_fast.files.forms import Spelling
-from tso_fast.files.rows import BadRows, Row, fields_of, parse_verdict, read_rows, text_hash, texts_of, verdict_row
+from tso_fast.files.rows import FLOAT32_MAX, fields_of, parse_verdict, text_hash, texts_of, verdict_row
+from tso_fast.files.sources import BadRows, Row, kind_of, read_rows
 from tso_fast.types import HUMAN, Candidates, Comparison
 
 logger = logging.getLogger(__name__)
@@ -127,17 +128,15 @@ def parse_label(row: Row, where: str, texts: Mapping[str, Sequence[str]]) -> Lab
             probability=None if probability is None else 1 - probability,
             hashes=None if hashes is None else (hashes[1], hashes[0]),
         )
-    withdrawn, seconds, shown = row.get("withdrawn", False), row.get("seconds"), row.get("shown")
+    withdrawn, shown = row.get("withdrawn", False), row.get("shown")
     if not isinstance(withdrawn, bool):
-        raise InputError(f"{where}: field 'withdrawn' is {withdrawn!r}; expected true or false")
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds < 0):
-        raise InputError(f"{where}: field 'seconds' is {seconds!r}; expected a number >= 0")
-    if shown is not None and (not isinstance(shown, list) or sorted(map(str, shown)) != sorted(map(str, (i, j)))):
-        raise InputError(f"{where}: field 'shown' is {shown!r}; expected the two responses, left and right")
+        raise InputError(f"{where}: field 'withdrawn' is {kind_of(withdrawn)}; expected true or false")
+    if shown is not None and (shown not in ([i, j], [j, i]) or not all(type(index) is int for index in shown)):
+        raise InputError(f"{where}: field 'shown' is {kind_of(shown)}; expected the two responses, left and right")
     return Label(
         comparison=comparison,
         time=parse_time(row.get("time"), where),
-        seconds=seconds,
+        seconds=parse_seconds(row.get("seconds"), f"{where}: field 'seconds'"),
         shown=None if shown is None else (shown[0], shown[1]),
         withdrawn=withdrawn,
         where=where,
@@ -150,11 +149,20 @@ def parse_time(value: Any, where: str) -> datetime | None:
         return None
     try:
         time = datetime.fromisoformat(value)
-    except (TypeError, ValueError) as error:
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError) as error:  # the latter of year 1 in the east
         raise InputError(
-            f"{where}: field 'time' is {value!r}; expected ISO 8601 such as 2026-11-21T16:28:01+00:00"
+            f"{where}: field 'time' is {kind_of(value)}; expected ISO 8601 such as 2026-11-21T16:28:01+00:00"
         ) from error
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+
+
+def parse_seconds(value: Any, place: str) -> float | None:
+    """Parses the time that a label took; ``place`` is the start of the message of an error."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= FLOAT32_MAX:
+        raise InputError(f"{place} is {kind_of(value)}; expected a number >= 0")
+    return float(value)
 
 
 LABEL_FIELDS = (*fields_of(Comparison), *fields_of(Label))

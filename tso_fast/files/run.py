@@ -112,7 +112,8 @@ class Iteration:
 
 def iterations(run: Path) -> list[Iteration]:
     """Iterations that have a folder, oldest first."""
-    numbers = [int(found[1]) for path in run.glob("iter-*") if (found := re.fullmatch(r"iter-(\d+)", path.name))]
+    names = os.listdir(run) if os.path.isdir(run) else []
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"iter-(\d+)", name))]
     return [Iteration(run, number) for number in sorted(numbers)]
 
 

@@ -16,6 +16,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -65,9 +66,9 @@ def read_rows(path: str | Path, bad: BadRows, may_be_torn: bool = False) -> Iter
     """
     path = Path(path)
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if path.is_dir():
+    if os.path.isdir(path):
         return _table(path, _saved(path), bad)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; expected {FORMATS}")
     if path.suffix == ".parquet":
         return _table(path, _parquet(path), bad)
@@ -196,7 +197,7 @@ def _checked(row: Any, where: str, decoder: _Decoder, expected: str, has_escapes
     return row
 
 
-def check_leaves(row: Row, where: str) -> None:
+def check_leaves(row: Any, where: str) -> None:
     """Raises InputError for a number that is not finite, and for text that UTF-8 cannot hold."""
     for name, leaf in _leaves(row):
         if isinstance(leaf, float) and not math.isfinite(leaf):

@@ -17,6 +17,7 @@ what it may be.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def load(name: str) -> Template:
             effect.
     """
     file = FOLDER / f"{name}.txt" if name in names() else Path(name)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise InputError(
             f"template: {name!r} is neither a file nor one of {', '.join(names())}{did_you_mean(name, names())}"
         )

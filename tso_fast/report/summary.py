@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +193,8 @@ def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str)
 
 def comparisons(folder: str | Path) -> list[str]:
     """Folders of runs that ``compare`` made inside this one."""
+    if not os.path.isdir(folder):
+        return []
     return [str(path.parent) for path in sorted(Path(folder).glob(f"compare-*/{RUN_FILE}"))]
 
 
