@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.library import opcheck
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tso_fast import LOSSES, linear_logprobs, preference_loss
 
@@ -84,6 +85,44 @@ def test_a_whole_model_compiles(backend: str, dtype: torch.dtype, options: dict[
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for got, exact in zip(run(compiled, dtype, options), want, strict=True):
         torch.testing.assert_close(got, exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+class Step(torch.nn.Module):
+    """A step on someone else's model: a Llama of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=16, initializer_range=0.3,
+        )  # fmt: skip
+        self.llama: Any = LlamaForCausalLM(config)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor, ref_logprobs: torch.Tensor) -> Any:
+        hidden = self.llama.model(tokens, use_cache=False).last_hidden_state
+        weight = self.llama.lm_head.weight
+        out = preference_loss(hidden, weight, targets, ref_logprobs=ref_logprobs, loss="dual_clip", beta=0.02)
+        return out.loss, linear_logprobs(hidden, weight, targets)
+
+
+def test_a_model_of_transformers_compiles_and_exports_without_a_break() -> None:
+    torch.compiler.reset()
+    step = Step()
+    targets = inputs()["targets"]
+    given = targets.clamp(min=0), targets, torch.full((S,), -20.0)
+    found = []
+    for model in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss, tokens = model(*given)
+        found.append([loss.detach(), tokens.detach(), *torch.autograd.grad(loss, list(step.parameters()))])
+    for got, want in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(got, want)
+    length = torch.export.Dim("length", min=4, max=16)
+    shapes = {"tokens": {1: length}, "targets": {1: length}, "ref_logprobs": {}}
+    exported = torch.export.export(step, given, dynamic_shapes=shapes).module()
+    shorter = given[0][:, :7], given[1][:, :7], given[2]
+    for got, want in zip(exported(*shorter), step(*shorter), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_other_shapes_and_no_gradients_compile() -> None:
