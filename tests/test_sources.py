@@ -222,6 +222,9 @@ def test_a_conversation_is_a_prompt_and_a_human_response(
         ({"conversations": [{"from": "alien", "value": "a"}]}, "has role 'alien'; expected one of system, user"),
         ({"conversations": [{"from": "human", "text": "a"}]}, "field 'prompt[0]' is an object"),
         ({"conversations": "[1"}, ": field 'conversations' is a string that is no JSON"),
+        ({"conversations": '["\\ud800"]'}, "half of a surrogate pair"),
+        ({"prompt": "a", "responses": '[{"model": "m", "text": "t", "logprob": NaN}]'}, "expected a finite number"),
+        ({"prompt": "a", "responses": '[{"model": "m", "text": "t", "text": "u"}]'}, "'text' is given twice in one"),
     ],
 )
 def test_a_conversation_that_cannot_be_read_names_the_turn(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tso_fast.errors import InputError, did_you_mean
-from tso_fast.files.sources import Row, kind_of
+from tso_fast.files.sources import Row, kind_of, parse_value
 from tso_fast.types import Message, Response
 
 logger = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ class Forms:
                 out["prompt"] = out.pop(source)
         for name in ("prompt", "constraints", "responses"):  # a cell of CSV holds a list as JSON
             if isinstance(out.get(name), str) and (name != "prompt" or source in CONVERSATIONS):
-                out[name] = _json(out[name], f"{where}: field {source if name == 'prompt' else name!r}")
+                out[name] = parse_value(out[name], f"{where}: field {source if name == 'prompt' else name!r}")
         if source is not None and isinstance(out.get("prompt"), list | dict):
             _split(out, f"{where}: field {source!r}")
         responses = out.get("responses")
@@ -178,13 +177,6 @@ def _nearest(name: str, names: tuple[str, ...]) -> str | None:
     """Remembered, as the rows of a file have the same fields."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=NEAR)
     return close[0] if close else None
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is a string that is no JSON: {error}; expected a list") from error
 
 
 def _split(row: Row, place: str) -> None:

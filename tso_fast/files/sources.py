@@ -152,6 +152,19 @@ def _parse(text: str, where: str) -> Row:
     return _checked(row, where, decoder, ONE_A_LINE, "\\u" in text)
 
 
+def parse_value(text: str, place: str) -> Any:
+    """What a field's text of JSON holds, read as strictly as a row; ``place`` begins the message of an error."""
+    decoder = _Decoder()
+    try:
+        value = decoder.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is a string that is no JSON: {error}; expected a list") from error
+    if decoder.repeated:
+        raise InputError(f"{place}: {decoder.repeated[0]!r} is given twice in one object; expected it once")
+    check_leaves(value, place)
+    return value
+
+
 def _array(path: Path, bad: BadRows) -> Iterator[tuple[str, Row]]:
     """The items of a JSON array, one after the other; behind one that is no JSON nothing can be read."""
     text = "".join(_text(line, f"{path}:{n}") for n, line in enumerate(_lines(path), start=1))
