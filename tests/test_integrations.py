@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
+from helpers import ranks
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     LlamaConfig,
@@ -25,6 +27,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from trl import DPOConfig, DPOTrainer
 
@@ -65,11 +68,8 @@ def tiny(seed: int = 0) -> Any:
     return LlamaForCausalLM(config).double()
 
 
-def adapted(model: Any) -> Any:
-    """With an adapter that does something already."""
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    torch.manual_seed(3)
-    return get_peft_model(model, config).double()
+ADAPTER = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+"""Of random weights, so that a new adapter does something already."""
 
 
 def encoded(rows: Sequence[dict[str, Any]] = ROWS) -> list[EncodedPair]:
@@ -185,24 +185,50 @@ def test_trl_takes_our_steps_however_they_are_shared_out(tmp_path: Path) -> None
     assert_same((keep.logs["loss"], keep.gradients), want)
 
 
-@pytest.mark.parametrize("start", ["new", "given"])
-def test_trl_takes_our_steps_on_an_adapter(start: str, tmp_path: Path) -> None:
-    """The reference is the model without its adapter, or the adapter as it was given: then the first loss is ln 2."""
-    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    model = adapted(tiny()) if start == "given" else tiny()
-    twin = copy.deepcopy(model) if start == "given" else None
-    keep, trainer = trl_step(tmp_path, model, peft_config=None if twin else config)
-    if twin is None:
-        twin = copy.deepcopy(adapted(tiny()))
-        weights = {name: p for name, p in trainer.model.named_parameters() if "lora" in name}
-        assert all(p.grad is None or p.requires_grad for p in weights.values())
-        assert len(keep.gradients) == len(weights)
-        # An adapter of random weights is not its base, so the rewards are not 0.
-        assert abs(keep.logs["rewards/chosen"]) > 1e-3
-    else:
-        want = own_step(twin, copy.deepcopy(twin))
-        assert keep.logs["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert_same((keep.logs["loss"], keep.gradients), want)
+def test_trl_takes_our_steps_in_two_processes(tmp_path: Path) -> None:
+    model, reference = tiny(), tiny(1)
+    want = own_step(copy.deepcopy(model), reference)
+
+    def work(rank: int) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arguments = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        keep, _ = trl_step(tmp_path, model, reference, arguments=arguments)
+        gradients = {name.removeprefix("module."): g for name, g in keep.gradients.items()}
+        if rank == 0:  # only it logs
+            assert_same((keep.logs["loss"], gradients), want)
+
+    ranks(2, work)
+
+
+def test_trl_shares_prompts_in_bfloat16_too(tmp_path: Path) -> None:
+    """Accelerate rounds the reference's forward pass before we see it."""
+    model, reference = tiny().float(), tiny(1).float()
+    want = own_step(copy.deepcopy(model), reference)
+    keep, trainer = trl_step(tmp_path, model, reference, arguments={"bf16": True}, share_prompt=True)
+    assert keep.logs["loss"] == pytest.approx(want[0], rel=1e-2)
+    assert len(trainer._policies) == 2
+
+
+def test_trl_takes_our_steps_on_a_new_adapter(tmp_path: Path) -> None:
+    """The reference is the model without it."""
+    model = tiny()
+    set_seed(42)  # as TRL does before it makes the adapter
+    twin = get_peft_model(model, ADAPTER)
+    want = own_step(twin, twin, disabled=twin.disable_adapter())
+    keep, trainer = trl_step(tmp_path, tiny(), peft_config=ADAPTER)
+    assert_same((keep.logs["loss"], keep.gradients), want, rtol=1e-5)
+    assert trainer.ref_model is None
+    assert abs(keep.logs["rewards/chosen"]) > 1e-3
+
+
+def test_trl_takes_our_steps_on_an_adapter_that_is_there(tmp_path: Path) -> None:
+    """The reference is the adapter as it was given, so that the first loss is ln 2."""
+    model = get_peft_model(tiny(), ADAPTER).double()
+    twin = copy.deepcopy(model)
+    want = own_step(twin, copy.deepcopy(twin))
+    keep, _ = trl_step(tmp_path, model)
+    assert keep.logs["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert_same((keep.logs["loss"], keep.gradients), want)
 
 
 def test_trl_keeps_our_log_probs_of_the_reference(tmp_path: Path) -> None:
@@ -339,7 +365,7 @@ def test_a_plain_trainer_takes_our_steps(loss: str, tmp_path: Path) -> None:
 
 
 def test_a_plain_trainer_trains_an_adapter(tmp_path: Path) -> None:
-    model = adapted(tiny())
+    model = get_peft_model(tiny(), ADAPTER).double()
     twin = copy.deepcopy(model)
     want = own_step(twin, twin, disabled=twin.disable_adapter())
     assert_same(plain_step(tmp_path, with_preference_loss(model, share_prompt=True)), want)

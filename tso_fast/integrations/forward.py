@@ -71,8 +71,11 @@ def add_pair_forward(model: Any, share_prompt: bool | Literal["auto"]) -> Policy
     Raises:
         InputError: an architecture that is not supported, or cannot share prompts where ``share_prompt`` is True.
     """
-    policy = share_prompts(Policy(model), share_prompt)
     original = model.forward
+    # Where accelerate has put autocast around it, which rounds, what is checked is the model without.
+    model.forward = vars(model).get("_original_forward", original)
+    policy = share_prompts(Policy(model), share_prompt)
+    model.forward = original
     del policy.model  # a module may not become something else
     policy.model = _Unpatched(model)
 
