@@ -46,7 +46,7 @@ from fused_cases import (
     ours,
     solve,
 )
-from harness import RESULTS, commit, interleave, machine, spread, table, versions, write_json
+from harness import RESULTS, commit, interleave, machine, resident_mib, spread, table, versions, write_json
 
 from tso_fast.logprob import cpu
 
@@ -265,11 +265,6 @@ def resident(problem: Problem) -> float:
         tensor.sum()
     Path("/proc/self/clear_refs").write_text("5")
     return resident_mib("VmRSS")
-
-
-def resident_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

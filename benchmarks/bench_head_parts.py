@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_fused_loss import C1, isa_used, resident_mib
+from bench_fused_loss import C1, isa_used
 from fused_cases import Case, make
-from harness import RESULTS, commit, machine, spread, table, versions, write_json
+from harness import RESULTS, commit, machine, resident_mib, spread, table, versions, write_json
 
 from tso_fast import preference_loss
 

@@ -29,7 +29,7 @@ from typing import Any
 import bench_diversity
 import numpy as np
 import torch
-from harness import RESULTS, commit, interleave, machine, spread, table, versions, write_json
+from harness import RESULTS, commit, interleave, machine, resident_mib, spread, table, versions, write_json
 
 import tso_fast.scoring as scoring
 
@@ -279,11 +279,6 @@ def memory_of(arguments: argparse.Namespace) -> dict[str, Any]:
     extra, size = resident_mib("VmHWM") - base, problem.scores_RM.nbytes / 2**20
     del result
     return {"extra_mib": extra, "input_mib": size, "extra_over_input": extra / size}
-
-
-def resident_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -89,6 +89,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "q1": q1, "q3": q3}
 
 
+def resident_mib(field: str) -> float:
+    """Of this process, such as ``VmRSS`` now and ``VmHWM`` at its peak; on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 # --------------------------------------------------------------------------------------------------- child processes
 
 Say = Callable[[dict[str, Any]], None]
