@@ -6,9 +6,9 @@
     python benchmarks/bench_methods.py --table                      the tables from the runs that are there
 
 A run is one method on one task with one seed: the same matrix, prompts, samples of each cell, pairs a prompt and epochs
-for all methods. It trains in a process of its own and leaves one JSON, and a run that is there is not done again, so
-that the command goes on where it was stopped. Seeds change the matrix, the prompts and the sampling. What a cell of the
-matrix says to a prompt is generated once a seed and shared.
+for all methods. It trains in a process of its own and leaves one line in ``results/methods.jsonl``, and a run that is
+there is not done again, so that the command goes on where it was stopped, on this machine or another. Seeds change the
+matrix, the prompts and the sampling. What a cell of the matrix says to a prompt is generated once a seed and shared.
 
 Each method runs with the settings that were best of as many trials (``TRIALS``) on the development seeds, whose prompts
 for evaluation are others. The tables are made on ``SEEDS``, once.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
+import functools
 import json
 import math
 import os
@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from harness import RESULTS, ROOT, commit, machine, table, versions, write_json
+from harness import RESULTS, ROOT, commit, table
 
 from tso_fast.cli import TASKS
 
@@ -42,6 +42,8 @@ T_QUANTILE = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 
 """Quantiles of Student's distribution for 95 % intervals, by degrees of freedom."""
 SAMPLES = 8
 WORK = ROOT / "tso-runs/bench-methods"
+FILE = RESULTS / "methods.jsonl"
+"""A line a run."""
 Row = dict[str, Any]
 Settings = Mapping[str, Any]
 
@@ -147,6 +149,7 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
     stages = {item["name"]: item["info"] for item in run.state["stages"]}
     scores = [info["accuracy"] for name, info in stages.items() if name.endswith("eval")]
     trained = [info for name, info in stages.items() if name.endswith("train")]
+    pairs = [info["pairs"] for name, info in stages.items() if name.endswith("pairs")]
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in metrics if row["iteration"] == metrics[-1]["iteration"]]
     return {
@@ -154,8 +157,9 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
         "gain": 100 * (scores[-1] - scores[0]),
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "pairs": [info["pairs"] for name, info in stages.items() if name.endswith("pairs")],
-        "chosen_tokens": sum(info["means"]["num_tokens/chosen"] * info["steps"] for info in trained),
+        "pairs": pairs,
+        "chosen_tokens": config.num_train_epochs
+        * sum(info["means"]["num_tokens/chosen"] * count for info, count in zip(trained, pairs, strict=True)),
         "chosen_drift": last[-1]["logps/chosen"] - last[0]["logps/chosen"],
         **measure_samples(config, str(run.folder), start_path),
     }
@@ -230,13 +234,22 @@ class Job:
     settings: Settings
 
     @property
-    def file(self) -> Path:
-        settings = json.dumps(self.settings, sort_keys=True)
-        key = hashlib.sha256(settings.encode()).hexdigest()[:8]
-        return WORK / self.task / self.eval_set / f"{self.name}-{key}" / f"seed-{self.seed}.json"
+    def key(self) -> str:
+        return json.dumps([self.task, self.eval_set, self.name, self.seed, self.settings], sort_keys=True)
 
     def result(self) -> Row | None:
-        return json.loads(self.file.read_text()) if self.file.exists() else None
+        return _results().get(self.key)
+
+
+def _results() -> dict[str, Row]:
+    """Runs that are done, by the keys of their jobs; read again when another process has added one."""
+    return _read_results(FILE.stat().st_size if FILE.exists() else 0)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_results(size: int) -> dict[str, Row]:
+    rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if size else []
+    return {Job(r["task"], r["name"], r["seed"], r["eval_set"], r["settings"]).key: r for r in rows}
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
@@ -291,8 +304,6 @@ def child(task: str, name: str, seed: int, eval_set: str, settings: Settings) ->
     import shutil
     import tempfile
 
-    job = Job(task, name, seed, eval_set, settings)
-    job.file.parent.mkdir(parents=True, exist_ok=True)
     root = WORK / task / "stores"
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
@@ -300,9 +311,17 @@ def child(task: str, name: str, seed: int, eval_set: str, settings: Settings) ->
         result = run_one(task, settings, seed, eval_set, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write_json(job.file, {"task": task, "name": name, "seed": seed, "eval_set": eval_set, "settings": settings,
-                          "commit": commit(), **result})  # fmt: skip
+    job = {"task": task, "name": name, "seed": seed, "eval_set": eval_set, "settings": settings, "commit": commit()}
+    with open(FILE, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps({**job, **{key: _rounded(value) for key, value in result.items()}}) + "\n")
     print(json.dumps(result))
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers at five digits, which is more than they are good for."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -362,7 +381,6 @@ def main() -> None:
     parser.add_argument("--extra", type=json.loads, default={}, help="JSON of settings for every run")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once, each with one thread")
     parser.add_argument("--table", action="store_true", help="print the tables of the runs that are there")
-    parser.add_argument("--output", type=Path, default=RESULTS / "methods.json")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
@@ -372,10 +390,6 @@ def main() -> None:
     if not arguments.table:
         run_all(jobs, arguments.processes)
     print(tables(jobs))
-    if not arguments.tune:
-        results = [result for job in jobs if (result := job.result()) is not None]
-        record = {"machine": machine(), "versions": versions("torch", "transformers"), "commit": commit()}
-        write_json(arguments.output, {**record, "runs": results})
 
 
 if __name__ == "__main__":
