@@ -51,12 +51,12 @@ SAMPLES = 8
 PANELS = {
     "chosen": "log-prob of the chosen, nats",
     "rejected": "log-prob of the rejected, nats",
-    "chosen_share": "chosen side's share of the gradient",
+    "chosen_share": "gradient on the chosen, share",
     "clipped": "sides that are clipped",
     "entropy": "entropy of a response, nats",
     "kl": "KL to the start, nats",
     "pass@1": "samples that are right",
-    f"pass@{SAMPLES}": f"prompts with one right of {SAMPLES}",
+    f"pass@{SAMPLES}": f"prompts with one of {SAMPLES} right",
     "mass": "mass on chosen and rejected",
 }
 """What is measured, and its name."""
@@ -105,16 +105,19 @@ def _of_pairs(policy: Policy, loss: Any, watched: Watched) -> Row:
         slopes = torch.autograd.grad(losses.sum(), sides, materialize_grads=True)
     pull = [float(slope.abs().sum()) for slope in slopes]
     options, beta = loss.options, loss.options.get("beta", 0.3)
-    clipped = [
-        float((beta * (chosen - reference[0]) > options.get("clip_chosen", torch.inf)).double().mean()),
-        float((beta * (reference[1] - rejected) > options.get("clip_rejected", torch.inf)).double().mean()),
-    ]
+    clipped = torch.stack(
+        [
+            beta * (chosen - reference[0]) > options.get("clip_chosen", torch.inf),
+            beta * (reference[1] - rejected) > options.get("clip_rejected", torch.inf),
+        ]
+    )
     return {
         "chosen": float(chosen.mean()),
         "rejected": float(rejected.mean()),
         "mass": float((chosen.exp() + rejected.exp()).mean()),
         "chosen_share": pull[0] / (sum(pull) or 1.0),
-        "clipped": mean(clipped),
+        "clipped": float(clipped.double().mean()),
+        "both_clipped": float(clipped.all(dim=0).double().mean()),
     }
 
 

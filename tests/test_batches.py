@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from tso_fast.errors import InputError
 from tso_fast.models.layout import attention_mask, padded, shared
 from tso_fast.models.tokens import IGNORE, encode_prompt, encode_response, end_of_turn, pad_sequences, response_ids
-from tso_fast.training.batches import EncodedPair, collate, encode_pairs, num_steps, plan_steps
+from tso_fast.training.batches import EncodedPair, collate, encode_pairs, num_steps, num_tokens, plan_steps
 from tso_fast.types import Message, PreferencePair, Prompt, Response
 
 SYSTEM, QUESTION, ANSWER = "Be brief.", "What is 2 plus 3?", "It is 5."
@@ -499,6 +499,42 @@ def test_pairs_of_a_prompt_in_a_step_are_in_the_same_pass() -> None:
     for step in steps:
         order = [prompts[i] for part in step.micro_batches for i in part.index]
         assert len(list(itertools.groupby(order))) == len(set(order))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_of_many_tokens_is_made_in_more_passes(world: int) -> None:
+    lengths = [1, 2, 3, 50, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+    plans = [
+        list(
+            plan_steps(
+                range(16),
+                epochs=1,
+                micro_size=16 // world,
+                accumulation=1,
+                rank=rank,
+                world=world,
+                seed=0,
+                fits=lambda index: sum(lengths[i] for i in index) <= 40,
+            )
+        )
+        for rank in range(world)
+    ]
+    (first,), *_ = plans
+    assert sorted(i for (step,) in plans for part in step.micro_batches for i in part.index) == list(range(16))
+    passes = [len(step.micro_batches) for (step,) in plans]
+    assert len(set(passes)) == 1
+    assert passes[0] > 170 // 40 // world
+    for (step,) in plans:
+        for part in step.micro_batches:
+            assert sum(lengths[i] for i in part.index) <= 40 or len(part.index) == 1
+    assert sorted(first.all_index) == list(range(16))
+
+
+def test_tokens_of_a_pass() -> None:
+    pairs = encoded(4)  # prompts of 1, 2, 3 and 1 tokens, chosen of 2, rejected of 3
+    assert num_tokens(pairs, [0, 1], share_prompts=False) == 2 * (1 + 2) + 2 * (1 + 2)
+    assert num_tokens(pairs, [0, 1], share_prompts=True) == 3 + 2 * (1 + 2)
+    assert num_tokens(pairs, [0, 3], share_prompts=True) == 1 + (1 + 2)  # the same sequences
 
 
 def test_a_process_without_pairs_computes_one_of_scale_0() -> None:

@@ -389,6 +389,9 @@ class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
     per_device_train_batch_size: Annotated[PositiveInt, FREE] = 8
     """Pairs in one forward pass on one device. This times `gradient_accumulation_steps` times processes are the pairs
     of a step, which stay as many when a run is resumed."""
+    max_tokens_per_batch: Annotated[PositiveInt | None, FREE] = None
+    """Most tokens in one forward pass on one device, padding left out: a step whose pairs have more is made in more
+    passes. Default: any."""
     gradient_accumulation_steps: Annotated[PositiveInt, FREE] = 1
     """Forward passes in one optimiser step."""
     share_prompt: bool | Literal["auto"] = "auto"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,6 +150,7 @@ def plan_steps(
     world: int,
     seed: int,
     grouped: bool = False,
+    fits: Callable[[Sequence[int]], bool] = lambda index: True,
 ) -> Iterator[Step]:
     """Steps of an iteration; the pairs of a step do not depend on how many processes or passes share it.
 
@@ -158,6 +160,7 @@ def plan_steps(
     Args:
         prompts: what the prompt of each pair is known by.
         grouped: pairs of a prompt are in the same step, else they fall where chance puts them.
+        fits: whether pairs fit into one pass; a step is made in more passes until they do, or are single.
     """
     size = micro_size * accumulation * world
     members = list(_by_prompt(prompts, range(len(prompts))).values())
@@ -169,13 +172,27 @@ def plan_steps(
             order = random.permutation(len(prompts)).tolist()
         for start in range(0, len(order), size):
             batch = [i for group in _by_prompt(prompts, order[start : start + size]).values() for i in group]
-            parts = min(accumulation, -(-len(batch) // (micro_size * world)))
-            bounds = [-(-len(batch) * share // (parts * world)) for share in range(parts * world + 1)]
-            micro_batches = []
-            for part in range(parts):
-                share = batch[bounds[part * world + rank] : bounds[part * world + rank + 1]]
-                micro_batches.append(MicroBatch(index=share or batch[:1], is_padding=[not share] * max(1, len(share))))
+            parts = -(-len(batch) // (micro_size * world))
+            while not all(map(fits, _shares_of(batch, parts * world))) and parts * world < len(batch):
+                parts += 1
+            micro_batches = [
+                MicroBatch(index=share or batch[:1], is_padding=[not share] * max(1, len(share)))
+                for share in _shares_of(batch, parts * world)[rank::world]
+            ]
             yield Step(epoch=epoch, micro_batches=micro_batches, all_index=batch)
+
+
+def _shares_of(batch: list[int], count: int) -> list[list[int]]:
+    """So many runs of pairs, as equal as can be; the last ones may be empty."""
+    bounds = [-(-len(batch) * share // count) for share in range(count + 1)]
+    return [batch[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def num_tokens(pairs: Sequence[EncodedPair], index: Iterable[int], share_prompts: bool) -> int:
+    """Tokens that the model computes for pairs, their padding left out."""
+    sequences = {(pairs[i].prompt, side) for i in index for side in (pairs[i].chosen, pairs[i].rejected)}
+    prompts = {prompt for prompt, _ in sequences} if share_prompts else [prompt for prompt, _ in sequences]
+    return sum(map(len, prompts)) + sum(len(side) - 1 for _, side in sequences)
 
 
 def _by_prompt(prompts: Sequence[Hashable], index: Iterable[int]) -> dict[Hashable, list[int]]:

@@ -24,7 +24,7 @@ from tso_fast.losses import Loss, loss_options, weighted_sum
 from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.progress import progress_bar
 from tso_fast.seeds import seed_of
-from tso_fast.training.batches import EncodedPair, Step, collate, completion_lengths, num_steps, plan_steps
+from tso_fast.training.batches import EncodedPair, Step, collate, completion_lengths, num_steps, num_tokens, plan_steps
 from tso_fast.training.checkpoint import Checkpoints
 from tso_fast.training.memory import explained_memory
 from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, finite
@@ -321,9 +321,15 @@ class _Training:
             rank=self.accelerator.process_index,
             seed=seed_of(self.config.seed, self.files.number),
             grouped=self.config.group_pairs,
+            fits=self._fits,
             **_shares(self.config, self.accelerator),
         )
         return enumerate(steps, start=1)
+
+    def _fits(self, index: Sequence[int]) -> bool:
+        """Whether pairs have no more tokens than a pass may have."""
+        most = self.config.max_tokens_per_batch
+        return most is None or num_tokens(self.pairs, index, self.share_prompts) <= most
 
     def one_step(self, number: int, step: Step) -> float:
         """One optimiser step, skipped when it is not finite; returns the gradient's norm."""
