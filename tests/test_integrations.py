@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from datasets import Dataset
-from helpers import ranks
+from datasets import Dataset, load_dataset
+from helpers import ranks, write_rows
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     LlamaConfig,
@@ -34,12 +34,13 @@ from trl import DPOConfig, DPOTrainer
 from tso_fast import FusedLinearTSOLoss
 from tso_fast.config.settings import OptimizationConfig
 from tso_fast.errors import InputError
+from tso_fast.files.rows import pair_row, parse_pair
 from tso_fast.integrations.transformers import PairCollator, with_preference_loss
 from tso_fast.integrations.trl import TSOTrainer
 from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.training import optimise
-from tso_fast.training.batches import EncodedPair, MicroBatch, Step
+from tso_fast.training.batches import EncodedPair, MicroBatch, Step, encode_pairs
 from tso_fast.training.monitors import Meter
 from tso_fast.training.reference import reference_logprobs
 
@@ -54,7 +55,7 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 """Two pairs of one prompt, which share their chosen response too, and two others."""
 TOKENIZER: Any = make_tokenizer([(row["prompt"], row["chosen"] + row["rejected"]) for row in ROWS] * 4, Recipe(seed=0))
-TOKENIZER.chat_template = None
+TEMPLATE, TOKENIZER.chat_template = TOKENIZER.chat_template, None  # plain text stays plain
 Gradients = dict[str, torch.Tensor]
 
 
@@ -78,10 +79,10 @@ def encoded(rows: Sequence[dict[str, Any]] = ROWS) -> list[EncodedPair]:
 
 
 def own_step(
-    model: Any, reference: Any, passes: Sequence[int] = (4,), disabled: Any = None, **loss: Any
+    model: Any, reference: Any, passes: Sequence[int] = (4,), disabled: Any = None, pairs: Any = None, **loss: Any
 ) -> tuple[float, Gradients]:
     """Loss and gradients of a step of our own trainer, with so many pairs in each of its passes."""
-    pairs = encoded()
+    pairs = encoded() if pairs is None else pairs
     policy = Policy(model)
     disable_dropout(policy)
     config = OptimizationConfig(**loss)
@@ -137,8 +138,8 @@ def trl_step(
     keep = Keep()
     made = trainer(
         model, ref_model, DPOConfig(str(folder), **{**ARGUMENTS, **(arguments or {})}),
-        train_dataset=options.pop("train_dataset", Dataset.from_list(ROWS)), processing_class=TOKENIZER,
-        callbacks=[keep], **options,
+        train_dataset=options.pop("train_dataset", Dataset.from_list(ROWS)),
+        processing_class=options.pop("processing_class", TOKENIZER), callbacks=[keep], **options,
     )  # fmt: skip
     made.train()
     return keep, made
@@ -182,6 +183,20 @@ def test_trl_takes_our_steps_however_they_are_shared_out(tmp_path: Path) -> None
     want = own_step(copy.deepcopy(model), reference, (3, 1))
     arguments = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": False}
     keep, _ = trl_step(tmp_path, model, reference, arguments=arguments, share_prompt=False)
+    assert_same((keep.logs["loss"], keep.gradients), want)
+
+
+def test_trl_takes_a_file_of_our_pairs(tmp_path: Path) -> None:
+    """Conversations, with scales, soft labels and margins."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = TEMPLATE
+    labels = [{"soft_label": 0.8 + i / 20, "margin": i / 10} for i in range(len(ROWS))]
+    found = [parse_pair({**row, **label}, "", "") for row, label in zip(ROWS, labels, strict=True)]
+    file = write_rows(tmp_path / "pairs.jsonl", map(pair_row, found))
+    dataset = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path))
+    model, reference = tiny(), tiny(1)
+    want = own_step(copy.deepcopy(model), reference, pairs=encode_pairs(tokenizer, found, None).pairs)
+    keep, _ = trl_step(tmp_path, model, reference, train_dataset=dataset, processing_class=tokenizer)
     assert_same((keep.logs["loss"], keep.gradients), want)
 
 
