@@ -56,8 +56,8 @@ class TSOTrainer(DPOTrainer):
     """
 
     loss_is_scaled_for_ga = True
-    _tag_names = ("trl", "dpo", "tso-fast")
-    _name = "TSO"
+    _tag_names = ("trl", "tso-fast")
+    _paper: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class TSOTrainer(DPOTrainer):
     ) -> None:
         names = [loss] if isinstance(loss, str) else list(loss)
         self.tso_loss = bound_loss(loss, loss_weights, _options_of(args, names, loss_args or {}))
+        self._name = self.tso_loss.title  # in the model's card
         if args is not None:
             _check_arguments(args, self.tso_loss)
         self._impl, self._share_prompt = impl, share_prompt
