@@ -62,6 +62,7 @@ SLOWEST = {
     "test_llm_judge": 18,
     "test_process": 17,
     "test_packaging": 12,
+    "test_integrations": 12,
     "test_report": 10,
 }
 WORKERS = 2
