@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import inspect
 import math
 import runpy
@@ -40,7 +41,7 @@ from tso_fast.integrations.trl import TSOTrainer
 from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.training import optimise
-from tso_fast.training.batches import EncodedPair, MicroBatch, Step, encode_pairs
+from tso_fast.training.batches import EncodedPair, MicroBatch, Step, collate, encode_pairs
 from tso_fast.training.monitors import Meter
 from tso_fast.training.reference import reference_logprobs
 
@@ -467,3 +468,21 @@ def test_a_hand_written_loop_takes_our_steps() -> None:
     loss.backward()
     assert_same((float(loss), named_gradients(model)), want)
     assert len(aux) == 7
+
+
+# ------------------------------------------------------------------------------------------------------- the benchmark
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads peak memory from /proc")
+def test_the_benchmark_counts_what_must_be_computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its floor's tokens are those of our own layout, and each of its runners runs."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    cases = importlib.import_module("train_step_cases")
+    case = next(case for case in cases.CASES if case.name == "4 pairs")
+    setting = cases.Setting(case=case, pairs=case.make(8, 1000, 5), llama="tiny", device="cpu", folder=tmp_path)
+    layout = collate(setting.pairs, range(8), pad_token_id=0, device=CPU, share_prompts=True).layout
+    assert cases.needed_tokens(setting) == (int(layout.attention_mask.sum()), int((layout.targets >= 0).sum()))
+    assert layout.attention_mask.sum() == 2 * (5 + 5 * 4)
+    for name, runner in cases.RUNNERS.items():
+        if "compiled" not in name:
+            assert runner(setting)["seconds"] > 0
