@@ -201,6 +201,16 @@ def test_trl_takes_a_file_of_our_pairs(tmp_path: Path) -> None:
     assert_same((keep.logs["loss"], keep.gradients), want)
 
 
+def test_columns_that_weigh_pairs_are_numbers(tmp_path: Path) -> None:
+    whole = Dataset.from_list([{**row, "scale": 2} for row in ROWS])
+    keep, _ = trl_step(tmp_path, tiny(), tiny(1), train_dataset=whole)
+    plain = Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in ROWS])
+    same, _ = trl_step(tmp_path, tiny(), tiny(1), train_dataset=plain)
+    assert keep.logs["loss"] == pytest.approx(same.logs["loss"], rel=1e-6)
+    with pytest.raises(InputError, match="column 'margin' of the dataset.*give each row a number, or rename it"):
+        trl_step(tmp_path, tiny(), tiny(1), train_dataset=plain.add_column("margin", ["wide"] * len(ROWS)))
+
+
 def test_trl_takes_our_steps_in_two_processes(tmp_path: Path) -> None:
     model, reference = tiny(), tiny(1)
     want = own_step(copy.deepcopy(model), reference)

@@ -164,7 +164,7 @@ class TSOTrainer(DPOTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        scales = [batch.get("scale", torch.ones(len(batch["input_ids"]) // 2)).sum() for batch in batches]
+        scales = [batch.get("scale", torch.ones(len(batch["input_ids"]) // 2)).float().sum() for batch in batches]
         total = torch.stack([scale.to(device) for scale in scales]).sum()
         return batches, self.accelerator.reduce(total).clamp(min=torch.finfo(total.dtype).tiny)
 
@@ -190,12 +190,16 @@ def _with_labels(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], A
     """A collator that also hands on what weighs and marks pairs."""
 
     def collated(rows: list[Any]) -> Any:
-        return {
-            **collate(rows),
-            **{name: torch.tensor([row[name] for row in rows]) for name in LABELS if name in rows[0]},
-        }
+        return {**collate(rows), **{name: _numbers(rows, name) for name in LABELS if name in rows[0]}}
 
     return collated
+
+
+def _numbers(rows: list[Any], name: str) -> torch.Tensor:
+    try:
+        return torch.tensor([float(row[name]) for row in rows])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"column {name!r} of the dataset: {error}; give each row a number, or rename it") from error
 
 
 def _default(name: str) -> Any:
