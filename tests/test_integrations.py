@@ -207,7 +207,7 @@ def test_columns_that_weigh_pairs_are_numbers(tmp_path: Path) -> None:
     plain = Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in ROWS])
     same, _ = trl_step(tmp_path, tiny(), tiny(1), train_dataset=plain)
     assert keep.logs["loss"] == pytest.approx(same.logs["loss"], rel=1e-6)
-    with pytest.raises(InputError, match="column 'margin' of the dataset.*give each row a number, or rename it"):
+    with pytest.raises(InputError, match=r"column 'margin' of the dataset.*give each row a number, or rename it"):
         trl_step(tmp_path, tiny(), tiny(1), train_dataset=plain.add_column("margin", ["wide"] * len(ROWS)))
 
 
