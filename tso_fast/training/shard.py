@@ -82,8 +82,11 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, bf16: bool) -> None:
     )
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    embeddings = model.get_input_embeddings()
-    tail = [embeddings, policy.head] if embeddings.weight is policy.head.weight else [policy.head]
+    embeddings, tail = model.get_input_embeddings(), [policy.head]
+    if embeddings.weight is policy.head.weight:
+        tail = [embeddings, policy.head]
+    else:  # apart, so that they are let go of until the backward pass
+        fully_shard(embeddings, mesh=mesh, mp_policy=precision)
     # The loss uses the head's weight after the head was called, so that it must stay gathered.
     fully_shard(tail, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
