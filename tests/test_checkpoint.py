@@ -28,7 +28,7 @@ class Trained:
         self.folder = folder / "checkpoint"
         self.model = torch.nn.Linear(4, 3)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1)
-        self.meter = Meter()
+        self.meter, self.notes = Meter(), {"last": 0}
         self.checkpoints = Checkpoints(
             self.folder,
             accelerator=Accelerator(cpu=True),
@@ -37,6 +37,7 @@ class Trained:
             scheduler=torch.optim.lr_scheduler.LinearLR(self.optimizer),
             meters=[self.meter],
             guard=NonFiniteGuard(folder, 3),
+            notes=self.notes,
         )
 
     def save(self, step: int) -> torch.Tensor:
@@ -45,6 +46,7 @@ class Trained:
         self.optimizer.step()
         weights = self.model.weight.detach().clone()
         self.meter.sums += step
+        self.notes["last"] = step
         with self.checkpoints:
             self.checkpoints.save(step)
             with torch.no_grad():  # training goes on meanwhile
@@ -71,8 +73,9 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
     weights = saved(tmp_path)
     assert names(tmp_path) == ["step-4", "step-6"]
-    step, found = Trained(tmp_path, seed=1).load()
-    assert step == 6
+    again = Trained(tmp_path, seed=1)
+    step, found = again.load()
+    assert step == again.notes["last"] == 6
     assert torch.equal(found, weights[2])
     assert Trained(tmp_path / "elsewhere").load()[0] == 0
 

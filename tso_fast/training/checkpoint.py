@@ -44,6 +44,9 @@ class Checkpoints:
     """The checkpoints of an iteration: ``load`` before the first step, ``save`` after some of them.
 
     Every process makes the same calls. Used as a context, whose end waits for what is being written.
+
+    Args:
+        notes: what else is saved as it is then, and restored in place; values of JSON.
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class Checkpoints:
         scheduler: Any,
         meters: Sequence[Meter],
         guard: NonFiniteGuard,
+        notes: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.accelerator, self.optimizer, self.scheduler = folder, accelerator, optimizer, scheduler
         self.meters, self.guard = meters, guard
+        self.notes = {} if notes is None else notes
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.rank, self.is_alone = accelerator.process_index, accelerator.num_processes == 1
         # Its own group: what is written meets no collective of training.
@@ -81,6 +86,7 @@ class Checkpoints:
             "processes": self.accelerator.num_processes,
             "scheduler": self.scheduler.state_dict(),
             "skipped": [self.guard.in_a_row, self.guard.total],
+            "notes": self.notes.copy(),
         }
         copies = {key: _copy(value) for key, value in (self._tensors() | self._own(self.rank)).items()}
         threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -159,6 +165,7 @@ class Checkpoints:
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self.guard.in_a_row, self.guard.total = rest["skipped"]
+        self.notes |= rest["notes"]
         step: int = rest["step"]
         return step
 
@@ -281,7 +288,5 @@ def _is_whole(path: Path) -> bool:
         console.print(
             f"warning: {path} is passed over: {reason}; training goes on from the one before, or from the start of the "
             "iteration",
-            highlight=False,
-            markup=False,
         )
     return reason is None

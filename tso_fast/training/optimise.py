@@ -251,7 +251,7 @@ class _Training:
     share_prompts: bool
     total_steps: int
     steps_before: int
-    first_loss: float | None = None
+    notes: dict[str, float | None] = field(default_factory=lambda: {"first_loss": None})
     """Loss that the first step had to have, once it was checked."""
     window: Meter = field(default_factory=Meter)
     """Since the last row of metrics.jsonl."""
@@ -291,7 +291,7 @@ class _Training:
         return {
             "loss": self.loss.title,
             "loss_options": finite(loss_options(self.loss)),
-            "first_loss": self.first_loss,
+            **self.notes,
             "steps": self.total_steps,
             "skipped_steps": self.guard.total,
             "means": finite(self.whole.means(accelerator)),
@@ -307,6 +307,7 @@ class _Training:
             scheduler=self.scheduler,
             meters=[self.window, self.whole, self.tail],
             guard=self.guard,
+            notes=self.notes,
         )
 
     def _agreed(self, signalled: int) -> int:
@@ -341,7 +342,7 @@ class _Training:
         if first is not None:
             is_exact = self.config.dtype == "float32" and not self.config.bf16
             expected = first.check(means, self.accelerator, is_exact=is_exact)
-            self.first_loss = expected if math.isfinite(expected) else None
+            self.notes["first_loss"] = expected if math.isfinite(expected) else None
         grad_norm = clip_gradients(self.policy, self.config.max_grad_norm or torch.inf)
         loss = means["loss"] if any(pair.scale for pair in batch) else 0.0  # else 0 / 0
         if self.guard.is_finite(number, loss, grad_norm, batch):
