@@ -93,6 +93,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "no weights": lambda path: (path / WEIGHTS).unlink(),
     "no manifest": lambda path: (path / "manifest.json").unlink(),
     "half of the manifest": lambda path: (path / "manifest.json").write_text('{"state.json":'),
+    "a manifest of brackets": lambda path: (path / "manifest.json").write_text("[" * 100_000),
     "another manifest": lambda path: (path / "manifest.json").write_text("[]"),
     "nothing": lambda path: [file.unlink() for file in path.iterdir()],  # type: ignore[dict-item,return-value]
 }

@@ -282,7 +282,7 @@ def _is_whole(path: Path) -> bool:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         problems = (f"{name} {how}" for name, wanted in manifest.items() if (how := damage(path / name, wanted)))
         reason = next(problems, None if STATE in manifest else f"{MANIFEST} names no {STATE}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it is incomplete ({type(error).__name__}: {error})"
     if reason is not None:
         console.print(
