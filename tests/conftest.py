@@ -34,7 +34,7 @@ take_root_off_the_path()
 # Bytecode is kept even where the environment says not to: the workers and all that they start would compile anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-sys.path.insert(0, str(TESTS))  # helpers, toy_verifier, resume_chain
+sys.path.insert(0, str(TESTS))  # helpers, toy_verifier
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", COLUMNS="200")
 # Tensors here are tiny: a second thread only waits for the first, and very long when the machine is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,11 +50,11 @@ SLOWEST = {
     "test_gpu_benchmarks": 55,
     "test_ray": 55,
     "test_compiled_kernels": 35,
+    "test_resume": 40,
     "test_trainer": 35,
     "test_optimise": 30,
     "test_answering": 28,
     "test_generators": 28,
-    "test_resume": 25,
     "test_annotate_page": 25,
     "test_cli": 20,
     "test_environment": 20,
