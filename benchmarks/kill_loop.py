@@ -247,7 +247,7 @@ def start(scenario: Scenario, folder: Path, deadly: Deadly | None = None) -> lis
     return [fork(functools.partial(child, rank)) for rank in range(scenario.world)]
 
 
-def ended(children: list[int], after_s: float = 120.0) -> list[int]:
+def ended(children: list[int], after_s: float = 600.0) -> list[int]:
     """Statuses of all, once all have ended. When one fails, the others are told to stop, and then killed: as a launcher
     does, only sooner, since one that waits for another in a library hears nothing.
 

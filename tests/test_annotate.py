@@ -369,6 +369,14 @@ def test_a_torn_last_line_is_passed_over_and_then_cut_off(
     assert [c.probability for c in read_labels(file.path, CANDIDATES, BadRows())] == [1.0, 0.0]
 
 
+def test_a_torn_last_line_of_many_brackets_is_cut_off_too(file: LabelFile) -> None:
+    file.append(label("p", (0, 1), 1.0))
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole + b"[" * 100_000)
+    assert len(LabelFile(file.path, CANDIDATES).history()) == 1
+    assert file.path.read_bytes() == whole
+
+
 def test_a_whole_last_line_without_its_newline_is_kept(file: LabelFile) -> None:
     file.append(label("p", (0, 1), 1.0))
     file.path.write_bytes(file.path.read_bytes().rstrip())

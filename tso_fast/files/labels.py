@@ -322,7 +322,7 @@ def _mend(handle: int, path: Path) -> None:
     tail = content[content.rfind(b"\n") + 1 :]
     try:
         is_whole = isinstance(json.loads(tail), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         is_whole = False
     if is_whole:
         os.write(handle, b"\n")
