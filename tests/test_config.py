@@ -28,6 +28,7 @@ from tso_fast.config.settings import (
     GenerateConfig,
     JudgeConfig,
     PairsConfig,
+    PlanConfig,
     ScoreConfig,
     TrainConfig,
     to_dict,
@@ -40,6 +41,7 @@ PACKAGE = Path(tso_fast.__file__).parent
 CLASSES = [c for c in vars(settings_module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
 COMMANDS: dict[str, type] = {
     "train": TrainConfig,
+    "plan": PlanConfig,
     "generate": GenerateConfig,
     "score": ScoreConfig,
     "pairs": PairsConfig,
@@ -50,6 +52,7 @@ FIELDS = sorted({(c, f.name) for c in CLASSES for f in dataclasses.fields(c)}, k
 CELLS = '[{"path": "a"}]'
 NEEDED = {
     "train": ["--prompts", "p", "--output_dir", "o", "--cells", CELLS],
+    "plan": ["--prompts", "p", "--output_dir", "o", "--cells", CELLS],
     "generate": ["--prompts", "p", "--output", "o", "--cells", CELLS],
     "score": ["--responses", "r", "--output", "o", "--verifier", "exact"],
     "pairs": ["--responses", "r", "--output", "o"],
@@ -493,6 +496,7 @@ TURNED = {
         "--cells+={path: b, name: 'B: new', size_b: 0.5, version_rank: 3}",
         "--compare",
     ],
+    "plan": ["--gpu_memory_gb", "40"],
     "generate": ["--top_k", "3"],
     "score": ["--verifier", "regex", "--verifier_pattern", r"'#### (\d+): \"'"],
     "pairs": ["--soft_label_kappa", "0.5"],

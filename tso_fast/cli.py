@@ -21,6 +21,7 @@ USAGE = """usage: tso-fast COMMAND [CONFIG.yaml] [--key value ...]
 Self-Training with Scaled Preference Optimization, from a model family's own outputs.
 
   train      the whole loop; without a configuration: the quickstart, entire, in minutes (--task skills or writing)
+  plan       what train would hold, do and write with the same settings, and what fits; loads nothing
   generate   prompts in, responses of every cell out
   score      responses in, verdicts out
   judges     how far each judge can be believed, and which labels would help
@@ -253,6 +254,7 @@ def _env(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
+    "plan": _single("plan", "PlanConfig"),
     "generate": _single("generate", "GenerateConfig"),
     "score": _single("score", "ScoreConfig"),
     "judges": _judges,

@@ -16,6 +16,7 @@ from tso_fast.config.settings import (
     GenerateConfig,
     JudgedConfig,
     PairsConfig,
+    PlanConfig,
     ScoreConfig,
     TrainConfig,
 )
@@ -100,6 +101,15 @@ def report(run: str) -> None:
     runs = [run, *comparisons(run)]
     write_report(runs[0], runs[1:])
     print_summary(runs)
+
+
+def plan(config: PlanConfig) -> None:
+    """What a run would hold, do and write, and the settings that fit where these do not."""
+    from tso_fast.planning.tables import tables
+    from tso_fast.planning.whole import make_plan
+
+    for part in tables(make_plan(config), config):
+        stdout.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
 
 
 def generate(config: GenerateConfig) -> None:

@@ -10,5 +10,6 @@ from tso_fast.config.settings import EvalConfig as EvalConfig
 from tso_fast.config.settings import GenerateConfig as GenerateConfig
 from tso_fast.config.settings import JudgeConfig as JudgeConfig
 from tso_fast.config.settings import PairsConfig as PairsConfig
+from tso_fast.config.settings import PlanConfig as PlanConfig
 from tso_fast.config.settings import ScoreConfig as ScoreConfig
 from tso_fast.config.settings import TrainConfig as TrainConfig

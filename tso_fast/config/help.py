@@ -31,6 +31,7 @@ GROUPS = {
 OF_CLASS = {
     "RowsConfig": "what",
     "TrainConfig": "what",
+    "PlanConfig": "what",
     "GenerateConfig": "what",
     "ScoreConfig": "what",
     "JudgedConfig": "what",

@@ -471,6 +471,20 @@ class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceCo
 
 
 @dataclass(kw_only=True)
+class PlanConfig(TrainConfig):
+    """What `tso-fast train` would hold, do and write with the same settings, from shapes alone: nothing is loaded, and
+    folders of models need no more than their config.json."""
+
+    gpu_memory_gb: PositiveFloat = 80.0
+    """Memory of a GPU, in 10^9 bytes; with `use_cpu` main memory for each process."""
+    num_nodes: PositiveInt = 1
+    """Machines of `num_processes` GPUs each."""
+    prompt_tokens: PositiveInt | None = None
+    """Tokens of the longest prompt; default: counted with the policy's tokenizer where file and tokenizer are here,
+    else what `max_length`, or the context, leaves beside a response."""
+
+
+@dataclass(kw_only=True)
 class GenerateConfig(AnsweringConfig):
     """Prompts in, responses out."""
 

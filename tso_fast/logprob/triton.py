@@ -19,6 +19,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true"
 DEVICES = ("cuda", "cpu") if IS_INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROW_STATISTICS = 4  # float32 values kept per row besides exponentials: their sum, offset, target's logit and slope
+_DHIDDEN_ROWS = 1024  # linear_logprob_backward's; plans are made where triton, which that imports, is not installed
 _NARROWEST, _WIDEST = 128, 256  # columns of a tile of logits on a GPU
 
 
@@ -64,7 +65,7 @@ def memory(shape: Shape, num_rows: int, num_chunks: int) -> dict[str, int]:
         "maxima and sums of tiles": num_rows * 2 * 4 * -(-columns // _NARROWEST),
         "rows of hidden states and of their gradient": 2 * num_rows * row if shape.is_gathered else 0,
         "scaled rows": num_rows * row if shape.needs_dweight else 0,
-        "product of dhidden": _kernels("linear_logprob_backward").DHIDDEN_ROWS * shape.dim * 4,
+        "product of dhidden": _DHIDDEN_ROWS * shape.dim * 4,
         "dhidden to be summed over ranks": num_rows * shape.dim * (4 + size) if shape.num_ranks > 1 else 0,
         "sum of dweight": shape.vocab * shape.dim // shape.num_ranks if is_summed else 0,
     }
