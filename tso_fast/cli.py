@@ -29,6 +29,7 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
   eval       accuracy of models on prompts
   annotate   a local page on which people label pairs of responses
   report     write report.html of a run folder and print its table
+  recipes    methods as settings, for train --recipe NAME
   env        what is installed and usable here, and what to install for the rest
 
   tso-fast COMMAND --help           every setting of a command, by stage; --help GROUP shows one of them
@@ -122,11 +123,18 @@ def _train(arguments: list[str]) -> int | None:
     from tso_fast.config.parse import is_given, parse
     from tso_fast.config.settings import TrainConfig
 
-    if is_given(arguments, "config", "cells", "prompts", "help"):
-        config = parse("train", TrainConfig, arguments)
+    recipe, own = _option("recipe", arguments)
+    settings = []
+    if recipe is not None:
+        from tso_fast import recipes
+
+        settings = recipes.arguments(recipe)
+    if is_given(own, "config", "cells", "prompts", "help"):
+        file = ["--config"] if own[:1] and not own[0].startswith("-") else []
+        config = parse("train", TrainConfig, [*settings, *file, *own])
     else:
-        task, rest = _task_of(arguments)
-        config = quickstart_config(rest, task=task)
+        task, own = _option("task", own)
+        config = quickstart_config([*settings, *own], task=_known_task(task or TASKS[0]))
     from tso_fast.launch import is_launched, launch
 
     if config.num_processes > 1 and not is_launched():
@@ -139,20 +147,24 @@ def _train(arguments: list[str]) -> int | None:
     return None
 
 
-def _task_of(arguments: list[str]) -> tuple[str, list[str]]:
-    """The task of the quickstart, ``--task NAME``, and the other arguments."""
-    from tso_fast.errors import InputError, did_you_mean
-
+def _option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of ``--name VALUE``, if it is given, and the other arguments."""
     for i, argument in enumerate(arguments):
-        if argument == "--task" or argument.startswith("--task="):
+        if argument == f"--{name}" or argument.startswith(f"--{name}="):
             _, has_value, value = argument.partition("=")
             rest = arguments[i + 1 :]
             if not has_value:
                 value, rest = "".join(rest[:1]), rest[1:]
-            if value not in TASKS:
-                raise InputError(f"task: got {value!r}{did_you_mean(value, TASKS)}; expected one of {', '.join(TASKS)}")
             return value, [*arguments[:i], *rest]
-    return TASKS[0], arguments
+    return None, arguments
+
+
+def _known_task(task: str) -> str:
+    from tso_fast.errors import InputError, did_you_mean
+
+    if task not in TASKS:
+        raise InputError(f"task: got {task!r}{did_you_mean(task, TASKS)}; expected one of {', '.join(TASKS)}")
+    return task
 
 
 def quickstart_config(arguments: list[str], eval_set: str = "held_out", task: str = "skills") -> TrainConfig:
@@ -236,6 +248,28 @@ def _report(arguments: list[str]) -> None:
         commands.report(arguments[0])
 
 
+def _recipes(arguments: list[str]) -> None:
+    """``tso-fast recipes`` lists them, ``tso-fast recipes NAME`` prints one."""
+    if arguments in (["-h"], ["--help"]):
+        print(
+            "usage: tso-fast recipes [NAME]\n\nLists methods as settings, by family, or prints the file of one.\n"
+            "tso-fast train --recipe NAME trains with one; NAME may be a YAML file of yours with the same head."
+        )
+        return
+    from tso_fast.errors import InputError
+    from tso_fast.recipes import find, recipes
+
+    if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
+        raise InputError(f"recipes: got {' '.join(arguments)}, expected nothing or one name")
+    if arguments:
+        print(find(arguments[0]).path.read_text(encoding="utf-8"), end="")
+        return
+    for family, of_family in itertools.groupby(recipes(), key=lambda recipe: recipe.family):
+        print(family)
+        for recipe in of_family:
+            print(f"  {recipe.name:<26}{recipe.title}\n{'':<28}{recipe.source}; {recipe.status}")
+
+
 def _env(arguments: list[str]) -> None:
     if arguments in (["-h"], ["--help"]):
         print(
@@ -262,6 +296,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "eval": _single("eval", "EvalConfig", "evaluate"),
     "annotate": _annotate,
     "report": _report,
+    "recipes": _recipes,
     "env": _env,
 }
 
