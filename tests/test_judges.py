@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -299,6 +300,20 @@ def test_a_function_that_is_not_there(module: str, name: str, message: str) -> N
     with pytest.raises(InputError) as caught:
         make_verifier(name)
     assert str(caught.value).startswith(f"verifier: {message}")
+
+
+def test_a_script_that_runs_the_program_when_it_is_imported_is_told_so(tmp_path: Path) -> None:
+    """And does not start itself again and again."""
+    write_rows(tmp_path / "r.jsonl", [{"prompt": "a", "responses": [{"model": "m", "text": "t"}]}])
+    arguments = ["score", "--responses", "r.jsonl", "--output", "v.jsonl", "--verifier", "script:f"]
+    script = tmp_path / "script.py"
+    script.write_text(f"def f(*_): return 1.0\nimport tso_fast.cli\nraise SystemExit(tso_fast.cli.main({arguments}))\n")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert (
+        "InputError: script runs tso-fast when it is imported; put the call of tso_fast.cli.main under "
+        'if __name__ == "__main__":'
+    ) in done.stderr
 
 
 def test_a_pattern_that_hangs_is_stopped_and_the_other_rows_are_judged() -> None:

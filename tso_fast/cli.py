@@ -43,9 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     is not the input's, 128 + a signal's number."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     from tso_fast import interrupts
-    from tso_fast.errors import EngineError, InputError, OutputError, Paused, TrainingError
+    from tso_fast.errors import IMPORTING, EngineError, InputError, OutputError, Paused, TrainingError
     from tso_fast.redact import redact
 
+    if IMPORTING:  # else the program would start itself again and again
+        raise InputError(
+            f"{IMPORTING[-1]} runs tso-fast when it is imported; put the call of tso_fast.cli.main under "
+            'if __name__ == "__main__":'
+        )
     try:
         with interrupts.handled():
             status = _run(arguments)

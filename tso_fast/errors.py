@@ -36,6 +36,10 @@ class EngineError(Exception):
     """A generation engine died or fell silent; another one may do its work."""
 
 
+IMPORTING: list[str] = []
+"""Modules of a user that are being imported, the last one now."""
+
+
 def import_named(name: str, place: str, expected: str) -> Any:
     """What a user's ``package.module:name`` is.
 
@@ -52,6 +56,7 @@ def import_named(name: str, place: str, expected: str) -> Any:
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)  # last: a folder there could have the name of a package
         importlib.invalidate_caches()
+    IMPORTING.append(module)
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # importing a module can raise anything
@@ -59,6 +64,8 @@ def import_named(name: str, place: str, expected: str) -> Any:
             f"{place} cannot be imported: {type(error).__name__}: {error}; expected package.module:{expected}, with "
             "the package in the current folder or on PYTHONPATH"
         ) from error
+    finally:
+        IMPORTING.pop()
     try:
         return getattr(found, attribute)
     except AttributeError as error:

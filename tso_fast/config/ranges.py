@@ -28,7 +28,8 @@ class Free:
     """Marks a setting that may differ when a run is resumed.
 
     It changes how and where something is done or shown, not what is asked for: responses of another engine or batch
-    differ as those of another seed do, and complete stages are kept.
+    differ as those of another seed do, and complete stages are kept. Log-probs and gradients under another
+    `attn_implementation`, `impl` or `use_cpu` may differ in their last bits, and so may what is trained from then on.
     """
 
 
