@@ -316,7 +316,7 @@ def ours() -> set[int]:
 
 def shared_memory() -> set[str]:
     """Names in shared memory, those of other programs among them."""
-    return {path.name for path in Path("/dev/shm").glob("*")}
+    return {path.name for path in Path("/dev/shm").glob("*") if path.is_file()}
 
 
 def check_nothing_stays(before: set[str] | None) -> None:
