@@ -325,6 +325,13 @@ def test_a_value_of_many_brackets_is_refused(option: str) -> None:
     assert refusal("train", f"--{option}={'{a: ' * 3000}") == said
 
 
+def test_a_number_beyond_all_floats_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"min_margin: 1{'0' * 400}\nresponses: r\noutput: o\n")
+    for arguments in ([str(tmp_path / "c.yaml")], ["--responses", "r", "--output", "o", "--min_margin", "9" * 400]):
+        with pytest.raises(InputError, match=r"number is too large|min_margin: got inf, expected"):
+            parse("pairs", PairsConfig, arguments)
+
+
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(InputError, match=r"^output: missing; see tso-fast pairs --help$"):
         parse("pairs", PairsConfig, ["--responses", "r"])

@@ -126,6 +126,8 @@ def parse(command: str, cls: type[T], arguments: Sequence[str]) -> T:
         values = parser.instantiate(parser.parse_args(_join_booleans(cls, arguments)))
     except jsonargparse.ArgumentError as error:
         raise InputError(f"{_plain(str(error))}; see tso-fast {command} --help") from error
+    except OverflowError as error:  # an integer of hundreds of digits where a float is expected
+        raise InputError(f"a number is too large: {error}; see tso-fast {command} --help") from error
     config = cls(**{name: getattr(values, name) for name in known})
     check(config)
     return config
