@@ -286,7 +286,7 @@ def test_usage(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "parts"),
     [
-        ("trian", [], ["unknown command 'trian'; did you mean 'train'?; expected one of train, generate"]),
+        ("trian", [], ["unknown command 'trian'; did you mean 'train'?; expected one of train, plan"]),
         ("pairs", ["--maxpairs", "3"], ["unknown key 'maxpairs'; did you mean 'max_pairs'?"]),
         ("pairs", ["--responses", "gone.jsonl", "--output", "o"], ["gone.jsonl: no such file; expected JSONL"]),
         ("score", ["--responses", "r", "--output", "o"], ["verifier: missing; `tso-fast score` needs a judge"]),
