@@ -47,7 +47,11 @@ def on_cpu(config: Any, batch: Batch, **changes: Any) -> memory.Training:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True, "bf16": True, "peft": "lora"}],
+    [
+        {"gradient_checkpointing": True, "bf16": True},
+        pytest.param({"gradient_accumulation_steps": 2}, marks=pytest.mark.slow),
+        pytest.param({"peft": "lora"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_three_layers_stand_for_all(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +65,15 @@ def test_three_layers_stand_for_all(changes: dict[str, Any], monkeypatch: pytest
     assert short == whole
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"peft": "lora", "bf16": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"peft": "lora", "bf16": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_step_allocates_what_was_planned(changes: dict[str, Any]) -> None:
     """Against the allocator's own count; each weight's gradient and moments are there from the step before."""
     config, batch = LlamaConfig(**DEEP), Batch(prompt=100, response=60)
@@ -103,7 +115,7 @@ def test_a_step_allocates_what_was_planned(changes: dict[str, Any]) -> None:
     "config",
     [
         MixtralConfig(**SHAPE | {"num_hidden_layers": 4}, num_local_experts=4),
-        Gemma3TextConfig(**SHAPE | {"num_hidden_layers": 4}, head_dim=8),
+        pytest.param(Gemma3TextConfig(**SHAPE | {"num_hidden_layers": 4}, head_dim=8), marks=pytest.mark.slow),
     ],
     ids=lambda c: c.model_type,
 )
@@ -155,7 +167,10 @@ CHEAP = ("--gradient_checkpointing", "--per_device_train_batch_size", "4")
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--optim", "adamw_bf16", "--dtype", "bfloat16"], ["--shard", "full", "--num_processes", "8", "--bf16"]],
+    [
+        pytest.param(["--optim", "adamw_bf16", "--dtype", "bfloat16"], marks=pytest.mark.slow),
+        ["--shard", "full", "--num_processes", "8", "--bf16"],
+    ],
     ids=" ".join,
 )
 def test_8_billion_fit(arguments: list[str], tmp_path: Path) -> None:
@@ -223,7 +238,10 @@ def test_the_fewest_changes_are_told(fits: Any, processes: int, changes: list[An
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("8b-one-gpu", []), ("70b-four-nodes", ["--num_nodes", "4", "--num_processes", "8"])],
+    [
+        pytest.param("8b-one-gpu", [], marks=pytest.mark.slow),
+        ("70b-four-nodes", ["--num_nodes", "4", "--num_processes", "8"]),
+    ],
 )
 def test_the_examples_fit(name: str, arguments: list[str], tmp_path: Path) -> None:
     config = parse("plan", PlanConfig, [str(ROOT / f"examples/{name}.yaml"), *arguments])
