@@ -139,7 +139,7 @@ def _train(arguments: list[str]) -> int | None:
         config = parse("train", TrainConfig, [*settings, *file, *own])
     else:
         task, own = _option("task", own)
-        config = quickstart_config([*settings, *own], task=_known_task(task or TASKS[0]))
+        config = quickstart_config([*settings, *own], task=_known_task(TASKS[0] if task is None else task))
     from tso_fast.launch import is_launched, launch
 
     if config.num_processes > 1 and not is_launched():
