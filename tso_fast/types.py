@@ -326,5 +326,11 @@ class PreferenceOutput:
     rejected_rewards: torch.Tensor
     clipped: torch.Tensor
     """[N, 2] bool: whether the chosen and the rejected side are clipped."""
-    aux_loss: torch.Tensor | None = None
-    """Scalar: how unevenly a mixture's experts were used, where ``Policy`` adds that to the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedOutput(PreferenceOutput):
+    """What a ``Policy`` whose experts are balanced returns: the loss with the auxiliary one in it, and that one."""
+
+    aux_loss: torch.Tensor
+    """Scalar: how unevenly the experts were used; at least the number that a token goes to."""

@@ -18,7 +18,7 @@ from tso_fast.logprob import linear_logprobs, preference_loss
 from tso_fast.losses import Loss
 from tso_fast.models.layout import Layout, attention_mask, padded, shared
 from tso_fast.models.tokens import IGNORE
-from tso_fast.types import PairBatch
+from tso_fast.types import BalancedOutput, PairBatch, PreferenceOutput
 
 
 class Policy(nn.Module):
@@ -106,11 +106,17 @@ class Policy(nn.Module):
             **self._head_options(),
             **options,
         )
-        changes = {name: getattr(output, name)[batch.sides] for name in ("logprobs", "ref_logprobs", "num_tokens")}
+        return self._by_side(output, batch)
+
+    def _by_side(self, output: PreferenceOutput, batch: PairBatch) -> PreferenceOutput:
+        """The output with its sequences as ``batch.sides``, and the auxiliary loss in the loss, where there is one."""
+        names = ("logprobs", "ref_logprobs", "num_tokens")
+        output = dataclasses.replace(output, **{name: getattr(output, name)[batch.sides] for name in names})
         aux, self._aux_loss = self._aux_loss, None
-        if aux is not None:
-            changes |= {"loss": output.loss + self.aux_weight * aux.to(output.loss), "aux_loss": aux.detach()}
-        return dataclasses.replace(output, **changes)
+        if aux is None:
+            return output
+        total = output.loss + self.aux_weight * aux.to(output.loss)
+        return BalancedOutput(**{**vars(output), "loss": total, "aux_loss": aux.detach()})
 
     def _head_options(self) -> dict[str, Any]:
         return {"bias": self.head.bias, "softcap": self.softcap, "temperature": self.temperature}

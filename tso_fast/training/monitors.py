@@ -17,7 +17,7 @@ from tso_fast.files.run import METRICS_FILE, read_metrics
 from tso_fast.losses import Loss
 from tso_fast.models.tokens import IGNORE
 from tso_fast.training.batches import EncodedPair
-from tso_fast.types import Candidates, PairBatch, PairLogprobs, PreferenceOutput, TokenLogprobs
+from tso_fast.types import BalancedOutput, Candidates, PairBatch, PairLogprobs, PreferenceOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Meter:
                 output.logprobs[half:],
                 *output.clipped.to(chosen).T,
                 *output.num_tokens.to(chosen).reshape(2, half),
-                torch.zeros_like(chosen) if output.aux_loss is None else output.aux_loss.to(chosen).expand_as(chosen),
+                torch.zeros_like(chosen) + (output.aux_loss if isinstance(output, BalancedOutput) else 0),
             ],
             dim=1,
         )
