@@ -149,8 +149,9 @@ def cached_logprobs(
     found: list[torch.Tensor | None] = [None]
     if accelerator.is_main_process:
         with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as stored:
-            if (stored.metadata() or {}).get("key") == key:
-                found[0] = stored.get_tensor("logprobs")
+            logprobs, written = stored.get_tensor("logprobs"), stored.metadata()
+            if written == {"key": key, "sha256": _digest(logprobs)}:
+                found[0] = logprobs
     broadcast_object_list(found)
     if found[0] is not None:
         return found[0]
@@ -159,6 +160,10 @@ def cached_logprobs(
         tmp = file.with_name(TMP + file.name)
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"logprobs": logprobs.contiguous()}, tmp, {"key": key})
+            save_file({"logprobs": logprobs.contiguous()}, tmp, {"key": key, "sha256": _digest(logprobs)})
             os.replace(tmp, file)
     return logprobs
+
+
+def _digest(values: torch.Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
