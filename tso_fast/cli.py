@@ -143,7 +143,7 @@ def _train(arguments: list[str]) -> int | None:
     from tso_fast.launch import is_launched, launch
 
     if config.num_processes > 1 and not is_launched():
-        return launch(config.num_processes, ["train", *arguments])
+        return launch(config.num_processes, ["train", *arguments], config.use_cpu)
     from tso_fast import commands
     from tso_fast.crashes import noted_in
 

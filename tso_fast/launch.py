@@ -25,7 +25,7 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
-def launch(num_processes: int, arguments: Sequence[str]) -> int:
+def launch(num_processes: int, arguments: Sequence[str], use_cpu: bool = False) -> int:
     """Runs ``tso-fast`` with these arguments in so many processes and returns the exit status.
 
     The first one has the terminal. What another says last is shown when it is the first to die; all others are stopped
@@ -39,7 +39,7 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if 0 < (gpus := torch.cuda.device_count()) < num_processes and "--use_cpu" not in " ".join(arguments):
+    if 0 < (gpus := torch.cuda.device_count()) < num_processes and not use_cpu:
         raise InputError(
             f"num_processes: got {num_processes}, but this machine has {gpus} GPUs; expected at most as many"
         )
