@@ -24,7 +24,7 @@ from tso_fast.errors import InputError
 from tso_fast.files.atomic import check_writable, write_json, write_jsonl, writing
 from tso_fast.files.rows import BadRows, candidates_row, pair_row, read_candidates, read_verdicts, verdict_row
 from tso_fast.files.run import SKIPPED_FILE
-from tso_fast.progress import console, make_console, progress_bar
+from tso_fast.progress import console, is_first_process, make_console, progress_bar
 from tso_fast.report.tables import comparisons_table, decisions_table, errors_table, make_table, scores_table
 from tso_fast.types import Candidates, Comparison, Verdict
 
@@ -55,7 +55,7 @@ def train(config: TrainConfig) -> None:
     from tso_fast.report import print_summary, write_report
 
     runs = train_and_compare(config)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     write_report(runs[0], runs[1:])
     print_summary(runs)

@@ -16,6 +16,11 @@ WHOLE = 10_000
 """Columns of a pipe or a file: wider than any table or line, so that none is folded."""
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def make_console(**options: Any) -> Console:
     """A console as wide as its terminal, or as ``COLUMNS`` says; in a pipe or a file every line stays whole.
 
@@ -28,7 +33,7 @@ def make_console(**options: Any) -> Console:
 
 
 # Not on stdout, which carries results and can be piped. Only the first of several processes prints.
-console = make_console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+console = make_console(stderr=True, quiet=not is_first_process())
 
 
 def confirm(question: str) -> bool:

@@ -59,7 +59,7 @@ def problem(model: Any, asked: Sequence[Request], run: Run) -> str:
 
 @torch.inference_mode()
 def error_of(model: Any, request: Request, logits: Sequence[torch.Tensor]) -> float:
-    """Of one row; in 16 bits its median over the steps, since rounding may send single tokens to other experts."""
+    """Error of a row; in 16 bits its median over the steps, since rounding may send single tokens to other experts."""
     tokens = [int(step.argmax()) for step in logits]
     ids = torch.tensor([[*request.token_ids, *tokens]], device=model.device)
     full = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].cpu()

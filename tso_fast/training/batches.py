@@ -163,7 +163,7 @@ def plan_steps(
         fits: whether pairs fit into one pass; a step is made in more passes until they do, or are single.
     """
     size = micro_size * accumulation * world
-    members = list(_by_prompt(prompts, range(len(prompts))).values())
+    members = list(_by_prompt(prompts, range(len(prompts))).values()) if grouped else []
     for epoch in range(epochs):
         random = np.random.default_rng([seed, epoch])
         if grouped:

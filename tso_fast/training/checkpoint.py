@@ -88,7 +88,7 @@ class Checkpoints:
             "skipped": [self.guard.in_a_row, self.guard.total],
             "notes": self.notes.copy(),
         }
-        copies = {key: _copy(value) for key, value in (self._tensors() | self._own(self.rank)).items()}
+        copies = {key: _copy(value) for key, value in (self._tensors() | self._own()).items()}
         threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing = threads.submit(self._write, copies, tmp, target, rest)
         threads.shutdown(wait=False)
@@ -156,10 +156,10 @@ class Checkpoints:
         rest = json.loads((found / STATE).read_text(encoding="utf-8"))
         reader = HuggingFaceStorageReader(str(found))
         tensors = self._tensors(reader.read_metadata().state_dict_metadata)
-        mine = self.rank if rest["processes"] == self.accelerator.num_processes else None
-        own = self._own(mine) if mine is not None else self._sums_of_all(rest["processes"])
+        are_as_many = rest["processes"] == self.accelerator.num_processes
+        own = self._own() if are_as_many else self._sums_of_all(rest["processes"])
         dcp.load(tensors | own, storage_reader=reader, process_group=self.group, no_dist=self.is_alone)
-        self._restore(own, mine)
+        self._restore(own, are_as_many)
         self._to_numbers()
         self.scheduler.load_state_dict(rest["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
@@ -223,12 +223,12 @@ class Checkpoints:
             out |= {prefix + key: torch.as_tensor(item) for key, item in self.optimizer.state[value].items()}
         return out
 
-    def _own(self, rank: int) -> dict[str, torch.Tensor]:
-        """What only process ``rank`` knows: its sums, and what its dropout draws from."""
-        own = {f"sums.{rank}.{i}": meter.sums for i, meter in enumerate(self.meters)}
-        own[f"random.{rank}.cpu"] = torch.get_rng_state()
+    def _own(self) -> dict[str, torch.Tensor]:
+        """What only this process knows: its sums, and what its dropout draws from."""
+        own = {f"sums.{self.rank}.{i}": meter.sums for i, meter in enumerate(self.meters)}
+        own[f"random.{self.rank}.cpu"] = torch.get_rng_state()
         if torch.cuda.is_available() and self.accelerator.device.type == "cuda":
-            own[f"random.{rank}.cuda"] = torch.cuda.get_rng_state()
+            own[f"random.{self.rank}.cuda"] = torch.cuda.get_rng_state()
         return own
 
     def _sums_of_all(self, processes: int) -> dict[str, torch.Tensor]:
@@ -239,16 +239,16 @@ class Checkpoints:
             for i, meter in enumerate(self.meters)
         }
 
-    def _restore(self, own: dict[str, torch.Tensor], rank: int | None) -> None:
+    def _restore(self, own: dict[str, torch.Tensor], are_as_many: bool) -> None:
         """Takes over what ``_own`` holds. Of another number of processes that is their sums, with which the first one
         goes on, and every process draws afresh."""
         for i, meter in enumerate(self.meters):
             parts = [value for key, value in own.items() if key.startswith("sums.") and key.endswith(f".{i}")]
-            meter.sums = sum(parts, torch.zeros_like(meter.sums)) if rank is not None or self.rank == 0 else meter.sums
-        if rank is not None:
-            torch.set_rng_state(own[f"random.{rank}.cpu"])
-            if f"random.{rank}.cuda" in own:
-                torch.cuda.set_rng_state(own[f"random.{rank}.cuda"])
+            meter.sums = sum(parts, torch.zeros_like(meter.sums)) if are_as_many or self.rank == 0 else meter.sums
+        if are_as_many:
+            torch.set_rng_state(own[f"random.{self.rank}.cpu"])
+            if f"random.{self.rank}.cuda" in own:
+                torch.cuda.set_rng_state(own[f"random.{self.rank}.cuda"])
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:

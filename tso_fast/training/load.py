@@ -39,16 +39,17 @@ def load_policy(
         if has_adapter:
             model = add_adapter(model, config, weights)
             fill_adapter(model, weights, config.seed)
-        return share_prompts(balance_experts(Policy(model), config.router_aux_loss_coef), config.share_prompt)
-    model = empty_model(weights, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
-    if has_adapter:
-        model = add_adapter(model, config, weights)
-    policy = Policy(model, is_checked=False)
-    shard_policy(policy, mesh, bf16=config.bf16 or config.dtype == "bfloat16")
-    fill(policy, weights, device, merge=not has_adapter)
-    if has_adapter:
-        fill_adapter(model, weights, config.seed)
-    policy.check_head()
+        policy = Policy(model)
+    else:
+        model = empty_model(weights, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
+        if has_adapter:
+            model = add_adapter(model, config, weights)
+        policy = Policy(model, is_checked=False)
+        shard_policy(policy, mesh, bf16=config.bf16 or config.dtype == "bfloat16")
+        fill(policy, weights, device, merge=not has_adapter)
+        if has_adapter:
+            fill_adapter(model, weights, config.seed)
+        policy.check_head()
     share_prompts(balance_experts(policy, config.router_aux_loss_coef), config.share_prompt)
     reshard(policy)
     return policy

@@ -139,7 +139,8 @@ def _send(target: torch.Tensor, whole: torch.Tensor | None) -> None:
     """The parts of a weight that the first process has, to those who keep them."""
     assert isinstance(target, DTensor)
     full = torch.empty(target.shape, dtype=target.dtype, device=target.device) if whole is None else whole
-    torch.distributed.broadcast(full := full.to(target.device), src=0)
+    full = full.to(target.device)
+    torch.distributed.broadcast(full, src=0)
     set_weight(target, full)
 
 
