@@ -31,6 +31,7 @@ from tso_fast.config.settings import (
     PlanConfig,
     ScoreConfig,
     TrainConfig,
+    of_iteration,
     to_dict,
 )
 from tso_fast.errors import InputError, OutputError, TrainingError
@@ -639,3 +640,26 @@ def test_errors_are_of_three_kinds() -> None:
 def test_defaults_pass_their_own_checks() -> None:
     for command in COMMANDS:
         check(settings(command))
+
+
+# ---- settings that differ by iteration
+
+
+def test_an_entry_an_iteration_and_the_last_one_for_all_that_follow() -> None:
+    config = settings("train", "--by_iteration", "[{temperature: 0.5, beta: 1}, {}]")
+    found = [(of_iteration(config, t).temperature, of_iteration(config, t).beta) for t in (1, 2, 3)]
+    assert found == [(0.5, 1), (1.0, None), (1.0, None)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[{temprature: 1}]", "by_iteration[0].temprature: it cannot differ by iteration; did you mean 'temperature'?"),
+        ("[{}, {temperature: hot}]", "by_iteration[1].temperature: got 'hot', expected float"),
+        ("[{max_pairs: 0}]", "by_iteration[0].max_pairs: got 0, expected an integer >= 1"),
+        ("[{temperature: 0, top_k: 5}]", "by_iteration[0]: top_k: 5 has no effect with temperature 0"),
+        ("[{}, {}, {}, {}]", "by_iteration: got 4 entries, expected at most one for each of num_iterations 3"),
+    ],
+)
+def test_an_entry_is_checked_as_settings_are(entries: str, message: str) -> None:
+    assert message in refusal("train", "--by_iteration", entries)

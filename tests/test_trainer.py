@@ -421,6 +421,20 @@ def test_reference_policies(base: TrainConfig, tmp_path: Path, reference: str) -
             assert torch.allclose(value, 0.6 * policy[name] + 0.4 * initial[name], atol=1e-6)
 
 
+def test_an_iteration_has_settings_of_its_own(base: TrainConfig, tmp_path: Path) -> None:
+    entries: list[dict[str, Any]] = [{"loss_type": "sft", "num_generations": 1}, {"max_pairs": 2}]
+    settings = dataclasses.replace(base, output_dir=str(tmp_path), eval_prompts=None, beta=0.2, clip_chosen=0.4)
+    with pytest.raises(ValueError, match="loss 'sft' has no option 'beta'"):
+        train(dataclasses.replace(settings, by_iteration=entries))
+    entries[0] |= {"beta": None, "clip_chosen": None}
+    state = train(dataclasses.replace(settings, by_iteration=entries)).state
+    infos = {stage["name"]: stage["info"] for stage in state["stages"]}
+    assert [infos[f"iter-{t}/train"]["loss"] for t in (1, 2)] == ["chosen-only NLL", "dual clip (TSO)"]
+    first, second = (rows_of(tmp_path / f"iter-{t}/responses.jsonl")[0]["responses"] for t in (1, 2))
+    assert (len(first), len(second)) == (3, 8)  # of 3 cells once, of 4 cells twice; the first prompts have no person
+    assert infos["iter-1/pairs"]["pairs"] <= 12 < infos["iter-2/pairs"]["pairs"]
+
+
 def test_compare_runs_dpo_and_sft_with_the_same_settings(base: TrainConfig, tmp_path: Path) -> None:
     # A low bound, so that the clip is reached and dual_clip is not dpo.
     settings = dataclasses.replace(base, output_dir=str(tmp_path / "run"), compare=True, clip_rejected=0.001)

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from tso_fast.answering import Asked, answer, ask, check_engines, max_tokens
 from tso_fast.config.checks import check
 from tso_fast.config.ranges import without_free
-from tso_fast.config.settings import TrainConfig, evaluation_of, to_dict
+from tso_fast.config.settings import TrainConfig, evaluation_of, of_iteration, to_dict
 from tso_fast.correction.make_pairs import make_pairs, reasons_text
 from tso_fast.errors import Paused, TrainingError, import_named
 from tso_fast.evaluation import evaluate
@@ -47,7 +47,7 @@ from tso_fast.models.memory import free_gpu_memory
 from tso_fast.progress import confirm, console, progress_bar
 from tso_fast.training.iteration import train_iteration
 from tso_fast.training.monitors import PolicyStatistics
-from tso_fast.training.optimise import make_accelerator, tracker_settings
+from tso_fast.training.optimise import configured_loss, make_accelerator, tracker_settings
 from tso_fast.types import Candidates
 
 Produced = tuple[Iterable[Path], dict[str, Any]]
@@ -64,6 +64,8 @@ def train(config: TrainConfig) -> Run:
     check(config)
     judges = panel.make_judges(config)
     people = None if config.people is None else import_named(config.people, f"people: {config.people!r}", "function")
+    for t in range(1, config.num_iterations + 1):
+        configured_loss(of_iteration(config, t))
     accelerator = make_accelerator(config, config.output_dir)
     bad = BadRows(config.on_bad_row)
     trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
@@ -108,7 +110,7 @@ class Loop:
 
     def generate(self, t: int, mini_batch: Sequence[Candidates]) -> None:
         """The cells answer mini-batch t, the policy as it is now among them; human responses come with the data."""
-        config, matrix, files = self.config, self.matrix, self.run.iteration(t)
+        config, matrix, files = of_iteration(self.config, t), self.matrix, self.run.iteration(t)
 
         def produce() -> Produced:
             asked = [a for a in _ask_all(matrix, config) if a.num_generations]
@@ -152,7 +154,7 @@ class Loop:
 
     def pair(self, t: int) -> None:
         """Evidence corrects the prior order of the matrix: keep, swap or drop; the selected pairs get their scale."""
-        config, files = self.config, self.run.iteration(t)
+        config, files = of_iteration(self.config, t), self.run.iteration(t)
 
         def produce() -> Produced:
             candidates = read_candidates(files.responses, BadRows())
@@ -178,7 +180,7 @@ class Loop:
         """policy_t <- dual clip on the pairs, against the reference of iteration t."""
         files = self.run.iteration(t)
         if self.run.info(files.stage("train")) is None:
-            train_iteration(self.config, self.matrix, self.run, t, self.accelerator)
+            train_iteration(of_iteration(self.config, t), self.matrix, self.run, t, self.accelerator)
         if self.accelerator.is_main_process:
             shutil.rmtree(files.checkpoint, ignore_errors=True)
 

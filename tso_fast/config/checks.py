@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tso_fast.config.ranges import check_ranges
+from tso_fast.config.ranges import check_ranges, check_value
 from tso_fast.config.settings import (
+    VARYING,
     AdapterConfig,
     AnnotateConfig,
     CellConfig,
@@ -15,8 +16,9 @@ from tso_fast.config.settings import (
     GenerationConfig,
     PairingConfig,
     TrainConfig,
+    of_iteration,
 )
-from tso_fast.errors import InputError
+from tso_fast.errors import InputError, did_you_mean
 
 
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
@@ -122,10 +124,31 @@ def _check_train(config: TrainConfig) -> None:
     if config.eval_verifier is not None and config.eval_prompts is None:
         raise InputError("eval_verifier: it has no effect without eval_prompts; leave it out")
     _check_adapter(config)
+    _check_by_iteration(config)
     if config.annotate and config.people is not None:
         raise InputError("annotate: nobody is waited for where a function labels; leave out annotate or people")
     if config.eval_prompts is not None and config.eval_prompts == config.prompts:
         raise InputError(f"eval_prompts: {config.eval_prompts} is the training file; expected held-out prompts")
+
+
+def _check_by_iteration(config: TrainConfig) -> None:
+    entries = config.by_iteration or []
+    if entries and config.compare:
+        raise InputError("compare: by_iteration may have losses of its own; leave out one of them")
+    if len(entries) > config.num_iterations:
+        raise InputError(f"by_iteration: got {len(entries)} entries, expected at most one for each of num_iterations "
+                         f"{config.num_iterations}")  # fmt: skip
+    for t, entry in enumerate(entries, start=1):
+        place = f"by_iteration[{t - 1}]."
+        for key, value in entry.items():
+            if key not in VARYING:
+                known = f"; it takes {', '.join(sorted(VARYING))}"
+                raise InputError(f"{place}{key}: it cannot differ by iteration{did_you_mean(key, VARYING) or known}")
+            check_value(TrainConfig, key, value, place)
+        try:
+            check(dataclasses.replace(of_iteration(config, t), by_iteration=None))
+        except InputError as error:
+            raise InputError(f"by_iteration[{t - 1}]: {error}") from error
 
 
 def _check_adapter(config: TrainConfig) -> None:

@@ -66,6 +66,18 @@ def check_ranges(config: Any, place: str = "") -> None:
         _check(getattr(config, name), hint, f"{place}{name}")
 
 
+def check_value(cls: type, name: str, value: Any, place: str = "") -> None:
+    """Checks a value that is meant for a field, its type too.
+
+    Raises:
+        InputError: names the key, what was given and what was expected.
+    """
+    hint = _hints(cls)[name]
+    if not _may_be(value, hint):
+        raise InputError(f"{place}{name}: got {value!r}, expected {_spelled(hint)}")
+    _check(value, hint, f"{place}{name}")
+
+
 def without_free(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, as ``to_dict`` writes them, without those that are marked ``FREE``, in nested settings too."""
     hints = _hints(cls)
@@ -121,6 +133,8 @@ def _may_be(value: Any, hint: Any) -> bool:
         return True
     if typing.get_origin(hint) is Annotated:
         return _may_be(value, typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_may_be(value, option) for option in typing.get_args(hint))
     kind = typing.get_origin(hint) or hint
     if not isinstance(kind, type):  # Literal
         return value in typing.get_args(hint)

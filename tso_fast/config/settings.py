@@ -456,6 +456,9 @@ class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceCo
     that is there, it goes on: with the prompts that no iteration had yet, else with the mini-batches over again."""
     max_versions: Count = 0
     """Trained versions that stay in the matrix, the newest first; 0: all."""
+    by_iteration: list[dict[str, Any]] | None = None
+    """Settings of sampling, evidence, pairing and loss that differ by iteration, such as [{loss_type: sft}, {}] for a
+    warm-up: an entry an iteration, the last one for all that follow."""
     eval_prompts: Annotated[str | None, FREE] = None
     """JSONL of held-out prompts; the policy answers them greedily before training and after each iteration."""
     eval_verifier: str | None = None
@@ -614,6 +617,24 @@ def to_dict(config: Any) -> dict[str, Any]:
 def judge_name(config: JudgeConfig) -> str:
     """A judge's name in files and tables."""
     return config.name or config.kind
+
+
+VARYING = {
+    field.name
+    for cls, base in ((GenerationConfig, object), (PairingConfig, object), (EvidenceConfig, JudgesConfig))
+    for field in dataclasses.fields(cls)
+    if field.name not in ("max_completion_length", *getattr(base, "__dataclass_fields__", ()))
+} | {
+    "policy_num_generations", "loss_type", "loss_weights", "loss_args", "beta", "clip_chosen", "clip_rejected",
+    "learning_rate", "warmup_steps", "num_train_epochs",
+}  # fmt: skip
+"""What may stand in `by_iteration`."""
+
+
+def of_iteration(config: TrainConfig, t: int) -> TrainConfig:
+    """The settings of iteration ``t``, from 1, with what `by_iteration` says of it."""
+    entries = config.by_iteration
+    return dataclasses.replace(config, **entries[min(t, len(entries)) - 1]) if entries else config
 
 
 def evaluation_of(config: TrainConfig) -> EvalConfig:
