@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import run_recipe
 
 import tso_fast.quickstart
 from tso_fast.cli import main
 from tso_fast.config.parse import parse
 from tso_fast.config.settings import TrainConfig
 from tso_fast.errors import InputError
+from tso_fast.files.rows import BadRows, read_pairs
+from tso_fast.files.run import Run
 from tso_fast.losses import LOSSES
 from tso_fast.recipes import FOLDER, METHOD, arguments, find, recipes
 from tso_fast.training.optimise import configured_loss
@@ -79,3 +82,16 @@ def test_the_command_lists_and_prints_them(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == (FOLDER / "simpo.yaml").read_text(encoding="utf-8")
     assert main(["recipes", "simpo", "dpo"]) == 2
     assert main(["train", "--recipe", "nothing"]) == 2
+
+
+@pytest.mark.slow
+def test_delta_and_temporal_self_rewarding_take_sides_by_version_and_size(tmp_path: Path) -> None:
+    def sides(run: Run, t: int) -> set[tuple[str, str]]:
+        return {(pair.chosen.model, pair.rejected.model) for pair in read_pairs(run.iteration(t).pairs, BadRows())}
+
+    store = tmp_path / "store"
+    temporal = sides(run_recipe("temporal_self_rewarding", tmp_path / "t", store=store, num_iterations=2), 2)
+    assert {chosen for chosen, _ in temporal} == {"tso-1"}
+    delta = sides(run_recipe("delta", tmp_path / "d", store=store, verifier=None), 1)
+    assert {chosen for chosen, _ in delta} <= {"m.v1", "m.v2"}
+    assert "s.v2" in {rejected for _, rejected in delta}

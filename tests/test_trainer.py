@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import make_adapter, write_rows
 from safetensors.torch import load_file
+from tiny_runs import SMALL, tiny_config
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -31,21 +32,11 @@ from tso_fast.files.labels import LabelFile, make_label
 from tso_fast.files.rows import BadRows, pair_row, read_candidates, read_verdicts
 from tso_fast.files.run import LABELS_FILE, read_run
 from tso_fast.judges import implicit
-from tso_fast.quickstart.build import Recipe, Size, build, make_tokenizer
+from tso_fast.quickstart.build import make_tokenizer
 from tso_fast.report import write_report
 from tso_fast.trainer import train
 
 pytestmark = pytest.mark.slow
-SMALL = Recipe(
-    seed=0,
-    sizes={"s": Size(hidden=32, layers=1, ffn=64, steps=30), "m": Size(hidden=32, layers=2, ffn=64, steps=30)},
-    versions=(0.5, 1.0),
-    demonstrations=200,
-    prompts=24,
-    human_share=0.25,
-    held_out=12,
-    development=12,
-)
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -55,21 +46,7 @@ def rows_of(file: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Runs of this module share a store: what the same cells answer to the same prompts is generated once."""
-    folder, matrix = tmp_path_factory.mktemp("trainer"), build(SMALL)
-    return TrainConfig(
-        output_dir=str(folder / "run"),
-        response_store=str(folder / "store"),
-        prompts=str(matrix / "prompts.jsonl"),
-        eval_prompts=str(matrix / "held_out.jsonl"),
-        cells=[CellConfig(path=str(matrix / name), version_rank=int(name[-1])) for name in ("s.v2", "m.v1", "m.v2")],
-        verifier="toy_verifier:letters",
-        num_iterations=2,
-        max_completion_length=8,
-        learning_rate=1e-3,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        use_cpu=True,
-    )
+    return tiny_config(tmp_path_factory.mktemp("trainer"))
 
 
 @pytest.fixture(scope="module")
