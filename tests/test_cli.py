@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 from helpers import read_rows, write_rows
 
-from tso_fast import __version__
+from tso_fast import __version__, suites
+from tso_fast.cli import main
 
 Cli = Callable[..., Any]
 
@@ -572,3 +573,21 @@ def test_a_disk_that_fills_while_training(cli: Cli, tiny_matrix: Path, tmp_path:
     assert {name: after.get(name) for name in kept} == kept
     assert "model.safetensors" in after
     shutil.rmtree(run)
+
+
+def test_bench_lists_the_suites_and_becomes_the_one_that_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: became.append([program, *arguments]))
+    assert main(["bench"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert listed == {path.stem.removeprefix("bench_") for path in suites.FOLDER.glob("bench_*.py")}
+    assert main(["bench", "methods", "--table"]) == 0
+    assert became == [[sys.executable, sys.executable, str(suites.FOLDER / "bench_methods.py"), "--table"]]
+    assert main(["bench", "method"]) == 2
+    monkeypatch.setattr(suites, "FOLDER", tmp_path)
+    assert main(["bench"]) == 2
+    told = capsys.readouterr().err
+    assert "did you mean 'methods'" in told
+    assert "clone it" in told

@@ -30,6 +30,7 @@ Self-Training with Scaled Preference Optimization, from a model family's own out
   annotate   a local page on which people label pairs of responses
   report     write report.html of a run folder and print its table
   recipes    methods as settings, for train --recipe NAME
+  bench      the benchmark suites, or one of them: bench methods
   env        what is installed and usable here, and what to install for the rest
 
   tso-fast COMMAND --help           every setting of a command, by stage; --help GROUP shows one of them
@@ -275,6 +276,12 @@ def _recipes(arguments: list[str]) -> None:
             print(f"  {recipe.name:<26}{recipe.title}\n{'':<28}{recipe.source}; {recipe.status}")
 
 
+def _bench(arguments: list[str]) -> None:
+    from tso_fast.suites import bench
+
+    bench(arguments)
+
+
 def _env(arguments: list[str]) -> None:
     if arguments in (["-h"], ["--help"]):
         print(
@@ -302,6 +309,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "annotate": _annotate,
     "report": _report,
     "recipes": _recipes,
+    "bench": _bench,
     "env": _env,
 }
 
