@@ -34,6 +34,7 @@ from typing import Any
 
 from harness import RESULTS, ROOT, commit, table
 
+from tso_fast import recipes
 from tso_fast.cli import TASKS
 
 SEEDS = tuple(range(100, 110))
@@ -122,6 +123,13 @@ ABLATIONS: dict[str, Method] = {
 }
 """TSO without one of its parts, by name; the numbers of samples keep the budget of tokens."""
 
+RECIPES = {f"recipe:{recipe.name}": Method(recipe.title, {"recipe": recipe.name}) for recipe in recipes.recipes()}
+"""Recipes as they stand, by name, with the task's learning rate, epochs and sampling where they say nothing of it."""
+
+
+def _known() -> dict[str, Method]:
+    return {**METHODS, **ABLATIONS, **RECIPES}
+
 
 # ------------------------------------------------------------------------------------------------------------- one run
 
@@ -133,7 +141,8 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
 
     settings = dict(settings)
     only_cells, has_people = settings.pop("only_cells", None), settings.pop("human_responses", True)
-    config = quickstart_config(["--seed", str(seed), "--output_dir", str(folder / "run")], eval_set, task)
+    recipe = recipes.arguments(settings.pop("recipe")) if "recipe" in settings else []
+    config = quickstart_config([*recipe, "--seed", str(seed), "--output_dir", str(folder / "run")], eval_set, task)
     config = dataclasses.replace(config, **settings)
     start_path = next(cell.path for cell in config.cells if cell.path.endswith("m.v3"))
     if only_cells is not None:
@@ -158,6 +167,7 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "pairs": pairs,
+        "generated_tokens": sum(info["generated_tokens"] for info in trained),
         "chosen_tokens": config.num_train_epochs
         * sum(info["means"]["num_tokens/chosen"] * count for info, count in zip(trained, pairs, strict=True)),
         "chosen_drift": last[-1]["logps/chosen"] - last[0]["logps/chosen"],
@@ -254,8 +264,11 @@ def _read_results(size: int) -> dict[str, Row]:
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
     """All runs of the command: seed by seed, so that what is there early compares all methods."""
-    known = {**METHODS, **ABLATIONS}
-    names = arguments.methods or list(known)
+    known = _known()
+    names = arguments.methods or [*METHODS, *ABLATIONS]
+    if arguments.recipes:
+        of_recipes = list(RECIPES) if arguments.recipes == ["all"] else [f"recipe:{name}" for name in arguments.recipes]
+        names = [*(arguments.methods or ("tso", "sft")), *of_recipes]
     seeds = (DEVELOPMENT_SEEDS if arguments.tune else SEEDS)[: arguments.seeds]
     eval_set = "development" if arguments.tune else "held_out"
     out = []
@@ -351,7 +364,7 @@ def tables(jobs: Iterable[Job]) -> str:
 
 
 def _table(runs: Mapping[tuple[str, str], Mapping[int, Row]]) -> str:
-    known = {**METHODS, **ABLATIONS}
+    known = _known()
     ours = next((of_seeds for (name, _), of_seeds in runs.items() if name == "tso"), {})
     counts: dict[str, int] = {}
     for name, _ in runs:
@@ -375,6 +388,8 @@ def _table(runs: Mapping[tuple[str, str], Mapping[int, Row]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *ABLATIONS], metavar="METHOD", help="default: all")
+    parser.add_argument("--recipes", nargs="+", help="names of recipes, or all", metavar="RECIPE",
+                        choices=["all", *(recipe.name for recipe in recipes.recipes())])  # fmt: skip
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, help="how many of the seeds; default: all")
     parser.add_argument("--tune", action="store_true", help="every trial of each method, on development seeds")

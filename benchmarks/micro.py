@@ -1,4 +1,4 @@
-"""Small parts, timed by pytest-benchmark and compared with the last time: op, batching, packing, scoring, pairing, store.
+"""Small parts, timed by pytest-benchmark and compared with the last time: op, packing, batching, scoring, pairs, store.
 
     make bench                                      saves the figures in .benchmarks, with the commit, and compares them
     make bench BENCH="-k op"                        some of them
