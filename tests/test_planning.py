@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import SHAPE, write_rows
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MixtralConfig
 
@@ -21,6 +22,7 @@ from tso_fast.models.policy import Policy
 from tso_fast.planning import memory, trace, whole
 from tso_fast.planning.memory import Batch, Model, World, count, plan_training
 from tso_fast.planning.trace import Sizes
+from tso_fast.training.load import load_policy
 from tso_fast.training.optimizers import make_optimizer
 from tso_fast.types import PairBatch, Weights
 
@@ -63,6 +65,19 @@ def test_three_layers_stand_for_all(changes: dict[str, Any], monkeypatch: pytest
     whole = on_cpu(config, batch, **changes)
     memory._alike.cache_clear()
     assert short == whole
+
+
+@pytest.mark.slow
+def test_weights_of_4_bits_are_as_small_as_planned(tmp_path: Path) -> None:
+    config, chosen = LlamaConfig(**DEEP), settings(peft="lora", load_in_4bit=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = load_policy(chosen, Weights(tmp_path, tmp_path), Accelerator(cpu=True), has_adapter=True)
+    packed = [p for p in policy.parameters() if p.dtype == torch.uint8]
+    states = [p.quant_state for p in packed]
+    constants = sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    held = sum(p.nbytes for p in policy.parameters()) + constants
+    assert held == pytest.approx(memory.count(Model(config=config, weights=NOWHERE), chosen).total_bytes, rel=1e-3)
+    assert sum(p.numel() for p in packed) * 2 > 0.5 * sum(p.numel() for p in policy.parameters() if p.dim() > 1)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +214,7 @@ def test_what_a_process_keeps(config: Any, world: World, changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("fits", "processes", "changes"),
     [
+        (lambda c: c.load_in_4bit or c.peft == "none", 1, [{"load_in_4bit": True}]),
         (lambda c: c.gradient_checkpointing, 1, [{"gradient_checkpointing": True}]),
         (
             lambda c: c.per_device_train_batch_size <= 2,
@@ -223,6 +239,8 @@ def test_the_fewest_changes_are_told(fits: Any, processes: int, changes: list[An
     """What changes nothing but time comes first, then what changes training; nothing that is not needed."""
     given = {name: getattr(settings(), name) for name in ("output_dir", "prompts", "cells", "use_cpu")}
     config = PlanConfig(**given, num_processes=processes, gradient_accumulation_steps=2)
+    if {"load_in_4bit": True} in changes:
+        config.peft = "lora"
     monkeypatch.setattr(whole, "least", lambda *rest: 0)
     monkeypatch.setattr(
         whole,

@@ -355,12 +355,15 @@ def test_two_processes_give_the_trajectory_of_one(few: TrainConfig, tmp_path: Pa
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("reference", ["previous", "initial"])
-def test_an_adapter_is_trained_and_joins_the_matrix(base: TrainConfig, tmp_path: Path, reference: str) -> None:
+@pytest.mark.parametrize(("reference", "in_4bit"), [("previous", True), ("initial", False)])
+def test_an_adapter_is_trained_and_joins_the_matrix(
+    base: TrainConfig, tmp_path: Path, reference: str, in_4bit: bool
+) -> None:
     """The weights under it stay as they are, the second iteration goes on with it, and both answer as cells."""
     settings = dataclasses.replace(
-        base, output_dir=str(tmp_path / "run"), peft="lora", lora_r=4, learning_rate=1e-2, reference=reference
-    )
+        base, output_dir=str(tmp_path / "run"), peft="lora", lora_r=4, learning_rate=1e-2, reference=reference,
+        load_in_4bit=in_4bit,
+    )  # fmt: skip
     train(settings)
     policies = [tmp_path / f"run/iter-{t}/policy" for t in (1, 2)]
     first, second = (load_file(policy / "adapter_model.safetensors") for policy in policies)

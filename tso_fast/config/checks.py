@@ -164,6 +164,8 @@ def _check_adapter(config: TrainConfig) -> None:
             "reference: the mean of two adapters' factors is not the mean of what they add; with peft 'lora' set it to "
             "previous or initial"
         )
+    if config.load_in_4bit and config.shard != "none":
+        raise InputError("load_in_4bit: weights of 4 bits cannot be shared out over processes; set shard to none")
     if config.use_dora and config.shard != "none":
         raise InputError("use_dora: its magnitudes start from whole weights, which no process has; set shard to none")
 

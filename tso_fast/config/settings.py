@@ -322,6 +322,9 @@ class AdapterConfig:
     """Scale a new adapter by `lora_alpha` over the root of its rank."""
     use_dora: bool = False
     """Let a new adapter learn direction and magnitude apart (DoRA)."""
+    load_in_4bit: bool = False
+    """Train an adapter over weights of 4 bits (QLoRA: bitsandbytes' NF4; embeddings, norms and head stay as they are).
+    Cells answer with the weights as they are stored."""
 
 
 @dataclass(kw_only=True)

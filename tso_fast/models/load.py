@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def load_model(
     device: torch.device | str,
     base: str | Path | None = None,
     merge: bool = False,
+    in_4bit: bool = False,
 ) -> PreTrainedModel:
     """A causal language model from a local folder of safetensors, on ``device``.
 
@@ -60,6 +61,7 @@ def load_model(
         attn_implementation: transformers' name of an attention implementation, or ``auto``, see ``resolve_attention``.
         base: folder of the full weights; None or ``path``: ``path`` is not an adapter.
         merge: add the adapter to the weights, which gives a plain model but rounds the sum to ``dtype``.
+        in_4bit: hold the linear layers, but not the head, in bitsandbytes' NF4.
 
     Raises:
         InputError: the folder has no model, or it cannot be loaded, or weights are missing or do not fit.
@@ -77,6 +79,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **(_four_bits(dtype, device) if in_4bit else {}),
         )
     except Exception as error:
         raise InputError(f"{full}: no causal language model can be loaded from here: {error}") from error
@@ -85,11 +88,29 @@ def load_model(
             f"{full}: {len(missing)} of the model's weights are not in its safetensors files, such as "
             f"{missing[0]}; expected all of them"
         )
-    model = model.to(device)
+    if in_4bit:
+        for module in model.modules():  # else a pass without gradients repacks weights on CPUs, and rounds them again
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
+        model = model.to(device)
     if Path(full) != Path(path):
         model = _add_adapter(model, Path(path), merge)
         model.name_or_path = str(path)
     return model
+
+
+def _four_bits(dtype: str, device: torch.device | str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for QLoRA's weights (arXiv 2305.14314): NF4, its constants quantised again."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit: it needs bitsandbytes; pip install 'tso-fast[optim]'")
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def _add_adapter(model: PreTrainedModel, path: Path, merge: bool) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ MOMENTS = {"adamw": None, "adamw_8bit": 1.0 + 4 / 256, "adamw_bf16": 2.0}
 """Bytes of each of a weight's two moments, by optimizer; None: as many as the weight has."""
 STEP_ROOM = {"adamw_bf16": 9 * 4}
 """Bytes for each weight of the part that an optimizer steps at once: copies in float32."""
+BYTES_OF_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: its bits, the constant of its block in 8 bits, and the constants' own."""
 REFERENCE_BATCH = 4
 """Reference log-probs are computed in batches of as many times the pairs of a training batch."""
 
@@ -68,6 +71,8 @@ class Counts:
     root_trained: int
     largest: int
     """Elements of the largest weight."""
+    unpacked: int = 0
+    """Elements of the largest weight that is held in 4 bits, whole while it is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +143,11 @@ def count(model: Model, settings: OptimizationConfig) -> Counts:
     largest = max(per_layer, key=_number)
     every = parameters + extra
     trained = [p for p in every if p.requires_grad]
+    packed = [p for p in [*itertools.chain(*per_layer), *extra] if p.ndim == 2 and not p.requires_grad]
+    packed = packed if settings.load_in_4bit else []
     return Counts(
         total=_number(every),
-        total_bytes=_bytes(every),
+        total_bytes=_bytes(every) - _bytes(packed) + int(BYTES_OF_4_BITS * _number(packed)),
         trained=_number(trained),
         trained_bytes=_bytes(trained),
         layer=_number(largest),
@@ -150,6 +157,7 @@ def count(model: Model, settings: OptimizationConfig) -> Counts:
         root=_number(root),
         root_trained=_number(root, only_trained=True),
         largest=max(p.numel() for p in parameters),
+        unpacked=max((p.numel() for p in packed), default=0),
     )
 
 
@@ -196,7 +204,7 @@ def plan_training(
     )
     context = CUDA_CONTEXT if world.device == "cuda" else 0
     weights, gradients = kept["weights"], kept["gradients"]
-    always = weights + kept["buckets"] + context
+    always = weights + kept["buckets"] + context + counts.unpacked * itemsize(settings.dtype)
     in_step = gathered.peak(peaks) if is_sharded else peaks.peak
     in_optimizer = gradients + STEP_ROOM.get(settings.optim, 0) * min(CHUNK, counts.largest // ranks)
     reference_peak = 0

@@ -181,6 +181,8 @@ def alternatives(model: Model, config: PlanConfig, world: World, batch: Batch, l
         if config.optim != "adamw_bf16":
             ends.append({"peft": "lora"})
         ends += [{"optim": name, "dtype": "bfloat16"} for name in ("adamw_8bit", "adamw_bf16") if config.optim != name]
+    elif config.shard == "none" and not config.load_in_4bit:
+        ends.append({"load_in_4bit": True})
     found = (_first_that_fits(model, config, world, batch, limit, [{}, *steps], end) for end in ends)
     return [alternative for alternative in found if alternative is not None]
 

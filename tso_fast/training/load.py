@@ -35,7 +35,8 @@ def load_policy(
     device = accelerator.device
     mesh = make_mesh(config.shard, device.type, accelerator.num_processes, _per_node(accelerator))
     if mesh is None:
-        model = load_whole(config, Weights(weights.base, weights.base) if has_adapter else weights, device)
+        whole = Weights(weights.base, weights.base) if has_adapter else weights
+        model = load_whole(config, whole, device, in_4bit=has_adapter and config.load_in_4bit)
         if has_adapter:
             model = add_adapter(model, config, weights)
             fill_adapter(model, weights, config.seed)
@@ -89,7 +90,7 @@ def _per_node(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
 
 
-def load_whole(config: ModelConfig, weights: Weights, device: torch.device | str) -> Any:
+def load_whole(config: ModelConfig, weights: Weights, device: torch.device | str, *, in_4bit: bool = False) -> Any:
     """A whole model on one device; an adapter is merged."""
     return load_model(
         weights.path,
@@ -98,6 +99,7 @@ def load_whole(config: ModelConfig, weights: Weights, device: torch.device | str
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         device=device,
+        in_4bit=in_4bit,
     )
 
 

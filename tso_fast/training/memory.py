@@ -53,6 +53,8 @@ def advice(config: OptimizationConfig, world: int, longest: int) -> list[str]:
         lines.append("--peft lora: neither gradients nor optimizer for the weights under the adapter")
         if config.optim == "adamw":
             lines.append("--optim adamw_8bit: moments of 2 instead of 8 bytes a weight")
+    elif config.shard == "none" and not config.load_in_4bit:
+        lines.append("--load_in_4bit true: a quarter of the weights under the adapter, which are rounded")
     if world == 1:
         lines.append("--num_processes N --shard full on N GPUs: 1 / N of weights, gradients and optimizer on each")
     lines.append(f"--max_length below {longest}: shorter responses; their ends are cut off")

@@ -223,7 +223,7 @@ def _references(
         return accelerator.reduce(logprobs.to(accelerator.device)).cpu()
 
     if config.cache_reference and key:
-        how = (key, per_token, config.dtype, config.bf16, sharded, unwrapped.shares_prompts)
+        how = (key, per_token, config.dtype, config.bf16, config.load_in_4bit, sharded, unwrapped.shares_prompts)
         logprobs = cached_logprobs(files.reference_logprobs, pairs, how, accelerator, compute)
     else:
         logprobs = compute()
