@@ -10,6 +10,9 @@ import functools
 import itertools
 import json
 import logging
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import SHAPE, LargestTensor, encoded, ranks
+from helpers import SHAPE, LargestTensor, encoded, fork, ranks, status_of
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +32,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tso_fast import interrupts
 from tso_fast.config.checks import check
 from tso_fast.config.settings import CellConfig, TrainConfig
 from tso_fast.errors import InputError
@@ -39,7 +43,7 @@ from tso_fast.quickstart.build import Recipe, make_tokenizer
 from tso_fast.training import optimise as optimise_module
 from tso_fast.training.batches import collate
 from tso_fast.training.load import load_policy, save_policy
-from tso_fast.training.optimise import optimise
+from tso_fast.training.optimise import make_accelerator, optimise
 from tso_fast.training.reference import save_ema
 from tso_fast.training.shard import is_sharded, local_part, make_mesh, shard_policy
 from tso_fast.types import Weights
@@ -354,3 +358,34 @@ def test_what_cannot_be_sharded_is_refused(models: Path) -> None:
             Accelerator(cpu=True),
             has_adapter=True,
         )
+
+
+def test_a_process_that_waits_for_the_others_can_be_stopped(tmp_path: Path) -> None:
+    """The second of two, whose first never comes."""
+    begun = tmp_path / "begun"
+
+    def wait() -> None:
+        os.environ |= {
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "9",
+        }
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with interrupts.handled():
+            begun.touch()
+            make_accelerator(settings(), str(tmp_path))
+
+    child = fork(wait)
+    while not begun.exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # it is in the wait by then; if not, the test proves less, but does not fail
+    os.kill(child, signal.SIGTERM)
+    for _ in range(500):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(child, signal.SIGKILL)
+    assert status_of(child) == -signal.SIGTERM

@@ -66,3 +66,23 @@ def waiting() -> Iterator[Callable[[], int]]:
         _Waiting.is_on = False
     if _Waiting.number:
         raise Stopped(_Waiting.number)
+
+
+@contextlib.contextmanager
+def fatal() -> Iterator[None]:
+    """A context in which the signals end the process, where nothing is half done and a wait in C++ may be long.
+
+    A handler in Python would not run before the wait ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    mine = [number for number, handler in before.items() if handler is _receive]
+    for number in mine:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])

@@ -83,12 +83,13 @@ def make_accelerator(config: OptimizationConfig, folder: str) -> Accelerator:
     """
     configured_loss(config)
     try:
-        accelerator = Accelerator(
-            cpu=config.use_cpu,
-            mixed_precision="bf16" if config.bf16 else "no",
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_dir=folder,
-        )
+        with interrupts.fatal():  # processes wait for one another here
+            accelerator = Accelerator(
+                cpu=config.use_cpu,
+                mixed_precision="bf16" if config.bf16 else "no",
+                log_with=None if config.report_to == "none" else config.report_to,
+                project_dir=folder,
+            )
     except ValueError as error:
         raise InputError(f"report_to {config.report_to!r} or bf16 {config.bf16} cannot be used: {error}") from error
     if config.report_to != "none" and not accelerator.log_with:
