@@ -405,6 +405,9 @@ class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
     pairs a prompt has, but a step sees fewer prompts."""
     gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute activations in the backward pass: less memory, more time."""
+    torch_compile: Annotated[bool, FREE] = False
+    """Compile the model's blocks with torch's inductor: a minute or more at the start of each iteration, then faster
+    steps where the blocks, not their matrix products, take the time."""
     disable_dropout: bool = True
     """Train without dropout, so that policy and reference agree at the start."""
     bf16: bool = False

@@ -197,6 +197,12 @@ def _capture_head_input(head: nn.Module) -> Iterator[list[torch.Tensor]]:
         del head.forward
 
 
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that an architecture repeats, which it names in ``_no_split_modules``; empty: it names none."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability to 0, including those that modules pass to functions."""
     module: Any

@@ -15,12 +15,15 @@ from tso_fast.config.settings import ModelConfig, OptimizationConfig
 from tso_fast.errors import InputError
 from tso_fast.files.atomic import atomic_folder
 from tso_fast.models.load import load_model
-from tso_fast.models.policy import Policy
+from tso_fast.models.policy import Policy, blocks_of
 from tso_fast.training.adapters import add_adapter, fill_adapter
 from tso_fast.training.shard import empty_model, fill, is_sharded, make_mesh, reshard, shard_policy, whole_weights
 from tso_fast.types import Weights
 
 logger = logging.getLogger(__name__)
+
+BACKEND = "inductor"
+"""Of ``torch.compile``."""
 
 
 def load_policy(
@@ -41,11 +44,13 @@ def load_policy(
             model = add_adapter(model, config, weights)
             fill_adapter(model, weights, config.seed)
         policy = Policy(model)
+        compile_blocks(policy, config)
     else:
         model = empty_model(weights, dtype=config.dtype, attn_implementation=config.attn_implementation, device=device)
         if has_adapter:
             model = add_adapter(model, config, weights)
         policy = Policy(model, is_checked=False)
+        compile_blocks(policy, config)
         shard_policy(policy, mesh, bf16=config.bf16 or config.dtype == "bfloat16")
         fill(policy, weights, device, merge=not has_adapter)
         if has_adapter:
@@ -54,6 +59,21 @@ def load_policy(
     share_prompts(balance_experts(policy, config.router_aux_loss_coef), config.share_prompt)
     reshard(policy)
     return policy
+
+
+def compile_blocks(policy: Policy, config: OptimizationConfig) -> None:
+    """Compiles each block of the policy for any lengths, if the configuration says so: once, as all are alike.
+
+    Before sharding, whose gathering stays outside, and inside of what checkpointing computes again.
+    """
+    if not config.torch_compile:
+        return
+    blocks = blocks_of(policy.model)
+    if not blocks:
+        name = type(policy.model).__name__
+        raise InputError(f"torch_compile: {name} does not name its blocks (_no_split_modules); set it to false")
+    for block in blocks:
+        block.compile(dynamic=True, backend=BACKEND)
 
 
 def balance_experts(policy: Policy, coefficient: float | None) -> Policy:

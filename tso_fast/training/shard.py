@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from tso_fast.errors import InputError
 from tso_fast.models.load import load_config, load_model, model_class_of, resolve_attention, weight_shapes
-from tso_fast.models.policy import Policy
+from tso_fast.models.policy import Policy, blocks_of
 from tso_fast.types import Weights
 
 Shard = Literal["none", "full", "hybrid"]
@@ -70,9 +70,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, bf16: bool) -> None:
         InputError: the architecture does not say what its layers are.
     """
     model = policy.model
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
+    blocks = blocks_of(model)
+    if not blocks:
         raise InputError(
             f"shard: {type(model).__name__} does not name its layers (_no_split_modules) and cannot be sharded; use "
             "shard: none"
@@ -80,8 +79,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, bf16: bool) -> None:
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
     embeddings, tail = model.get_input_embeddings(), [policy.head]
     if embeddings.weight is policy.head.weight:
         tail = [embeddings, policy.head]
