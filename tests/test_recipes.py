@@ -12,7 +12,7 @@ from tiny_runs import run_recipe
 import tso_fast.quickstart
 from tso_fast.cli import main
 from tso_fast.config.parse import parse
-from tso_fast.config.settings import TrainConfig
+from tso_fast.config.settings import SamplerConfig, TrainConfig
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_pairs
 from tso_fast.files.run import Run
@@ -42,6 +42,8 @@ def laid_over(task: str, name: str, *more: str) -> TrainConfig:
 def test_a_recipe_is_a_whole_method(name: str) -> None:
     """Nothing of the method of what it is laid over stays, and the loss takes what it is given."""
     settings = yaml.safe_load(find(name).path.read_text(encoding="utf-8"))
+    if "samplers" in settings:
+        settings["samplers"] = [SamplerConfig(**sampler) for sampler in settings["samplers"]]
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     for task in ("skills", "writing"):
         config = laid_over(task, name)

@@ -25,7 +25,7 @@ from tso_fast.files.rows import BadRows, prompt_row
 from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server, check_available, prove_models
 from tso_fast.matrix import ModelMatrix, require_weights
 from tso_fast.models.load import device_of
-from tso_fast.models.tokens import encode_prompt
+from tso_fast.models.tokens import encode_prompt, whole_text
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, Cell, FinishReason, Response
 
@@ -175,7 +175,8 @@ def answer(
 ) -> Iterator[Candidates]:
     """The candidates with the responses of every cell after those they came with, read from the store one by one.
 
-    A response depends on the run's seed, its prompt, its cell and its number, not on batches, order or shards.
+    A response depends on the run's seed, its prompt, its cell and its number, not on batches, order or shards. Where a
+    prompt gives the beginning, ``max_tokens`` counts that too, and the text is whole.
 
     Args:
         advance: is told how many responses more are there, of ``num_generations`` of each cell to each prompt.
@@ -257,10 +258,14 @@ class _Plan:
         ids = encode_prompt(self.matrix.tokenizer, prompt)
         hashed = prompt_hash(ids)
         for a in asked:
+            sampling = a.sampling
+            if prompt.prefix:
+                left = max(1, sampling.max_tokens - len(prompt.prefix))
+                sampling = dataclasses.replace(sampling, max_tokens=left)
             for sample in range(a.num_generations):
                 seed = seed_of(self.config.seed, prompt.id, a.cell.weight_hash, sample)
                 key = response_key(hashed, self.settings[a.cell.name], seed)
-                yield a, sample, Request(key=key, cell=a.cell.name, token_ids=ids, seed=seed, sampling=a.sampling)
+                yield a, sample, Request(key=key, cell=a.cell.name, token_ids=ids, seed=seed, sampling=sampling)
 
     def jobs(self, advance: Advance) -> list[Job]:
         """One for every engine that is needed; cells of one architecture share vLLM's."""
@@ -321,10 +326,14 @@ class _Plan:
     def answered(self, number: int) -> Candidates:
         wanted = list(self.requests(number, self.asked))
         rows = self.store.get([request.key for _, _, request in wanted])
-        responses = (
+        responses = [
             _response(a.cell, sample, request, row) for (a, sample, request), row in zip(wanted, rows, strict=True)
-        )
+        ]
         item = self.candidates[number]
+        if prefix := item.prompt.prefix:
+            tokenizer = self.matrix.tokenizer
+            texts = [whole_text(tokenizer, prefix, r.token_ids or (), r.text) for r in responses]
+            responses = [dataclasses.replace(r, text=text) for r, text in zip(responses, texts, strict=True)]
         return dataclasses.replace(item, responses=(*item.responses, *responses))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from tso_fast.answering import Asked, answer, ask, check_engines, max_tokens
+from tso_fast.answering import ask, check_engines, max_tokens
 from tso_fast.config.checks import check
 from tso_fast.config.ranges import without_free
 from tso_fast.config.settings import TrainConfig, evaluation_of, of_iteration, to_dict
@@ -33,7 +33,6 @@ from tso_fast.files.labels import Label, label_row, read_labels
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import (
     BadRows,
-    candidates_row,
     pair_row,
     read_candidates,
     read_verdicts,
@@ -45,9 +44,11 @@ from tso_fast.judges.judge import Bench, Judge
 from tso_fast.matrix import ModelMatrix, check_fits, require_weights
 from tso_fast.models.memory import free_gpu_memory
 from tso_fast.progress import confirm, console, progress_bar
+from tso_fast.samplers import chain
+from tso_fast.samplers.sampler import Desk, Sampler
 from tso_fast.training.iteration import train_iteration
-from tso_fast.training.monitors import PolicyStatistics
 from tso_fast.training.optimise import configured_loss, make_accelerator, tracker_settings
+from tso_fast.training.reference import reference_weights
 from tso_fast.types import Candidates
 
 Produced = tuple[Iterable[Path], dict[str, Any]]
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> Run:
         TrainingError: training was stopped because going on would waste the run.
     """
     check(config)
-    judges = panel.make_judges(config)
+    judges, samplers = panel.make_judges(config), chain.make_samplers(config)
     people = None if config.people is None else import_named(config.people, f"people: {config.people!r}", "function")
     for t in range(1, config.num_iterations + 1):
         configured_loss(of_iteration(config, t))
@@ -72,7 +73,8 @@ def train(config: TrainConfig) -> Run:
     matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
     require_weights(matrix.policy, "policy")
     panel.check(judges, matrix)
-    check_engines([*_ask_all(matrix, config), ask(matrix.policy, config)], config)
+    chain.check(samplers, matrix, judges)
+    check_engines([*chain.ask_cells(matrix, config), ask(matrix.policy, config)], config)
     prompts = _read(config.prompts, judges, matrix, config, bad)
     verifier = panel.make_judges(evaluation_of(config))
     held_out = _read(config.eval_prompts, verifier, matrix, config, bad) if config.eval_prompts else []
@@ -81,7 +83,15 @@ def train(config: TrainConfig) -> Run:
             console.print(f"{len(bad.rows)} bad rows set aside in {run / SKIPPED_FILE}")
         if config.report_to != "none":
             accelerator.init_trackers("tso-fast", tracker_settings(config))
-        loop = Loop(run=run, accelerator=accelerator, matrix=matrix, config=config, judges=judges, people=people)
+        loop = Loop(
+            run=run,
+            accelerator=accelerator,
+            matrix=matrix,
+            config=config,
+            judges=judges,
+            samplers=samplers,
+            people=people,
+        )
         loop.evaluate(0, held_out)
         for t, (first, end) in enumerate(run.mini_batches, start=1):
             loop.generate(t, prompts[first:end])
@@ -106,23 +116,23 @@ class Loop:
     matrix: ModelMatrix
     config: TrainConfig
     judges: Sequence[Judge]
+    samplers: Sequence[Sampler] = ()
     people: Callable[[Sequence[Candidates], int], Iterable[Label]] | None = None
 
     def generate(self, t: int, mini_batch: Sequence[Candidates]) -> None:
-        """The cells answer mini-batch t, the policy as it is now among them; human responses come with the data."""
+        """The cells answer mini-batch t, the policy as it is now among them, and samplers add to it.
+
+        Human responses come with the data.
+        """
         config, matrix, files = of_iteration(self.config, t), self.matrix, self.run.iteration(t)
 
         def produce() -> Produced:
-            asked = [a for a in _ask_all(matrix, config) if a.num_generations]
-            total = sum(a.num_generations for a in asked) * len(mini_batch)
-            statistics = PolicyStatistics(matrix.policy.name)
-            bad = BadRows(config.on_bad_row)
-            with progress_bar(f"iteration {t}: generate, {len(asked)} cells", total) as advance, self._store() as store:
-                answered = answer(asked, mini_batch, matrix, config, store, bad, advance)
-                write_jsonl(files.responses, map(candidates_row, statistics.watch(answered)))
-            written = [files.responses, *bad.set_aside(files.refused)]
-            info = {"cells": [a.cell.name for a in asked], "refused_prompts": len(bad.rows)}
-            return written, {**info, **statistics.to_dict()}
+            reference = reference_weights(config, matrix, self.run, t)
+            with self._store() as store:
+                desk = Desk(
+                    config=config, matrix=matrix, store=store, judges=self.judges, files=files, reference=reference
+                )
+                return chain.generate(self.samplers, mini_batch, desk)
 
         self._once(files.stage("generate"), produce)
 
@@ -133,10 +143,11 @@ class Loop:
         def produce() -> Produced:
             candidates = read_candidates(files.responses, BadRows())
             bad = BadRows(config.on_bad_row)
-            steps = panel.num_steps(self.judges, candidates) or len(candidates)
+            judges = panel.counted(self.judges, of_iteration(config, t))
+            steps = panel.num_steps(judges, candidates) or len(candidates)
             with progress_bar(f"iteration {t}: judge", steps) as advance, self._store() as store:
                 bench = Bench(bad=bad, settings=config, store=store, matrix=matrix, advance=advance, impl=config.impl)
-                verdicts, costs = panel.ask(self.judges, candidates, bench)
+                verdicts, costs = panel.ask(judges, candidates, bench)
             write_jsonl(files.verdicts, map(verdict_row, verdicts))
             written = [files.verdicts, *bad.set_aside(files.skipped)]
             return written, {"verdicts": len(verdicts), "skipped_prompts": len(bad.rows), "costs": costs}
@@ -221,12 +232,6 @@ class Loop:
             time.sleep(1.0)
         accelerator.wait_for_everyone()
         return complete
-
-
-def _ask_all(matrix: ModelMatrix, config: TrainConfig) -> list[Asked]:
-    """How every cell answers in the loop."""
-    policy = {matrix.policy.name: config.policy_num_generations}
-    return [ask(cell, config, matrix.configs.get(cell.name), policy.get(cell.name)) for cell in matrix.cells]
 
 
 def _read(

@@ -55,6 +55,9 @@ class Prompt:
     human_responses: tuple[str, ...] = ()
     answer: str | None = None
     constraints: tuple[Constraint, ...] = ()
+    prefix: tuple[int, ...] = ()
+    """Token ids of the beginning of a response that is given: responses go on from there. Their ``token_ids`` come
+    after it, their ``text`` is whole."""
     where: str = ""
     """Source as ``file:line``; empty: made in memory."""
 

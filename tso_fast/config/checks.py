@@ -102,7 +102,12 @@ def _check_pairing(config: PairingConfig) -> None:
         for key in ("diversity_band", "diversity_ngram"):
             if getattr(config, key) != getattr(PairingConfig, key):
                 raise InputError(f"{key}: it has no effect with pair_strategy {config.pair_strategy!r}; leave it out")
-    if config.soft_label_kappa is not None and config.soft_label_by in ("win_rate", "probability"):
+    if (config.soft_label_by == "score_share") != (config.soft_label_score is not None):
+        raise InputError(
+            f"soft_label_score: got {config.soft_label_score!r} with soft_label_by {config.soft_label_by!r}; "
+            "'score_share' needs it, and nothing else has an effect of it"
+        )
+    if config.soft_label_kappa is not None and config.soft_label_by in ("win_rate", "probability", "score_share"):
         raise InputError(
             f"soft_label_kappa: it has no effect with soft_label_by {config.soft_label_by!r}; leave it out"
         )

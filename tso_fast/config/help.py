@@ -56,7 +56,7 @@ OF_CLASS = {
 OF_SETTING = {
     "seed": "what",
     **dict.fromkeys(("cells", "policy", "max_versions"), "matrix"),
-    "policy_num_generations": "generation",
+    **dict.fromkeys(("policy_num_generations", "samplers"), "generation"),
     **dict.fromkeys(("annotate", "people"), "judging"),
     **dict.fromkeys(("loss_type", "loss_weights", "loss_args", "beta", "clip_chosen", "clip_rejected"), "loss"),
     **dict.fromkeys(("eval_prompts", "eval_verifier", "compare"), "evaluation"),

@@ -16,7 +16,7 @@ import yaml
 
 from tso_fast.config.checks import check
 from tso_fast.config.help import help_text
-from tso_fast.config.settings import CellConfig, JudgeConfig
+from tso_fast.config.settings import CellConfig, JudgeConfig, SamplerConfig
 from tso_fast.errors import InputError, did_you_mean
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ BUILT_IN = ("config", "help", "print_config")
 LISTS: dict[str, tuple[type, str]] = {
     "cells": (CellConfig, "{path: FOLDER}"),
     "judges": (JudgeConfig, "{kind: llm, cell: policy}"),
+    "samplers": (SamplerConfig, "{kind: degrade}"),
 }
 """Settings that are lists, what an item is, and an example."""
 
@@ -168,8 +169,7 @@ def _check_file(path: Path, known: Sequence[str]) -> None:
         )
         _check_known(str(key), known, f"{path}:{line}: ")
     for name in LISTS:
-        if content.get(name) is not None:
-            _check_items(name, content[name], f"{path}: ")
+        _check_items(name, content.get(name), f"{path}: ")
 
 
 class _NotYamlError(InputError):
@@ -187,7 +187,7 @@ def _yaml(text: str, place: str) -> Any:
 
 def _check_items(name: str, items: Any, place: str) -> None:
     cls, example = LISTS[name]
-    for i, item in enumerate(items if isinstance(items, list) else [items]):
+    for i, item in enumerate(items if isinstance(items, list) else [] if items is None else [items]):
         if not isinstance(item, dict):
             raise InputError(f"{place}{name}[{i}]: got {item!r}, expected keys and values such as {example}")
         for key in item:

@@ -247,6 +247,9 @@ class EvidenceConfig(JudgesConfig):
     """Normalisation of each scorer within a prompt, before `mean` or `median`."""
     score_weights: dict[str, NonNegativeFloat] | None = None
     """Weight of a scorer by name (`verifier`, or a name in the data's `scores`); default: all 1."""
+    evidence_from: list[str] | None = None
+    """Judges, and names in the responses' `scores` (samplers write some there), whose word counts beside people's; the
+    other judges are not asked. Default: all."""
 
 
 @dataclass(kw_only=True)
@@ -282,10 +285,12 @@ class PairingConfig:
     scale_by: Literal["unit", "gap", "hardness", "confidence"] = "unit"
     """Scale of a pair: 1, the gap of its consensus scores, `hardness`: 2 x the share of the prompt's responses that
     score below the chosen one, or `confidence`: 2 x soft label - 1."""
-    soft_label_by: Literal["score_gap", "rank_gap", "win_rate", "probability"] | None = None
+    soft_label_by: Literal["score_gap", "rank_gap", "win_rate", "probability", "score_share"] | None = None
     """Soft label: sigmoid(kappa x gap of scores) (MMPO), sigmoid(kappa x gap of ranks in [0, 1]), 1/2 + half the gap of
-    win rates, or the probability that judges state; default: `score_gap` with a `soft_label_kappa`, else labels are
-    hard."""
+    win rates, the probability that judges state, or the chosen response's share of two `soft_label_score`s, at least
+    1/2 (MCTS-DPO); default: `score_gap` with a `soft_label_kappa`, else labels are hard."""
+    soft_label_score: str | None = None
+    """Name in the responses' `scores` that `score_share` reads, such as `visits`."""
     soft_label_kappa: NonNegativeFloat | None = None
     """Kappa of `score_gap` and `rank_gap`; default 1."""
     calibrate_soft_labels: bool = True
@@ -439,6 +444,36 @@ class ReferenceConfig:
 
 
 @dataclass(kw_only=True)
+class SamplerConfig:
+    """One sampler: what adds responses, or prompts of its own, to what the cells answered."""
+
+    kind: str
+    """`degrade`: copies that lack content; or a sampler of your own, `package.module:Class`."""
+    name: Text | None = None
+    """Name in files and tables, and the `model` of its responses; default: its kind."""
+    of: list[str] | None = None
+    """Whose responses it works on: names of models, `human`, `newest` or `largest`; default: `human` where there are
+    any, else `newest`."""
+    ratios: list[Share] | None = None
+    """`degrade`: shares of the words that are removed; default: [0.25, 0.5, 0.75]."""
+    cell: str | None = None
+    """Cell of the matrix that answers, `policy` for the current one, which is the default, or `reference`: the
+    iteration's, with `reference: ema` the running mean."""
+    num_generations: PositiveInt = 1
+    """Responses to each of its prompts."""
+    temperature: NonNegativeFloat | None = None
+    """Sampling temperature; default: the cell's in the loop."""
+    top_p: Share | None = None
+    """Nucleus; default: the cell's in the loop."""
+    top_k: Count | None = None
+    """Likeliest tokens; default: the cell's in the loop."""
+    max_completion_length: PositiveInt | None = None
+    """Most tokens of a response; default: the cell's in the loop."""
+    args: dict[str, Any] | None = None
+    """Arguments of a sampler of your own."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceConfig, AnsweringConfig):
     """The whole loop."""
 
@@ -457,6 +492,8 @@ class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceCo
     """Cell that is trained; default: the newest version of the largest size."""
     policy_num_generations: Count | None = None
     """Responses of the current policy to a prompt; default: `num_generations`."""
+    samplers: list[SamplerConfig] | None = None
+    """What adds to the cells' responses, one after the other."""
     num_iterations: Annotated[PositiveInt, FREE] = 3
     """Mini-batches the prompts are split into; each one refreshes the reference and the responses. Raised for a run
     that is there, it goes on: with the prompts that no iteration had yet, else with the mini-batches over again."""
@@ -622,6 +659,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def judge_name(config: JudgeConfig) -> str:
     """A judge's name in files and tables."""
+    return config.name or config.kind
+
+
+def sampler_name(config: SamplerConfig) -> str:
+    """A sampler's name in files and tables."""
     return config.name or config.kind
 
 

@@ -31,7 +31,7 @@ from tso_fast.correction.reliability import Combination, LearnFrom, combine, is_
 from tso_fast.correction.votes import PRIOR, rows_of_pairs
 from tso_fast.errors import InputError, did_you_mean
 from tso_fast.scoring import Agreement, agreement, consensus
-from tso_fast.types import Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
+from tso_fast.types import HUMAN, Candidates, Comparison, PairEvidence, ScoreMatrix, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +161,25 @@ def believe(
     Args:
         hidden: name of a scorer in the data that is no evidence.
     """
+    if (only := settings.evidence_from) is not None:
+        _check_known(only, candidates, verdicts)
+        verdicts = [verdict for verdict in verdicts if verdict.judge in (HUMAN, *only)]
     scored = [verdict for verdict in verdicts if isinstance(verdict, Verdict)]
     compared = compared_of(candidates, [verdict for verdict in verdicts if isinstance(verdict, Comparison)])
-    pointwise = score_matrix(candidates, scored, hidden)
+    pointwise = score_matrix(candidates, scored, hidden, only)
     return Beliefs(candidates, pointwise, compared, settings, tallies_of(scored, compared))
+
+
+def _check_known(
+    names: Sequence[str], candidates: Sequence[Candidates], verdicts: Sequence[Verdict | Comparison]
+) -> None:
+    known = {v.judge for v in verdicts} | {name for c in candidates for r in c.responses for name in r.scores}
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"evidence_from: no judge and no score is called {name!r}{did_you_mean(name, known)}; there are "
+                f"{', '.join(sorted(known - {HUMAN})) or 'none'}"
+            )
 
 
 class Beliefs:

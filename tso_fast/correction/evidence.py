@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
@@ -40,15 +40,19 @@ def numbered(values: Iterable[T]) -> tuple[list[T], np.ndarray]:
 
 
 def score_matrix(
-    candidates: Sequence[Candidates], verdicts: Sequence[Verdict], hidden: str | None = None
+    candidates: Sequence[Candidates],
+    verdicts: Sequence[Verdict],
+    hidden: str | None = None,
+    only: Collection[str] | None = None,
 ) -> ScoreMatrix:
     """Scores from verdicts and from the data: one row per response, one column per scorer.
 
     Args:
         hidden: name of a scorer in the data to leave out, i.e. the oracle.
+        only: names of the scorers in the data that count; None: all.
     """
     judges, given = {v.judge for v in verdicts}, {name for c in candidates for r in c.responses for name in r.scores}
-    given.discard(hidden or "")
+    given = (given if only is None else given & set(only)) - {hidden}
     if both := sorted(judges & given):
         raise InputError(
             f"responses: the data have scores named {both[0]!r}, and so has a judge of this run; rename "

@@ -12,7 +12,7 @@ from tso_fast.config.settings import PairingConfig
 from tso_fast.correction.calibration import tempered
 from tso_fast.correction.decide import Corrected, Decided
 from tso_fast.correction.evidence import text_ids
-from tso_fast.correction.votes import Votes, pairs_of_rows
+from tso_fast.correction.votes import pairs_of_rows
 from tso_fast.scoring import pairwise_distances, select_decided, select_pairs
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, PreferencePair
@@ -33,9 +33,7 @@ def select(
     Returns:
         [S] numbers of pairs, by prompt, in the order in which they were selected.
     """
-    chosen_R, rejected_R = (
-        _plays(candidates, decided.votes, roles) for roles in (config.chosen_from, config.rejected_from)
-    )
+    chosen_R, rejected_R = (plays(candidates, roles) for roles in (config.chosen_from, config.rejected_from))
     is_allowed_N = decided.is_used & chosen_R[decided.chosen_N] & rejected_R[decided.rejected_N]
     shared: dict[str, Any] = {
         "max_pairs": config.max_pairs,
@@ -52,18 +50,19 @@ def select(
     return _select_ranked(decided, is_allowed_N, scores_R, config.pair_strategy, shared)
 
 
-def _plays(candidates: Sequence[Candidates], votes: Votes, roles: Sequence[str] | None) -> np.ndarray:
+def plays(candidates: Sequence[Candidates], roles: Sequence[str] | None) -> np.ndarray:
     """[R] bool: the response is of one of the models, or the newest or largest of its prompt; None: all are."""
-    if roles is None:
-        return np.ones(len(votes.order_R), dtype=bool)
     responses = [response for item in candidates for response in item.responses]
+    if roles is None:
+        return np.ones(len(responses), dtype=bool)
     out = np.array([response.model in roles for response in responses], dtype=bool)
+    prompt_R = np.repeat(np.arange(len(candidates)), [len(item.responses) for item in candidates])
     for role, name in (("newest", "version_rank"), ("largest", "size_b")):
         if role in roles:
             own_R = np.array([getattr(response, name) for response in responses], dtype=np.float64)
             most_P = np.full(len(candidates), np.nan)
-            np.fmax.at(most_P, votes.prompt_of_response, own_R)
-            out |= own_R == most_P[votes.prompt_of_response]
+            np.fmax.at(most_P, prompt_R, own_R)
+            out |= own_R == most_P[prompt_R]
     return out
 
 
@@ -126,14 +125,15 @@ def to_pair(
         win_rates: [R of this prompt], for ``soft_label_by: win_rate``.
         temperature: temperature that fits soft labels to human labels.
     """
-    label = soft_label(pair, scores, config, win_rates)
+    chosen, rejected = item.responses[pair.chosen], item.responses[pair.rejected]
+    label = soft_label(pair, scores, config, win_rates, (chosen.scores, rejected.scores))
     if config.soft_label_by is not None or config.soft_label_kappa is not None:
         label = pair.probability if pair.is_human and pair.probability else tempered_label(label, temperature)
     chosen_score, rejected_score = (_known(scores[i]) for i in (pair.chosen, pair.rejected))
     return PreferencePair(
         prompt=item.prompt,
-        chosen=item.responses[pair.chosen],
-        rejected=item.responses[pair.rejected],
+        chosen=chosen,
+        rejected=rejected,
         score_chosen=chosen_score,
         score_rejected=rejected_score,
         scale=_scale(pair, scores, label, config),
@@ -151,8 +151,13 @@ def soft_label(
     scores: Sequence[float] | np.ndarray,
     config: PairingConfig,
     win_rates: Sequence[float] | np.ndarray | None = None,
+    own: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
 ) -> float:
-    """Probability in [1/2, 1] that the chosen response is better, according to the evidence; 1/2 if there is none."""
+    """Probability in [1/2, 1] that the chosen response is better, according to the evidence; 1/2 if there is none.
+
+    Args:
+        own: scores that came with the chosen and with the rejected response.
+    """
     by = config.soft_label_by or (None if config.soft_label_kappa is None else "score_gap")
     if by is None:
         return 1.0
@@ -161,6 +166,9 @@ def soft_label(
         stated = 0.5 if pair.probability is None else pair.probability
     elif by == "score_gap":
         stated = 1 / (1 + math.exp(-kappa * pair.gap))  # in [1/2, 1], as the gap is >= 0
+    elif by == "score_share":
+        chosen, rejected = (scores_of.get(config.soft_label_score or "", 0.0) for scores_of in own)
+        stated = chosen / (chosen + rejected) if chosen + rejected else 0.5
     elif by == "rank_gap":
         stated = 1 / (1 + math.exp(-kappa * _gap(_ranks(scores), pair)))
     else:

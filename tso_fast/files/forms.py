@@ -36,7 +36,9 @@ SHAREGPT = {
 """Names of turns beside ``ROLES``."""
 
 CONVERSATIONS = ("messages", "conversations")
-FIELDS = ("prompt", "human_response", "answer", "id", "constraints", "responses", "instruction_id_list", "kwargs")
+FIELDS = (
+    "prompt", "human_response", "answer", "id", "constraints", "prefix", "responses", "instruction_id_list", "kwargs"
+)  # fmt: skip
 """Fields of a row of prompts or responses that are read, beside ``CONVERSATIONS``."""
 RESPONSE_FIELDS = tuple(Response.__dataclass_fields__)
 NEAR = 0.8

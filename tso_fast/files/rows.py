@@ -128,6 +128,7 @@ def parse_candidates(row: Row, where: str, default_id: str) -> Candidates:
         human_responses=_human_responses(row, where),
         answer=answer,
         constraints=_constraints(row, where),
+        prefix=_token_ids(row, "prefix", where) or (),
         where=where,
     )
     given = _get(row, "responses", where, list, "a list of responses") or []
@@ -165,6 +166,13 @@ def _human_responses(row: Row, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _token_ids(row: Row, name: str, where: str) -> tuple[int, ...] | None:
+    ids = _get(row, name, where, list, "a list of token ids")
+    if ids is not None and not all(type(token) is int and token >= 0 for token in ids):
+        raise InputError(f"{where}: field {name!r} has an item that is no token id; expected integers >= 0")
+    return None if ids is None else tuple(ids)
+
+
 def _response(item: Any, where: str) -> Response:
     if not isinstance(item, dict):
         raise InputError(f"{where} is {kind_of(item)}; expected an object with 'model' and 'text'")
@@ -175,9 +183,6 @@ def _response(item: Any, where: str) -> Response:
     finish_reason = _text(item, "finish_reason", where)
     if finish_reason not in (None, "stop", "length"):
         raise InputError(f"{where}: field 'finish_reason' is {finish_reason!r}; expected 'stop' or 'length'")
-    token_ids = _get(item, "token_ids", where, list, "a list of token ids")
-    if token_ids is not None and not all(type(t) is int and t >= 0 for t in token_ids):
-        raise InputError(f"{where}: field 'token_ids' has an item that is no token id; expected integers >= 0")
     return Response(
         model=model,
         text=text,
@@ -185,7 +190,7 @@ def _response(item: Any, where: str) -> Response:
         version=_text(item, "version", where),
         version_rank=_get(item, "version_rank", where, int, "an integer"),
         sample=_get(item, "sample", where, int, "an integer") or 0,
-        token_ids=None if token_ids is None else tuple(token_ids),
+        token_ids=_token_ids(item, "token_ids", where),
         finish_reason=finish_reason,  # type: ignore[arg-type]
         seed=_get(item, "seed", where, int, "an integer"),
         weight_hash=_text(item, "weight_hash", where),
@@ -246,6 +251,7 @@ def prompt_row(prompt: Prompt) -> Row:
             "human_response": list(humans) if len(humans := prompt.human_responses) > 1 else "".join(humans) or None,
             "answer": prompt.answer,
             "constraints": [{"id": c.id, "kwargs": dict(c.kwargs)} for c in prompt.constraints] or None,
+            "prefix": list(prompt.prefix) or None,
         }
     )
 
@@ -433,7 +439,7 @@ def pair_row(pair: PreferencePair) -> Row:
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         row |= {f"{side}_{name}": getattr(response, name) for name in _SIDE_FIELDS}
         row[f"{side}_token_ids"] = None if response.token_ids is None else list(response.token_ids)
-    return row
+    return row | ({"prefix": list(pair.prompt.prefix)} if pair.prompt.prefix else {})
 
 
 def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
@@ -443,6 +449,7 @@ def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
         id=_text(row, "prompt_id", where) or default_id,
         prompt=prompt_value,
         answer=_text(row, "answer", where),
+        prefix=_token_ids(row, "prefix", where) or (),
         where=where,
     )
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from tso_fast.config.settings import JudgeConfig, JudgesConfig, VerifierConfig
-from tso_fast.errors import InputError, did_you_mean, import_named
+from tso_fast.config.settings import EvidenceConfig, JudgeConfig, JudgesConfig, VerifierConfig
+from tso_fast.errors import InputError
 from tso_fast.files.rows import FLOAT32_MAX, BadRows
 from tso_fast.judges import verifier
 from tso_fast.judges.implicit import ImplicitJudge
@@ -18,6 +16,7 @@ from tso_fast.judges.llm import LlmJudge
 from tso_fast.judges.self_consistency import SelfConsistencyJudge
 from tso_fast.judges.verifier import VerifierJudge
 from tso_fast.matrix import ModelMatrix
+from tso_fast.registry import make
 from tso_fast.types import HUMAN, Candidates, Comparison, Verdict
 
 JUDGES: dict[str, type[Judge]] = {
@@ -40,64 +39,15 @@ def make_judges(config: VerifierConfig) -> list[Judge]:
     if config.verifier is not None:
         shared = ("verifier", "verifier_pattern", "verifier_timeout_s")
         program = JudgeConfig(kind="verifier", **{name: getattr(config, name) for name in shared})
-        judges.append(_make(program, ""))
+        judges.append(make(program, "", "judge", JUDGES, Judge))
     for i, own in enumerate((config.judges if isinstance(config, JudgesConfig) else None) or []):
-        judge = _make(own, f"judges[{i}].")
+        judge = make(own, f"judges[{i}].", "judge", JUDGES, Judge)
         if judge.name == HUMAN:
             raise InputError(f"judges[{i}].name: {HUMAN!r} is reserved for labels of pairs; set another name")
         if judge.name in [other.name for other in judges]:
             raise InputError(f"judges[{i}].name: {judge.name!r} is taken; set a name of its own")
         judges.append(judge)
     return judges
-
-
-def _make(config: JudgeConfig, place: str) -> Judge:
-    """``place`` is what stands before a field's name in an error."""
-    made = _class(config.kind, f"{place}kind")
-    for f in dataclasses.fields(JudgeConfig):
-        if f.name not in ("kind", "name", *made.takes) and getattr(config, f.name) != f.default:
-            raise InputError(f"{place}{f.name}: it has no effect on a judge of kind {config.kind!r}; leave it out")
-    _check_args(made, config, f"{place}args")
-    try:
-        return made(config, **(config.args or {}))
-    except ValueError as error:  # an InputError is one
-        raise InputError(f"{place}{error}") from error
-
-
-def _class(kind: str, setting: str) -> type[Judge]:
-    if kind in JUDGES:
-        return JUDGES[kind]
-    if ":" not in kind:
-        raise InputError(
-            f"{setting}: got {kind!r}, expected one of {', '.join(JUDGES)}, or package.module:Class"
-            f"{did_you_mean(kind, JUDGES)}"
-        )
-    found: Any = import_named(kind, f"{setting}: {kind!r}", "Class")
-    if not isinstance(found, type):
-        raise InputError(f"{setting}: {kind!r} is {found!r:.60}; expected a class")
-    needed = ("takes", "needs_models", "check", "usable", "num_steps", "judge")
-    lacking = [name for name in needed if not hasattr(found, name)] + sorted(getattr(found, "__abstractmethods__", ()))
-    if lacking:
-        raise InputError(
-            f"{setting}: {kind!r} has no {lacking[0]!r}; expected a class that inherits tso_fast.judges.judge.Judge"
-        )
-    return found
-
-
-def _check_args(made: type[Judge], config: JudgeConfig, setting: str) -> None:
-    signature, args = inspect.signature(made), config.args or {}
-    takes = list(signature.parameters.values())[1:]  # after the configuration
-    names = [p.name for p in takes if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    for name in args:
-        if name not in names and not any(p.kind is p.VAR_KEYWORD for p in takes):
-            raise InputError(
-                f"{setting}.{name}: judge {config.kind!r} has no such argument; expected "
-                f"{', '.join(names) or 'none'}{did_you_mean(name, names)}"
-            )
-    try:
-        signature.bind(config, **args)
-    except TypeError as error:
-        raise InputError(f"{setting}: judge {config.kind!r}: {error}") from error
 
 
 def check(judges: Sequence[Judge], matrix: ModelMatrix | None) -> None:
@@ -140,6 +90,12 @@ def refuse_models(judges: Sequence[Judge]) -> None:
                 f"judges: {judge.name!r} is a model, which this command does not run; run `tso-fast score` and "
                 "give its file as verdicts"
             )
+
+
+def counted(judges: Sequence[Judge], config: EvidenceConfig) -> list[Judge]:
+    """The judges whose word counts."""
+    only = config.evidence_from
+    return [judge for judge in judges if only is None or judge.name in only]
 
 
 def num_steps(judges: Sequence[Judge], candidates: Sequence[Candidates]) -> int:

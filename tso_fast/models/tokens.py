@@ -36,7 +36,7 @@ def _render(tokenizer: Any, prompt: Prompt, response: str | None = None) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt, up to where the response starts.
+    """Token ids of a prompt, up to where the response starts, or goes on from the prompt's ``prefix``.
 
     If the tokenizer has a chat template, it renders the prompt; a plain string becomes one user message. Otherwise the
     prompt must be a plain string, and the tokenizer adds its usual tokens before it.
@@ -57,7 +57,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
             ids = ids[:-1]
     if not ids:
         raise InputError(f"{prompt.where or prompt.id}: field 'prompt' has no tokens")
-    return tuple(ids)
+    return (*ids, *prompt.prefix)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> tuple[int, ...]:
@@ -104,10 +104,10 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: Response) -> tuple[int, ...]:
-    """The sampled tokens, or the tokens of the text if none were sampled.
+    """The sampled tokens, or the tokens of the text if none were sampled; those after the prompt's ``prefix``.
 
     Raises:
-        InputError: the text goes on after a token that ends a response.
+        InputError: the text goes on after a token that ends a response, or does not begin with the prefix.
     """
     if response.token_ids:
         return response.token_ids
@@ -120,7 +120,23 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: R
                 f"{prompt.where or prompt.id}: field {field!r} goes on after {token!r}, which ends a response: "
                 f"{after[:40]!r} would not be trained on; take the token out, or what follows it"
             )
-    return encode_response(tokenizer, prompt, response.text)
+    ids = encode_response(tokenizer, prompt, response.text)
+    given = len(prompt.prefix)
+    if ids[:given] != prompt.prefix or not ids[given:]:
+        raise InputError(
+            f"{prompt.where or prompt.id}: the text {response.text[:40]!r} does not go on from field 'prefix', which "
+            f"is {tokenizer.decode(prompt.prefix)!r:.60}; expected a text that begins so, or its token_ids"
+        )
+    return ids[given:]
+
+
+def whole_text(tokenizer: Any, prefix: Sequence[int], token_ids: Sequence[int], text: str) -> str:
+    """The text of a response that goes on from a prefix; ``text`` is that of ``token_ids`` alone.
+
+    Decoded together, since a word may begin with a space only after another one; without what a stop text cut off.
+    """
+    alone, both = (tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (token_ids, (*prefix, *token_ids)))
+    return str(both[: len(both) - max(0, len(alone) - len(text))])
 
 
 def pad_sequences(

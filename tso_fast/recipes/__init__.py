@@ -28,6 +28,10 @@ METHOD = {
     "chosen_from": "null",
     "rejected_from": "null",
     "reference": "previous",
+    "samplers": "null",
+    "evidence_from": "null",
+    "soft_label_score": "null",
+    "by_iteration": "null",
 }
 """Settings that make a method, and what a recipe that does not give one means."""
 

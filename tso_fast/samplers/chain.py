@@ -1,0 +1,102 @@
+"""All samplers of a run, made and checked before any work; and the generation of an iteration, which they end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tso_fast.answering import Asked, answer, ask
+from tso_fast.config.settings import TrainConfig
+from tso_fast.errors import InputError
+from tso_fast.files.atomic import write_jsonl
+from tso_fast.files.rows import BadRows, candidates_row
+from tso_fast.judges.judge import Judge
+from tso_fast.matrix import ModelMatrix
+from tso_fast.progress import console, progress_bar
+from tso_fast.registry import make
+from tso_fast.samplers.degrade import DegradeSampler
+from tso_fast.samplers.sampler import Desk, Sampled, Sampler
+from tso_fast.training.monitors import PolicyStatistics
+from tso_fast.types import Candidates
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "degrade": DegradeSampler,
+}
+"""Samplers by their kind."""
+
+
+def make_samplers(config: TrainConfig) -> list[Sampler]:
+    """The configured samplers; nothing is generated yet.
+
+    Raises:
+        InputError: names the setting of a sampler that cannot be, such as ``samplers[0].ratios``.
+    """
+    samplers: list[Sampler] = []
+    for i, own in enumerate(config.samplers or []):
+        sampler = make(own, f"samplers[{i}].", "sampler", SAMPLERS, Sampler)
+        if sampler.name in [other.name for other in samplers]:
+            raise InputError(f"samplers[{i}].name: {sampler.name!r} is taken; set a name of its own")
+        samplers.append(sampler)
+    return samplers
+
+
+def check(samplers: Sequence[Sampler], matrix: ModelMatrix, judges: Sequence[Judge]) -> None:
+    """Before anything is generated.
+
+    Raises:
+        InputError: a sampler names a cell that is not there, or has a name that another has.
+    """
+    for sampler in samplers:
+        if sampler.name in matrix.named or sampler.name in [judge.name for judge in judges]:
+            raise InputError(f"samplers: the name {sampler.name!r} is that of a cell or judge; set another name")
+        sampler.check(matrix, judges)
+
+
+def ask_cells(matrix: ModelMatrix, config: TrainConfig) -> list[Asked]:
+    """How every cell answers in the loop."""
+    policy = {matrix.policy.name: config.policy_num_generations}
+    return [ask(cell, config, matrix.configs.get(cell.name), policy.get(cell.name)) for cell in matrix.cells]
+
+
+def generate(
+    samplers: Sequence[Sampler], mini_batch: Sequence[Candidates], desk: Desk
+) -> tuple[list[Path], dict[str, Any]]:
+    """The cells answer a mini-batch, the samplers add to it; gives the files that were written, and what is noted.
+
+    Raises:
+        InputError: an engine refused a prompt of the mini-batch, unless bad rows are skipped.
+        EngineError: engines died too often; what was answered is kept.
+    """
+    config, matrix, files, noted = desk.config, desk.matrix, desk.files, dict[str, dict[str, Any]]()
+    for sampler in samplers:
+        config, noted[sampler.name] = sampler.settle(config, desk)
+    desk = dataclasses.replace(desk, config=config)
+    asked = [a for a in ask_cells(matrix, config) if a.num_generations]
+    total = sum(a.num_generations for a in asked) * len(mini_batch)
+    statistics, bad, written = PolicyStatistics(matrix.policy.name), BadRows(config.on_bad_row), list[Path]()
+    with progress_bar(f"iteration {files.number}: generate, {len(asked)} cells", total) as advance:
+        answered = statistics.watch(answer(asked, mini_batch, matrix, config, desk.store, bad, advance))
+        if not samplers:  # one by one: a mini-batch with all its responses would fill the memory
+            write_jsonl(files.responses, map(candidates_row, answered))
+    if samplers:
+        sampled = Sampled(list(answered))
+        for sampler in samplers:
+            sampled = sampler.sample(sampled.candidates, desk)
+            written += sampled.files
+            noted[sampler.name] |= sampled.info
+            console.print(f"iteration {files.number}: {sampler.name}: {_told(noted[sampler.name])}")
+        write_jsonl(files.responses, map(candidates_row, sampled.candidates))
+    info = {
+        "cells": [a.cell.name for a in asked],
+        "refused_prompts": len(bad.rows),
+        **statistics.to_dict(),
+        **({"samplers": noted, "refused_by_samplers": len(desk.bad.rows)} if samplers else {}),
+    }
+    return [files.responses, *written, *bad.set_aside(files.refused)], info
+
+
+def _told(info: dict[str, Any]) -> str:
+    told = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in info.items())
+    return ", ".join(told).replace("_", " ")
