@@ -44,6 +44,8 @@ class Policy(nn.Module):
         self.temperature = float(divisor or 1.0) / float(factor or 1.0)
         self.shares_prompts = False
         """Whether a prompt is computed once for all of its responses; see ``obstacle_to_sharing``."""
+        self.packs_rows = False
+        """Whether padding is taken out of padded rows before the model computes them; see ``obstacle_to_packing``."""
         self.aux_weight = 0.0
         """Weight in the loss of a mixture's auxiliary loss, which spreads tokens over the experts; padded rows only."""
         self._aux_loss: torch.Tensor | None = None
@@ -54,9 +56,12 @@ class Policy(nn.Module):
     def head(self) -> Any:
         return self.model.get_output_embeddings()
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None = None) -> Any:
-        """Input of the output head, [B, L, D]."""
-        options: dict[str, Any] = {} if position_ids is None else {"position_ids": position_ids}
+    def hidden(
+        self, input_ids: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None = None, **options: Any
+    ) -> Any:
+        """Input of the output head, [B, L, D]; further options are for the model's attention."""
+        if position_ids is not None:
+            options["position_ids"] = position_ids
         if self.aux_weight and torch.is_grad_enabled():
             options["output_router_logits"] = True
         with _capture_head_input(self.head) as captured:
@@ -66,6 +71,8 @@ class Policy(nn.Module):
 
     def hidden_of(self, layout: Layout) -> torch.Tensor:
         """What the targets of a layout are predicted from, with their shape and a dimension D."""
+        if self.packs_rows and layout.groups is None:
+            return self._packed_hidden(layout)
         config = self.model.config.get_text_config()
         mask = attention_mask(layout, config, self.model.dtype)
         hidden = self.hidden(layout.input_ids, mask, layout.position_ids)
@@ -73,6 +80,27 @@ class Policy(nn.Module):
             return hidden
         # Not by indexing, whose gradient would add up in any order where prompts end.
         return nn.functional.embedding(layout.rows, hidden.reshape(-1, hidden.shape[-1]))
+
+    def _packed_hidden(self, layout: Layout) -> torch.Tensor:
+        """Hidden states of padded rows, computed in a single row without padding; padding has those of other tokens.
+
+        Attention is told once where each sequence begins, so that no layer waits for the device to find out.
+        """
+        is_token = layout.attention_mask.bool()
+        lengths = is_token.sum(dim=1)
+        order = is_token.flatten().cumsum(dim=0).view_as(layout.attention_mask) - 1
+        bounds = nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
+        longest = int(lengths.max())
+        hidden = self.hidden(
+            layout.input_ids[is_token][None],
+            None,
+            (is_token.cumsum(dim=1) - 1)[is_token][None],
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
+        return nn.functional.embedding(order.clamp(min=0), hidden[0])
 
     def logprobs(self, layout: Layout, *, impl: str) -> torch.Tensor:
         """Log-probs of the targets, shaped like them, nats, 0 for ignored targets."""
@@ -162,21 +190,41 @@ class Policy(nn.Module):
         config = self.model.config.get_text_config()
         if config._attn_implementation not in ("sdpa", "eager"):
             return f"attn_implementation {config._attn_implementation!r} takes no mask"
+        tried = self._sequences_to_try()
+        return self._difference(tried, shared(tried, 0))
+
+    @torch.no_grad()
+    def obstacle_to_packing(self) -> str | None:
+        """Why rows cannot be computed as one without padding; None: they can, as was tried."""
+        tried = self._sequences_to_try()
+        self.packs_rows = True
+        try:
+            return self._difference(tried, padded(tried, 0))
+        finally:
+            self.packs_rows = False
+
+    def _sequences_to_try(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Responses of unequal lengths to two prompts, which are token ids that any vocabulary has."""
         size = min(self.head.weight.shape[0], 97)
         prompts = [tuple((7 * i + j * j) % size for i in range(2 + 3 * j)) for j in (1, 2)]
-        tried = [(p, tuple((5 * i + 3 * k) % size for i in range(2 + k))) for p in prompts for k in range(3)]
-        many = shared(tried, 0).to(self.model.device)
-        was_training = self.model.training
+        return [(p, tuple((5 * i + 3 * k) % size for i in range(2 + k))) for p in prompts for k in range(3)]
+
+    def _difference(self, sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], together: Layout) -> str | None:
+        """How hidden states of sequences in a layout differ from those of each alone; None: not at all."""
+        was_training, packs = self.model.training, self.packs_rows
         self.model.eval()
         try:
-            ones = [padded([sequence], 0).to(self.model.device) for sequence in tried]
+            many = together.to(self.model.device)
+            of_many = self.hidden_of(many)[many.targets != IGNORE].float()
+            self.packs_rows = False
+            ones = [padded([sequence], 0).to(self.model.device) for sequence in sequences]
             alone = torch.cat([self.hidden_of(one)[one.targets != IGNORE] for one in ones]).float()
-            together = self.hidden_of(many)[many.targets != IGNORE].float()
         except Exception as error:
             return f"it fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         finally:
             self.model.train(was_training)
-        off = float((alone - together).norm() / alone.norm())
+            self.packs_rows = packs
+        off = float((alone - of_many).norm() / alone.norm())
         is_same = off <= max(1e-4, 20 * torch.finfo(self.model.dtype).eps)
         return None if is_same else f"hidden states differ by {off:.2g} of their size"
 

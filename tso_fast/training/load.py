@@ -57,6 +57,7 @@ def load_policy(
             fill_adapter(model, weights, config.seed)
         policy.check_head()
     share_prompts(balance_experts(policy, config.router_aux_loss_coef), config.share_prompt)
+    pack_rows(policy)
     reshard(policy)
     return policy
 
@@ -97,6 +98,21 @@ def share_prompts(policy: Policy, wanted: bool | Literal["auto"]) -> Policy:
     policy.shares_prompts = not obstacle
     _log_sharing(name, obstacle)
     return policy
+
+
+def pack_rows(policy: Policy) -> None:
+    """Tells a policy to compute rows without their padding, where attention finds its sequences by itself."""
+    model = policy.model
+    if policy.shares_prompts or model.config.get_text_config()._attn_implementation != "flash_attention_2":
+        return
+    obstacle = "the experts' auxiliary loss counts padded rows" if policy.aux_weight else policy.obstacle_to_packing()
+    policy.packs_rows = not obstacle
+    _log_packing(type(model).__name__, obstacle)
+
+
+@functools.cache
+def _log_packing(name: str, obstacle: str | None) -> None:
+    logger.info("padding of %s: %s", name, f"computed, {obstacle}" if obstacle else "left out")
 
 
 @functools.cache

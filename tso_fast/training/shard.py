@@ -89,7 +89,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, bf16: bool) -> None:
     # The loss uses the head's weight after the head was called, so that it must stay gathered.
     fully_shard(tail, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
-    for name in ("check_head", "obstacle_to_sharing"):
+    for name in ("check_head", "obstacle_to_sharing", "obstacle_to_packing"):
         register_fsdp_forward_method(policy, name)
 
 
