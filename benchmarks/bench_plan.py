@@ -68,11 +68,12 @@ def settings_of(name: str, folder: Path) -> Any:
 def train(name: str, folder: Path) -> None:
     """Trains a tiny model, says that it is ready, waits for an answer, and trains the case's."""
     import torch
-    from accelerate import Accelerator
+
+    from tso_fast.training.optimise import make_accelerator
 
     torch.set_num_threads(1)
     config = settings_of(name, folder)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if config.bf16 else "no")
+    accelerator = make_accelerator(config, str(folder))
     _train(config, folder / "tiny", accelerator)
     accelerator.wait_for_everyone()
     print("ready", flush=True)

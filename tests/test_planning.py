@@ -200,7 +200,7 @@ def test_8_billion_fit(arguments: list[str], tmp_path: Path) -> None:
         (LLAMA_8B, World(), {}, 128),
         (LLAMA_8B, World(), {"dtype": "bfloat16", "optim": "adamw_bf16"}, 64),
         (LLAMA_8B, World(), {"dtype": "bfloat16", "optim": "adamw_8bit"}, 48),
-        (LLAMA_8B, World(per_node=8), {}, 160),  # buckets of replicas
+        (LLAMA_8B, World(per_node=8), {}, 128),
         (LLAMA_8B, World(per_node=8), {"shard": "full"}, 16),
         (LLAMA_70B, World(per_node=8, nodes=4), {"shard": "full"}, 35),
         (LLAMA_70B, World(per_node=8, nodes=4), {"shard": "hybrid"}, 141),

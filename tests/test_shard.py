@@ -97,7 +97,7 @@ def trained(models: Path, out: Path, name: str, *, micro: int, changes: dict[str
     """Trains and saves ``out/policy`` and the figures, from this process's share of the work."""
     out.mkdir(parents=True, exist_ok=True)
     config = settings(**changes, per_device_train_batch_size=micro)
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if config.bf16 else "no")
+    accelerator = make_accelerator(config, str(out))
     policy = load_policy(config, weights_of(models, name), accelerator, has_adapter=config.peft == "lora")
     assert is_sharded(policy) == (config.shard != "none" and accelerator.num_processes > 1)
     figures = optimise(

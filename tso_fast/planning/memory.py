@@ -204,7 +204,7 @@ def plan_training(
     )
     context = CUDA_CONTEXT if world.device == "cuda" else 0
     weights, gradients = kept["weights"], kept["gradients"]
-    always = weights + kept["buckets"] + context + counts.unpacked * itemsize(settings.dtype)
+    always = weights + context + counts.unpacked * itemsize(settings.dtype)
     in_step = gathered.peak(peaks) if is_sharded else peaks.peak
     in_optimizer = gradients + STEP_ROOM.get(settings.optim, 0) * min(CHUNK, counts.largest // ranks)
     reference_peak = 0
@@ -212,12 +212,13 @@ def plan_training(
         pairs = REFERENCE_BATCH * settings.per_device_train_batch_size
         scored = _largest([_trace(model, settings, world, sizes, is_sharded, False) for sizes in _shapes(pairs, batch)])
         other = weights if has_other_reference and settings.peft == "none" else 0
-        reference_peak = always + other + scored.forward + gathered.forward
+        buckets = counts.trained_bytes if world.size > 1 and not is_sharded else 0  # there from the start
+        reference_peak = always + buckets + other + scored.forward + gathered.forward
     parts = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": kept["optimizer"],
-        "gradients in transit": kept["buckets"] + gathered.in_transit,
+        "gradients in transit": gathered.in_transit,
         "gathered weights": gathered.forward,
         "activations": peaks.kept,
         "exponentials of the op": peaks.op,
@@ -238,14 +239,13 @@ def least(model: Model, settings: OptimizationConfig, world: World) -> int:
 
 
 def _kept(counts: Counts, settings: OptimizationConfig, world: World) -> dict[str, int]:
-    """What a process keeps from step to step, and the buckets in which replicas send their gradients."""
+    """What a process keeps from step to step; gradients of replicas are where they are sent from."""
     ranks, moment = _ranks(settings, world), MOMENTS[settings.optim]
     moments = 2 * counts.trained_bytes if moment is None else int(2 * moment * counts.trained)
     return {
         "weights": counts.total_bytes // ranks,
         "gradients": counts.trained_bytes // ranks,
         "optimizer": moments // ranks,
-        "buckets": counts.trained_bytes if world.size > 1 and ranks == 1 else 0,
     }
 
 
@@ -325,7 +325,7 @@ def _trace(
         op_bytes=functools.partial(op_bytes, sizes, world, torch.bfloat16 if is_autocast else dtype, needs_gradients),
         is_autocast=is_autocast,
         is_sharded=is_sharded,
-        has_gradients=settings.gradient_accumulation_steps > 1,
+        has_gradients=settings.gradient_accumulation_steps > 1 or (world.size > 1 and not is_sharded),
         needs_gradients=needs_gradients,
     )
     return trace(step)

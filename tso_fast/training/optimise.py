@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -89,6 +89,7 @@ def make_accelerator(config: OptimizationConfig, folder: str) -> Accelerator:
                 mixed_precision="bf16" if config.bf16 else "no",
                 log_with=None if config.report_to == "none" else config.report_to,
                 project_dir=folder,
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             )
     except ValueError as error:
         raise InputError(f"report_to {config.report_to!r} or bf16 {config.bf16} cannot be used: {error}") from error
