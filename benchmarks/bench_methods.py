@@ -3,6 +3,7 @@
     python benchmarks/bench_methods.py                              the tables: methods and ablations, ten fresh seeds
     python benchmarks/bench_methods.py --methods tso sft --seeds 5  some methods, the first five seeds
     python benchmarks/bench_methods.py --tune                       to choose settings: development seeds and prompts
+    python benchmarks/bench_methods.py --tune --top 2                only the two trials that are best on two seeds
     python benchmarks/bench_methods.py --table                      the tables from the runs that are there
 
 A run is one method on one task with one seed: the same matrix, prompts, samples of each cell, pairs a prompt and epochs
@@ -277,9 +278,24 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
             for name in names:
                 method = known[name]
                 choices = method.trials or [{}] if arguments.tune else [method.best]
-                for choice in choices:
-                    out.append(Job(task, name, seed, eval_set, {**method.settings, **choice, **arguments.extra}))
+                of_seed = [
+                    Job(task, name, seed, eval_set, {**method.settings, **choice, **arguments.extra})
+                    for choice in choices
+                ]
+                out += best_of(of_seed, seeds[:2], arguments.top) if arguments.top else of_seed
     return out
+
+
+def best_of(trials: Sequence[Job], seeds: Sequence[int], count: int) -> list[Job]:
+    """The trials whose gain on two seeds is largest, all of them on these seeds themselves (successive halving)."""
+    if trials[0].seed in seeds:
+        return list(trials)
+
+    def gain(trial: Job) -> float:
+        found = [dataclasses.replace(trial, seed=seed).result() for seed in seeds]
+        return mean(result["gain"] if result else -math.inf for result in found)
+
+    return sorted(trials, key=gain, reverse=True)[:count]
 
 
 def run_all(jobs: Sequence[Job], processes: int) -> None:
@@ -393,6 +409,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, help="how many of the seeds; default: all")
     parser.add_argument("--tune", action="store_true", help="every trial of each method, on development seeds")
+    parser.add_argument("--top", type=int, help="with --tune: trials of a method that go on after two seeds")
     parser.add_argument("--extra", type=json.loads, default={}, help="JSON of settings for every run")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at once, each with one thread")
     parser.add_argument("--table", action="store_true", help="print the tables of the runs that are there")
