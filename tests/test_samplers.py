@@ -13,12 +13,12 @@ from tiny_runs import run_recipe
 from tso_fast.config.settings import CellConfig, SamplerConfig, TrainConfig
 from tso_fast.errors import InputError
 from tso_fast.files.responses import ResponseStore
-from tso_fast.files.rows import BadRows, read_pairs
+from tso_fast.files.rows import BadRows, read_candidates, read_pairs
 from tso_fast.files.run import Iteration
 from tso_fast.judges import panel
 from tso_fast.matrix import ModelMatrix
 from tso_fast.samplers.chain import check, make_samplers
-from tso_fast.samplers.sampler import Desk, Sampled, Sampler, made, played
+from tso_fast.samplers.sampler import Desk, Sampled, Sampler, made
 from tso_fast.types import HUMAN, Candidates, Prompt, Response
 
 
@@ -93,10 +93,10 @@ def test_names_are_known_and_distinct(matrix: ModelMatrix) -> None:
         check([only(kind="degrade", name="m.v2")], matrix, [])
 
 
-def test_who_is_worked_on() -> None:
-    candidates = [item(PERSON, NEW, OLD), item(OLD, NEW)]
-    assert played(candidates, None) == [[0], [1]]
-    assert played(candidates, ["m.v1", "newest"]) == [[1, 2], [0, 1]]
+def test_who_is_worked_on(desk: Callable[..., Desk]) -> None:
+    candidates, at = [item(PERSON, NEW, OLD), item(OLD, NEW)], desk()
+    assert at.played(candidates, None) == [[0], [1]]
+    assert at.played(candidates, ["m.v1", "newest"]) == [[1, 2], [0, 1]]
 
 
 def test_one_of_ones_own_takes_part(desk: Callable[..., Desk]) -> None:
@@ -131,3 +131,89 @@ def test_spo_degree_trains_on_the_degree(tmp_path: Path) -> None:
     assert len({round(pair.soft_label, 4) for pair in pairs}) == len(gaps)
     assert run.iteration(1).verdicts.read_text() == ""  # the verifier has no word in it, and is not asked
     assert (run.info("iter-1/generate") or {})["samplers"]["degrade"]["responses"] > 0
+
+
+# ---- revise
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> str:
+    """A template that models which know nothing else can be asked with: a file of a short text."""
+    file = tmp_path / "again.txt"
+    file.write_text("{prompt} Not {response}.")
+    return str(file)
+
+
+def test_second_answers_go_where_they_are_told(template: str, desk: Callable[..., Desk]) -> None:
+    candidates = [item(PERSON, NEW, OLD, human_responses=("the old red fox ran",), answer="5")]
+    settings = {"kind": "revise", "template": template, "num_generations": 2}
+    (joined,) = only(**settings, scored=True).sample(candidates, desk()).candidates
+    seconds = [r for r in joined.responses if r.model == "revise"]
+    assert [(r.sample, r.version_rank, r.scores) for r in seconds] == [(0, 2, {"revise": 1.0}), (1, 2, {"revise": 1.0})]
+    assert [r.scores for r in joined.responses[:3]] == [{}, {"revise": 0.0}, {}]
+    before, pair = only(**settings, into="pair").sample(candidates, desk()).candidates
+    assert before == candidates[0]
+    assert (pair.prompt.id, pair.prompt.prompt, pair.prompt.human_responses) == ("q1/revise-1", "Which words?", ())
+    assert [r.text for r in pair.responses] == [NEW.text, *(r.text for r in seconds)]
+    (asked,) = only(**settings, into="revision", alone=True).sample(candidates, desk()).candidates
+    assert (asked.prompt.prompt, asked.prompt.answer) == ("Which words? Not the dog 2.", "5")
+    assert [r.token_ids for r in asked.responses] == [r.token_ids for r in seconds]
+
+
+def test_what_is_no_worse_than_the_better_one_is_not_revised(
+    template: str, desk: Callable[..., Desk], tmp_path: Path
+) -> None:
+    towards = tmp_path / "towards.txt"
+    towards.write_text("{prompt} {better} not {response}")
+    settings = {"kind": "revise", "template": str(towards), "of": ["m.v2", "m.v1"], "into": "revision", "alone": True}
+    numbers, best = dataclasses.replace(OLD, text="1 2 3"), dataclasses.replace(PERSON, text="fox")
+    (asked,) = only(**settings).sample([item(best, NEW, numbers)], desk(verifier=None)).candidates[:1]
+    assert asked.prompt.prompt == "Which words? fox not the dog 2"
+    sampled = only(**settings, better=["m.v1"]).sample([item(best, NEW, numbers)], desk())  # more letters than 1 2 3
+    assert sampled.candidates == []
+    sampled = only(**settings, better=["m.v2"]).sample([item(best, NEW, numbers)], desk())
+    assert [c.prompt.prompt for c in sampled.candidates] == ["Which words? the dog 2 not 1 2 3"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"template": "reviews"}, "template: 'reviews' is neither a file nor one of improve, review, rewrite; did"),
+        ({"template": "review", "better": ["human"]}, "better: it has no effect, as template"),
+        ({"into": "revision", "scored": True}, "scored: it has no effect with into 'revision'"),
+        ({"alone": True}, "alone: it has no effect with into 'prompt'"),
+    ],
+)
+def test_a_revision_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        only(kind="revise", **settings)
+    assert str(caught.value).startswith(f"samplers[0].{message}")
+
+
+def test_what_does_not_fit_the_context_is_counted(desk: Callable[..., Desk], template: str) -> None:
+    long = item(NEW, text="Sam has 2 pears. " * 100)
+    at = desk()
+    sampled = only(kind="revise", template=template, into="pair").sample([long], at)
+    assert sampled.candidates == [long]
+    assert [row["row"]["id"] for row in at.bad.rows] == ["q1/revise-0"]
+
+
+def test_scl_pairs_a_right_turn_with_a_wrong_one(tmp_path: Path) -> None:
+    run = run_recipe("scl", tmp_path, verifier="toy_verifier:even", num_generations=1, num_iterations=1)
+    questions = {c.prompt.id: c.prompt.prompt for c in read_candidates(run.state["config"]["prompts"], BadRows())}
+    pairs = read_pairs(run.iteration(1).pairs, BadRows())
+    for pair in pairs:
+        assert {pair.chosen.model, pair.rejected.model} == {"m.v2", "revise"}
+        assert (pair.score_chosen, pair.score_rejected) == (1.0, 0.0)
+        name, _, turn = pair.prompt.id.partition("/")
+        assert turn.startswith("revise-")
+        assert pair.prompt.prompt == questions[name]  # the first turn is no part of it
+    assert {pair.chosen.model for pair in pairs} == {"m.v2", "revise"}
+
+
+def test_pit_asks_for_an_improvement_of_what_is_in_the_prompt(tmp_path: Path) -> None:
+    run = run_recipe("pit", tmp_path, num_generations=0, num_iterations=1)
+    pairs = read_pairs(run.iteration(1).pairs, BadRows())
+    for pair in pairs:
+        assert "[A first answer]" in pair.prompt.text
+        assert {pair.chosen.model, pair.rejected.model} == {"revise"}

@@ -8,5 +8,10 @@ def letters(prompt: object, response: str, answer: str | None) -> float:
     return sum(c.isalpha() for c in response) / (1 + len(response))
 
 
+def even(prompt: object, response: str, answer: str | None) -> float:
+    """Right or wrong, both often enough."""
+    return float(len(response) % 2 == 0)
+
+
 def breaks(prompt: object, response: str, answer: str | None) -> float:
     raise RuntimeError("out of patience")

@@ -448,12 +448,25 @@ class SamplerConfig:
     """One sampler: what adds responses, or prompts of its own, to what the cells answered."""
 
     kind: str
-    """`degrade`: copies that lack content; or a sampler of your own, `package.module:Class`."""
+    """`degrade`: copies that lack content; `revise`: second answers, by a template; or a sampler of your own,
+    `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables, and the `model` of its responses; default: its kind."""
     of: list[str] | None = None
-    """Whose responses it works on: names of models, `human`, `newest` or `largest`; default: `human` where there are
-    any, else `newest`."""
+    """Whose responses it works on: names of models, `policy`, `human`, `newest` or `largest`; default: `human` where
+    there are any, else `policy`, which is the default of `revise`."""
+    alone: bool = False
+    """Whether only the candidates that it adds go on to judges and pairs: the responses of cells were its material."""
+    template: str = "improve"
+    """What `revise` asks: `improve`, `review`, `rewrite`, or a file, with `{prompt}` and `{response}`, the response to
+    be revised; `{better}` is the best one of `better`, and what is no worse than that is not revised."""
+    better: list[str] | None = None
+    """Whose responses `{better}` comes from; default: `human` where there are any, else `policy`."""
+    into: Literal["prompt", "pair", "revision"] = "prompt"
+    """Where second answers of `revise` go: to the other responses to the prompt; into candidates of their own with the
+    response that they revise; or into candidates of their own whose prompt is the template as it was asked."""
+    scored: bool = False
+    """`revise`: second answers count as better than what they revise, by a score under the sampler's name."""
     ratios: list[Share] | None = None
     """`degrade`: shares of the words that are removed; default: [0.25, 0.5, 0.75]."""
     cell: str | None = None

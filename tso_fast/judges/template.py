@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -53,9 +54,9 @@ class Template:
         return _PLACEHOLDER.sub(lambda found: found[1] or values[found[2]], self.text)
 
 
-def names() -> list[str]:
+def names(folder: Path = FOLDER) -> list[str]:
     """Names of the templates that come with the package."""
-    return sorted(file.stem for file in FOLDER.glob("*.txt"))
+    return sorted(file.stem for file in folder.glob("*.txt"))
 
 
 def load(name: str) -> Template:
@@ -65,13 +66,23 @@ def load(name: str) -> Template:
         InputError: there is none; it lacks placeholders or has unknown ones; settings that are unknown or without
             effect.
     """
-    file = FOLDER / f"{name}.txt" if name in names() else Path(name)
+    return parse(*read(name, FOLDER))
+
+
+def read(name: str, folder: Path) -> tuple[str, str]:
+    """The text of a file, or of one in ``folder`` by its name, and what to call it in messages.
+
+    Raises:
+        InputError: there is none.
+    """
+    known = names(folder)
+    file = folder / f"{name}.txt" if name in known else Path(name)
     if not os.path.isfile(file):
         raise InputError(
-            f"template: {name!r} is neither a file nor one of {', '.join(names())}{did_you_mean(name, names())}"
+            f"template: {name!r} is neither a file nor one of {', '.join(known)}{did_you_mean(name, known)}"
         )
     try:
-        return parse(file.read_text(encoding="utf-8-sig"), f"template {file}")
+        return file.read_text(encoding="utf-8-sig"), f"template {file}"
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"template {file}: cannot be read: {error}; expected a text in UTF-8") from error
 
@@ -80,7 +91,7 @@ def parse(content: str, where: str) -> Template:
     """``where`` is for messages."""
     header = _HEADER.match(content)
     text = (content[header.end() :] if header else content).strip()
-    found = [match[2] for match in _PLACEHOLDER.finditer(text) if match[2]]
+    found = placeholders_of(text, PLACEHOLDERS, EXPECTED, where)
     _check_placeholders(found, where)
     is_comparison = "first" in found
     settings = _settings(header[1] if header else "", "read" if is_comparison else "range", where)
@@ -93,14 +104,24 @@ def parse(content: str, where: str) -> Template:
     )
 
 
+def placeholders_of(text: str, known: Collection[str], expected: str, where: str) -> list[str]:
+    """The placeholders in a text.
+
+    Raises:
+        InputError: one is not ``known``.
+    """
+    found = [match[2] for match in _PLACEHOLDER.finditer(text) if match[2]]
+    for name in found:
+        if name not in known:
+            raise InputError(
+                f"{where}: the placeholder {{{name}}} is unknown{did_you_mean(name, known)}; "
+                f"expected {expected}; {{{{{name}}}}} stands for the text itself"
+            )
+    return found
+
+
 def _check_placeholders(found: list[str], where: str) -> None:
     shown = ", ".join(f"{{{name}}}" for name in dict.fromkeys(found)) or "none"
-    for name in found:
-        if name not in PLACEHOLDERS:
-            raise InputError(
-                f"{where}: the placeholder {{{name}}} is unknown{did_you_mean(name, PLACEHOLDERS)}; "
-                f"expected {EXPECTED}; {{{{{name}}}}} stands for the text itself"
-            )
     kinds = {"first", "second", "response"} & set(found)
     if "prompt" not in found or kinds not in ({"first", "second"}, {"response"}):
         raise InputError(f"{where}: it has the placeholders {shown}; expected {EXPECTED}")

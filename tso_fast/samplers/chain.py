@@ -17,12 +17,14 @@ from tso_fast.matrix import ModelMatrix
 from tso_fast.progress import console, progress_bar
 from tso_fast.registry import make
 from tso_fast.samplers.degrade import DegradeSampler
+from tso_fast.samplers.revise import ReviseSampler
 from tso_fast.samplers.sampler import Desk, Sampled, Sampler
 from tso_fast.training.monitors import PolicyStatistics
 from tso_fast.types import Candidates
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "degrade": DegradeSampler,
+    "revise": ReviseSampler,
 }
 """Samplers by their kind."""
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tso_fast.config.settings import SamplerConfig
-from tso_fast.samplers.sampler import Desk, Sampled, Sampler, made, played
+from tso_fast.samplers.sampler import Desk, Sampled, Sampler, made
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, Response
 
@@ -35,7 +35,7 @@ class DegradeSampler(Sampler):
         frequency = Counter(word for text in texts for word in set(text.split()))
         out = [
             self._with_copies(item, numbers, frequency)
-            for item, numbers in zip(candidates, played(candidates, self.config.of), strict=True)
+            for item, numbers in zip(candidates, desk.played(candidates, self.config.of), strict=True)
         ]
         added = sum(len(a.responses) - len(b.responses) for a, b in zip(out, candidates, strict=True))
         return Sampled(out, {"responses": added})

@@ -23,7 +23,7 @@ from tso_fast.judges import panel
 from tso_fast.judges.judge import Bench, Judge
 from tso_fast.matrix import ModelMatrix, open_cell
 from tso_fast.progress import progress_bar
-from tso_fast.types import Candidates, Cell, Response, Verdict, Weights
+from tso_fast.types import Candidates, Cell, Prompt, Response, Verdict, Weights
 
 REFERENCE = "reference"
 """What samplers call the iteration's reference policy."""
@@ -86,6 +86,19 @@ class Desk:
         path, base = map(str, self.reference)
         config = CellConfig(path=path, base=None if path == base else base, name=REFERENCE, size_b=policy.size_b)
         return dataclasses.replace(open_cell(config, REFERENCE), version_rank=policy.version_rank)
+
+    def played(self, candidates: Sequence[Candidates], roles: Sequence[str] | None) -> list[list[int]]:
+        """Of each prompt the numbers of the responses that play one of the roles.
+
+        Args:
+            roles: as in ``chosen_from``, and ``policy``; None: ``human`` where there are any, else ``policy``.
+        """
+        if roles is None:
+            human, own = self.played(candidates, ["human"]), self.played(candidates, ["policy"])
+            return [of_people or of_model for of_people, of_model in zip(human, own, strict=True)]
+        names = [self.matrix.policy.name if role == "policy" else role for role in roles]
+        is_played = iter(plays(candidates, names).tolist())
+        return [[i for i in range(len(item.responses)) if next(is_played)] for item in candidates]
 
     def answer(self, asked: Asked, prompts: Sequence[Candidates], title: str) -> list[Candidates]:
         """The prompts with the cell's responses, from the store or generated; those that an engine refuses are left
@@ -161,17 +174,9 @@ class Sampler(Protocol):
         ...
 
 
-def played(candidates: Sequence[Candidates], roles: Sequence[str] | None) -> list[list[int]]:
-    """Of each prompt the numbers of the responses that play one of the roles.
-
-    Args:
-        roles: as in ``chosen_from``; None: ``human`` where there are any, else ``newest``.
-    """
-    if roles is None:
-        human, newest = played(candidates, ["human"]), played(candidates, ["newest"])
-        return [of_people or of_model for of_people, of_model in zip(human, newest, strict=True)]
-    is_played = iter(plays(candidates, roles).tolist())
-    return [[i for i in range(len(item.responses)) if next(is_played)] for item in candidates]
+def own_prompt(origin: Prompt, name: str, /, **changes: Any) -> Prompt:
+    """A prompt of a sampler's own, made of another one; ``name`` tells it from others of that prompt."""
+    return dataclasses.replace(origin, id=f"{origin.id}/{name}", human_responses=(), **changes)
 
 
 def made(response: Response, name: str, sample: int, **changes: Any) -> Response:
