@@ -12,12 +12,16 @@ from tiny_runs import run_recipe
 
 from tso_fast.config.settings import CellConfig, SamplerConfig, TrainConfig
 from tso_fast.errors import InputError
+from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows, read_candidates, read_pairs
 from tso_fast.files.run import Iteration
 from tso_fast.judges import panel
-from tso_fast.matrix import ModelMatrix
+from tso_fast.matrix import ModelMatrix, open_cell
+from tso_fast.models.tokens import response_ids
+from tso_fast.samplers import regenerate
 from tso_fast.samplers.chain import check, make_samplers
+from tso_fast.samplers.regenerate import Kept, draw, read_buffer
 from tso_fast.samplers.sampler import Desk, Sampled, Sampler, made
 from tso_fast.types import HUMAN, Candidates, Prompt, Response
 
@@ -217,3 +221,85 @@ def test_pit_asks_for_an_improvement_of_what_is_in_the_prompt(tmp_path: Path) ->
     for pair in pairs:
         assert "[A first answer]" in pair.prompt.text
         assert {pair.chosen.model, pair.rejected.model} == {"revise"}
+
+
+# ---- regenerate
+
+
+def test_a_response_goes_another_way_from_a_cut(desk: Callable[..., Desk]) -> None:
+    at = desk()
+    tokenizer = at.matrix.tokenizer
+    candidates = [item(PERSON, NEW, id=f"q{i}") for i in range(6)]
+    ids = response_ids(tokenizer, candidates[0].prompt, PERSON)
+    found = only(kind="regenerate", num_generations=2, alone=True).sample(candidates, at).candidates
+    assert [c.prompt.id for c in found[:3]] == ["q0/regenerate-1-0", "q0/regenerate-1-1", "q1/regenerate-1-0"]
+    shared = []
+    for pair in found:
+        original, other = pair.responses
+        assert (original.text, original.scores, other.scores) == (PERSON.text, {"regenerate": 1.0}, {"regenerate": 0.0})
+        assert (other.model, other.version_rank, pair.prompt.prefix) == ("regenerate", 2, ())
+        assert other.token_ids is not None
+        assert len(other.token_ids) <= 8  # max_completion_length counts the beginning too
+        assert other.text == tokenizer.decode(other.token_ids, skip_special_tokens=True)
+        shared.append(next(i for i, (a, b) in enumerate(zip(ids, (*other.token_ids, -1), strict=False)) if a != b))
+    assert len(set(shared)) > 2  # cuts fall anywhere
+    short = only(kind="regenerate", segment_tokens=1).sample(candidates, at).candidates[len(candidates) :]
+    tails = [pair.responses[1].token_ids or () for pair in short]
+    assert any(len(tail) == len(ids) and sum(map(int.__ne__, tail, ids)) <= 1 for tail in tails)
+
+
+def test_the_best_response_is_cut_where_there_are_several(desk: Callable[..., Desk]) -> None:
+    sampler = only(kind="regenerate", of=["m.v1", "m.v2"], alone=True)
+    (pair,) = sampler.sample([item(dataclasses.replace(NEW, text="1 2 3"), OLD)], desk()).candidates
+    assert pair.responses[0].model == "m.v1"
+
+
+def test_the_buffer_prefers_what_was_seen_least_and_drops_the_oldest(desk: Callable[..., Desk]) -> None:
+    pairs = [Kept(item(PERSON, id=f"q{i}"), count=9 * (i < 50)) for i in range(100)]
+    times = [0] * 100
+    for t in range(200):
+        for i in draw(pairs, 10, 0, t):
+            times[i] += 1
+    assert sum(times) == 2000
+    assert 5 < sum(times[50:]) / sum(times[:50]) < 12  # 10 times as likely, and none twice in a draw
+    sampler = only(kind="regenerate", buffer_size=5, draws=3, alone=True)
+    for t in (1, 2, 3):
+        candidates = [item(PERSON, id=f"t{t}-{i}") for i in range(3)]
+        sampled = sampler.sample(candidates, desk(t))
+        (file,) = sampled.files
+        kept = read_buffer(file)
+        assert len(sampled.candidates) == 3
+        assert sampled.info["evicted"] == (0, 1, 3)[t - 1]
+    assert [k.pair.prompt.id[:2] for k in kept] == ["t2"] * 2 + ["t3"] * 3
+    drawn = {c.prompt.id for c in sampled.candidates}
+    assert all(k.count >= (k.pair.prompt.id in drawn) for k in kept)
+    again = sampler.sample(candidates, desk(3))
+    assert (again.candidates, read_buffer(file)) == (sampled.candidates, kept)
+
+
+def test_sapo_goes_on_with_the_same_bytes_and_uses_its_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the second iteration writes its buffer."""
+    settings = {"num_iterations": 2, "store": tmp_path / "store"}
+    whole = run_recipe("sapo", tmp_path / "whole", **settings)
+    pairs = read_pairs(whole.iteration(2).pairs, BadRows())
+    assert {(pair.chosen.model, pair.rejected.model) for pair in pairs} == {(HUMAN, "regenerate")}
+    kept = read_buffer(whole.iteration(2).folder / "buffer-regenerate.jsonl")
+    noted = [(whole.info(f"iter-{t}/generate") or {})["samplers"]["regenerate"] for t in (1, 2)]
+    assert sum(item.count for item in kept) == sum(info["drawn"] for info in noted)
+    hashes = {item.pair.responses[1].weight_hash for item in kept}
+    policies = {open_cell(CellConfig(path=str(path))).weight_hash for path in
+                (whole.iteration(1).policy, Path(whole.state["config"]["cells"][-1]["path"]))}  # fmt: skip
+    assert len(hashes - policies) == 1  # neither the first policy nor the second: the mean of both
+
+    def failing(file: Path, rows: Any) -> None:
+        if file.parent.name == "iter-2":
+            raise KeyboardInterrupt
+        write_jsonl(file, rows)
+
+    monkeypatch.setattr(regenerate, "write_jsonl", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe("sapo", tmp_path / "parts", **settings)
+    monkeypatch.undo()
+    parts = run_recipe("sapo", tmp_path / "parts", **settings)
+    for name in ("iter-2/responses.jsonl", "iter-2/buffer-regenerate.jsonl", "model.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()

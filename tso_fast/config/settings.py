@@ -448,7 +448,8 @@ class SamplerConfig:
     """One sampler: what adds responses, or prompts of its own, to what the cells answered."""
 
     kind: str
-    """`degrade`: copies that lack content; `revise`: second answers, by a template; or a sampler of your own,
+    """`degrade`: copies that lack content; `revise`: second answers, by a template; `regenerate`: a response that goes
+    another way from a random cut, against the one that was cut (SAPO); or a sampler of your own,
     `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables, and the `model` of its responses; default: its kind."""
@@ -465,6 +466,14 @@ class SamplerConfig:
     into: Literal["prompt", "pair", "revision"] = "prompt"
     """Where second answers of `revise` go: to the other responses to the prompt; into candidates of their own with the
     response that they revise; or into candidates of their own whose prompt is the template as it was asked."""
+    segment_tokens: PositiveInt | None = None
+    """`regenerate`: most tokens that are replaced, after which the original goes on, unless an end was sampled;
+    default: all up to the end."""
+    buffer_size: PositiveInt | None = None
+    """`regenerate`: most pairs that a replay buffer keeps over the iterations, the newest; an iteration draws from it,
+    with a probability in proportion to 1 / (times drawn + 1). Default: no buffer."""
+    draws: PositiveInt | None = None
+    """Pairs that an iteration draws from the buffer; default: as many as it added."""
     scored: bool = False
     """`revise`: second answers count as better than what they revise, by a score under the sampler's name."""
     ratios: list[Share] | None = None
@@ -473,7 +482,7 @@ class SamplerConfig:
     """Cell of the matrix that answers, `policy` for the current one, which is the default, or `reference`: the
     iteration's, with `reference: ema` the running mean."""
     num_generations: PositiveInt = 1
-    """Responses to each of its prompts."""
+    """Responses to each of its prompts; of `regenerate`, cuts."""
     temperature: NonNegativeFloat | None = None
     """Sampling temperature; default: the cell's in the loop."""
     top_p: Share | None = None

@@ -17,6 +17,7 @@ from tso_fast.matrix import ModelMatrix
 from tso_fast.progress import console, progress_bar
 from tso_fast.registry import make
 from tso_fast.samplers.degrade import DegradeSampler
+from tso_fast.samplers.regenerate import RegenerateSampler
 from tso_fast.samplers.revise import ReviseSampler
 from tso_fast.samplers.sampler import Desk, Sampled, Sampler
 from tso_fast.training.monitors import PolicyStatistics
@@ -25,6 +26,7 @@ from tso_fast.types import Candidates
 SAMPLERS: dict[str, type[Sampler]] = {
     "degrade": DegradeSampler,
     "revise": ReviseSampler,
+    "regenerate": RegenerateSampler,
 }
 """Samplers by their kind."""
 
@@ -38,6 +40,8 @@ def make_samplers(config: TrainConfig) -> list[Sampler]:
     samplers: list[Sampler] = []
     for i, own in enumerate(config.samplers or []):
         sampler = make(own, f"samplers[{i}].", "sampler", SAMPLERS, Sampler)
+        if "/" in sampler.name or not sampler.name.isprintable():
+            raise InputError(f"samplers[{i}].name: got {sampler.name!r}, expected printable text without '/'")
         if sampler.name in [other.name for other in samplers]:
             raise InputError(f"samplers[{i}].name: {sampler.name!r} is taken; set a name of its own")
         samplers.append(sampler)
