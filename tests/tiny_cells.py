@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig
+from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig, TrainConfig
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows
 from tso_fast.generators import Request, Sampling
@@ -30,7 +31,9 @@ from tso_fast.judges.llm import LlmJudge
 from tso_fast.matrix import ModelMatrix
 from tso_fast.models.tokens import encode_prompt
 from tso_fast.quickstart.build import Recipe, make_tokenizer
-from tso_fast.types import Candidates, Cell, Prompt, Response
+from tso_fast.training.adapters import adapter_weights
+from tso_fast.training.load import load_policy, save_policy
+from tso_fast.types import Candidates, Cell, Prompt, Response, Weights
 
 CONTEXT = 320
 TEXTS = [("Which response is better, A or B?", "A"), ("? 0 1 2 3 4 5 6 7 8 9", "7")] * 4
@@ -85,6 +88,20 @@ def save_adapter(base: Path, folder: Path, seed: int, **options: Any) -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
+def save_trained_adapter(base: Path, folder: Path, seed: int) -> None:
+    """As training saves one, of every linear layer but the head."""
+    given: dict[str, Any] = {"output_dir": "", "prompts": "-", "cells": [], "use_cpu": True, "seed": seed}
+    config = TrainConfig(**given, peft="lora", lora_r=4, lora_alpha=16)
+    accelerator = Accelerator(cpu=True)
+    policy = load_policy(config, Weights(base, base), accelerator, has_adapter=True)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in adapter_weights(policy.model).items():
+            if ".lora_B." in name:
+                weight.normal_(std=0.2)
+    save_policy(policy, TOKENIZER, folder, accelerator)
+
+
 def cell(path: Path, base: Path | None = None, rank: int | None = None) -> Cell:
     return Cell(
         name=path.name,
@@ -100,14 +117,14 @@ def cell(path: Path, base: Path | None = None, rank: int | None = None) -> Cell:
 
 
 def make_cells(root: Path) -> dict[str, Cell]:
-    """`one` with adapters `one_a one_b`, `two` with `two_a two_b`, `three`, and `judge`."""
+    """`one` with adapters `one_a one_b`, this one as trained, `two` with `two_a two_b`, `three`, and `judge`."""
     cells = []
     for seed, name in enumerate(("one", "two", "three")):
         save(make_model(seed), root / name)
         cells.append(cell(root / name))
     for seed, name in enumerate(("one_a", "one_b", "two_a", "two_b")):
         base = root / name.split("_")[0]
-        save_adapter(base, root / name, seed)
+        (save_trained_adapter if name == "one_b" else save_adapter)(base, root / name, seed)
         cells.append(cell(root / name, base, 4))
     cells.append(cell(make_judge(root)))
     return {c.name: c for c in cells}
