@@ -23,6 +23,7 @@ from tso_fast.samplers import regenerate
 from tso_fast.samplers.chain import check, make_samplers
 from tso_fast.samplers.regenerate import Kept, draw, read_buffer
 from tso_fast.samplers.sampler import Desk, Sampled, Sampler, made
+from tso_fast.samplers.search import Node, back_up
 from tso_fast.types import HUMAN, Candidates, Prompt, Response
 
 
@@ -302,4 +303,110 @@ def test_sapo_goes_on_with_the_same_bytes_and_uses_its_average(tmp_path: Path, m
     monkeypatch.undo()
     parts = run_recipe("sapo", tmp_path / "parts", **settings)
     for name in ("iter-2/responses.jsonl", "iter-2/buffer-regenerate.jsonl", "model.safetensors"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+# ---- search
+
+
+def grown() -> Node:
+    """A root with a good step, a bad one, and a good one that was sampled once."""
+    root = Node()
+    tokens = [(1, 2), (1, 3), (4, 5), (6, 7), (1, 2)]
+    responses = [Response(model="m", text="", token_ids=ids) for ids in tokens]
+    root.expand(responses, [1.0, 0.5, 0.0, 1.0, 1.0], lambda ids, depth: ids[:1])
+    back_up([root], 3.5, 5)
+    return root
+
+
+def test_a_tree_is_gone_down_by_value_and_by_what_was_visited_little() -> None:
+    root = grown()
+    assert [(node.prefix, node.visits, node.value, node.prior) for node in root.children.values()] == [
+        ((1,), 3, pytest.approx(2.5 / 3), 0.6),
+        ((4,), 1, 0.0, 0.2),
+        ((6,), 1, 1.0, 0.2),
+    ]
+    for weight, wanted in ((0.0, (6,)), (1.0, (6,)), (5.0, (1,))):  # 1.22 to 1.17, then 2.12 to 2.51
+        assert [node.prefix for node in root.path(weight)] == [(), wanted]
+    back_up(root.path(0.0), 0.0, 9)  # what was good is bad
+    assert (root.visits, root.path(0.0)[-1].prefix) == (14, (1,))
+
+
+def test_steps_from_a_place_share_its_prefix_and_have_value_and_visits(desk: Callable[..., Desk]) -> None:
+    settings = {"kind": "search", "num_generations": 4, "num_rounds": 6, "step_tokens": 2, "alone": True}
+    sampled = only(**settings).sample([item(NEW, id=f"q{i}") for i in range(3)], desk())
+    decode = desk().matrix.tokenizer.decode
+    assert {c.prompt.id for c in sampled.candidates} >= {"q0/search-0", "q1/search-0"}
+    assert len({c.prompt.prefix for c in sampled.candidates}) > 2
+    for place in sampled.candidates:
+        prefix = place.prompt.prefix
+        assert len(prefix) in (0, 2, 4)
+        for step in place.responses:
+            assert step.token_ids is not None
+            assert step.text == decode(prefix + step.token_ids, skip_special_tokens=True)
+            assert (step.finish_reason is None) == (len(prefix) < 4 and len(step.token_ids) == 2 and not ended(step))
+            assert len(prefix + step.token_ids) <= 8
+        assert sum(r.scores["visits"] for r in place.responses) >= 4
+    assert sampled.info["deepest"] == 2
+    wider = only(**settings, exploration=100.0).sample([item(NEW)], desk()).candidates
+    deeper = only(**settings, exploration=0.0).sample([item(NEW)], desk()).candidates
+    assert max(len(c.prompt.prefix) for c in deeper) >= max(len(c.prompt.prefix) for c in wider)
+
+
+def ended(step: Response) -> bool:
+    return step.finish_reason == "stop"
+
+
+def test_steps_end_with_a_separator(desk: Callable[..., Desk]) -> None:
+    tokenizer = desk().matrix.tokenizer
+    ids = tuple(tokenizer(" the old red fox", add_special_tokens=False)["input_ids"])
+    step_of = only(kind="search", num_generations=2, step_separator="d r")._steps(tokenizer)
+    first = step_of(ids, 0)
+    assert "d r" in tokenizer.decode(first)
+    assert "d r" not in tokenizer.decode(first[:-1])
+    assert step_of(ids, 2) == ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, "num_generations: got 1, expected 2 or more"),
+        ({"step_tokens": 2, "step_separator": ";"}, "step_separator: it has no effect with step_tokens"),
+    ],
+)
+def test_a_search_that_cannot_be(settings: dict[str, Any], message: str, matrix: ModelMatrix) -> None:
+    with pytest.raises(InputError) as caught:
+        only(**{"kind": "search", "num_generations": 2, **settings})
+    assert str(caught.value).startswith(f"samplers[0].{message}")
+    with pytest.raises(InputError, match="sampler search: nobody tells the value of a response"):
+        check([only(kind="search", num_generations=2)], matrix, [])
+
+
+def test_mcts_dpo_pairs_share_a_prefix_and_a_killed_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samplers = [SamplerConfig(kind="search", num_generations=3, num_rounds=5, step_tokens=2, depth=3, alone=True)]
+    settings: dict[str, Any] = {"samplers": samplers, "num_iterations": 1}
+    whole = run_recipe("mcts_dpo", tmp_path / "whole", **settings)
+    pairs = read_pairs(whole.iteration(1).pairs, BadRows())
+    assert len({pair.prompt.prefix for pair in pairs}) > 3
+    for pair in pairs:
+        assert pair.score_chosen > pair.score_rejected  # type: ignore[operator]
+        assert 0.5 <= pair.soft_label < 1
+    assert any(pair.soft_label > 0.5 for pair in pairs)
+    add, calls = ResponseStore.add, 0
+
+    def failing(self: ResponseStore, rows: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        add(self, rows)
+
+    monkeypatch.setattr(ResponseStore, "add", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe("mcts_dpo", tmp_path / "parts", **settings)
+    monkeypatch.undo()
+    parts = run_recipe("mcts_dpo", tmp_path / "parts", **settings)
+    for name in ("iter-1/responses.jsonl", "iter-1/pairs.jsonl", "model.safetensors"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()

@@ -449,8 +449,8 @@ class SamplerConfig:
 
     kind: str
     """`degrade`: copies that lack content; `revise`: second answers, by a template; `regenerate`: a response that goes
-    another way from a random cut, against the one that was cut (SAPO); or a sampler of your own,
-    `package.module:Class`."""
+    another way from a random cut, against the one that was cut (SAPO); `search`: a tree search over the
+    steps of a response, valued by the judges (MCTS-DPO); or a sampler of your own, `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables, and the `model` of its responses; default: its kind."""
     of: list[str] | None = None
@@ -474,6 +474,16 @@ class SamplerConfig:
     with a probability in proportion to 1 / (times drawn + 1). Default: no buffer."""
     draws: PositiveInt | None = None
     """Pairs that an iteration draws from the buffer; default: as many as it added."""
+    num_rounds: PositiveInt = 8
+    """`search`: times that each tree is gone down and, where it ends in something new, responses are sampled."""
+    depth: PositiveInt = 3
+    """`search`: most steps; the last one is all that is left."""
+    step_tokens: PositiveInt | None = None
+    """`search`: tokens of a step; default: a step ends with a `step_separator`."""
+    step_separator: str | None = None
+    """`search`: text that ends a step; default: a new line."""
+    exploration: NonNegativeFloat = 1.0
+    """`search`: weight of what was visited little, against what was good so far (PUCT)."""
     scored: bool = False
     """`revise`: second answers count as better than what they revise, by a score under the sampler's name."""
     ratios: list[Share] | None = None
@@ -482,7 +492,7 @@ class SamplerConfig:
     """Cell of the matrix that answers, `policy` for the current one, which is the default, or `reference`: the
     iteration's, with `reference: ema` the running mean."""
     num_generations: PositiveInt = 1
-    """Responses to each of its prompts; of `regenerate`, cuts."""
+    """Responses to each of its prompts; of `regenerate`, cuts; of `search`, responses that go on from a step."""
     temperature: NonNegativeFloat | None = None
     """Sampling temperature; default: the cell's in the loop."""
     top_p: Share | None = None

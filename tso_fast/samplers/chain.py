@@ -20,6 +20,7 @@ from tso_fast.samplers.degrade import DegradeSampler
 from tso_fast.samplers.regenerate import RegenerateSampler
 from tso_fast.samplers.revise import ReviseSampler
 from tso_fast.samplers.sampler import Desk, Sampled, Sampler
+from tso_fast.samplers.search import SearchSampler
 from tso_fast.training.monitors import PolicyStatistics
 from tso_fast.types import Candidates
 
@@ -27,6 +28,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "degrade": DegradeSampler,
     "revise": ReviseSampler,
     "regenerate": RegenerateSampler,
+    "search": SearchSampler,
 }
 """Samplers by their kind."""
 

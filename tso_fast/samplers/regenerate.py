@@ -94,10 +94,12 @@ class RegenerateSampler(Sampler):
         """The best response of each prompt, among those that it works on."""
         worked_on = desk.played(candidates, self.config.of)
         is_free = any(len(numbers) > 1 for numbers in worked_on)
-        scores = desk.scores(candidates) if is_free else [[None] * len(item.responses) for item in candidates]
-        for item, numbers, scores_R in zip(candidates, worked_on, scores, strict=True):
-            if numbers:
-                known = [-math.inf if score is None else score for score in scores_R]
+        scores = desk.scores(candidates) if is_free else None
+        for p, (item, numbers) in enumerate(zip(candidates, worked_on, strict=True)):
+            if numbers and scores is None:
+                yield item, numbers[0]
+            elif numbers and scores is not None:
+                known = [-math.inf if score is None else score for score in scores[p]]
                 yield item, max(numbers, key=known.__getitem__)
 
     def _spliced(self, ids: tuple[int, ...], at: int, tail: tuple[int, ...]) -> tuple[int, ...]:
