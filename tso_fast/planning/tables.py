@@ -8,6 +8,7 @@ from typing import Any
 from tso_fast.config.settings import PlanConfig
 from tso_fast.planning.whole import Plan
 from tso_fast.report.tables import TitledTable, make_table
+from tso_fast.training.memory import spelled
 
 
 def shown(num_bytes: float) -> str:
@@ -100,8 +101,7 @@ def _verdict(plan: Plan, place: str) -> Iterator[str]:
         return
     yield f"training does not fit: {shown(plan.training.most)} of {limit} on a {place}"
     for found in plan.alternatives:
-        changes = " ".join(f"--{name} {str(value).lower()}" for name, value in found.changes.items())
-        yield f"it fits with {changes}: {shown(found.peak)}"
+        yield f"it fits with {spelled(found.changes)}: {shown(found.peak)}"
     if not plan.alternatives:
         yield (
             "none of gradient_checkpointing, per_device_train_batch_size, shard, peft and optim makes it fit; take "

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tso_fast.config.settings import CellConfig, PlanConfig
 from tso_fast.errors import InputError
@@ -16,10 +15,9 @@ from tso_fast.models.load import ADAPTER_CONFIG, load_config
 from tso_fast.planning import work
 from tso_fast.planning.generation import Engine, plan_engine
 from tso_fast.planning.memory import Batch, Counts, Model, Training, World, count, least, plan_training
+from tso_fast.training.memory import Settings, costless, lossy
 from tso_fast.training.optimise import configured_loss
 from tso_fast.types import Weights
-
-Settings = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,38 +170,12 @@ def _main_memory(config: PlanConfig, world: World, found: Counts, training: Trai
 def alternatives(model: Model, config: PlanConfig, world: World, batch: Batch, limit: int) -> list[Alternative]:
     """The fewest changes with which training fits, in the order in which they cost little: first those that change
     nothing but time, then, if these do not do, each of those that change what is trained or how it is rounded."""
-    steps = _costless(config, world)
+    steps = costless(config, world.size)
     first = _first_that_fits(model, config, world, batch, limit, steps, {})
     if first is not None:
         return [first]
-    ends: list[Settings] = []
-    if config.peft == "none":
-        if config.optim != "adamw_bf16":
-            ends.append({"peft": "lora"})
-        ends += [{"optim": name, "dtype": "bfloat16"} for name in ("adamw_8bit", "adamw_bf16") if config.optim != name]
-    elif config.shard == "none" and not config.load_in_4bit:
-        ends.append({"load_in_4bit": True})
-    found = (_first_that_fits(model, config, world, batch, limit, [{}, *steps], end) for end in ends)
+    found = (_first_that_fits(model, config, world, batch, limit, [{}, *steps], end) for end in lossy(config))
     return [alternative for alternative in found if alternative is not None]
-
-
-def _costless(config: PlanConfig, world: World) -> list[Settings]:
-    """Changes of what a process holds that leave the result as it is, one after the other."""
-    steps: list[Settings] = []
-    if not config.gradient_checkpointing:
-        steps.append({"gradient_checkpointing": True})
-    size, pairs = config.per_device_train_batch_size, config.per_device_train_batch_size
-    while size > 1:
-        size = next(n for n in range(size // 2, 0, -1) if pairs % n == 0)
-        steps.append(
-            {
-                "per_device_train_batch_size": size,
-                "gradient_accumulation_steps": config.gradient_accumulation_steps * (pairs // size),
-            }
-        )
-    if world.size > 1 and config.shard == "none":
-        steps.append({"shard": "full"})
-    return steps
 
 
 def _first_that_fits(

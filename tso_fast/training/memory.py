@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from tso_fast.config.settings import OptimizationConfig
 from tso_fast.errors import TrainingError
+
+Settings = dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -33,29 +36,53 @@ def explained_memory(config: OptimizationConfig, accelerator: Accelerator, longe
         ) from error
 
 
+def costless(config: OptimizationConfig, world: int) -> list[Settings]:
+    """Changes that need less memory and leave the result as it is, one after the other, the cheapest first."""
+    steps: list[Settings] = []
+    if not config.gradient_checkpointing:
+        steps.append({"gradient_checkpointing": True})
+    size = pairs = config.per_device_train_batch_size
+    while size > 1:
+        size = next(n for n in range(size // 2, 0, -1) if pairs % n == 0)
+        accumulation = config.gradient_accumulation_steps * (pairs // size)
+        steps.append({"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation})
+    if world > 1 and config.shard == "none":
+        steps.append({"shard": "full"})
+    return steps
+
+
+def lossy(config: OptimizationConfig) -> list[Settings]:
+    """Changes that need less memory by training less or rounding more, each by itself."""
+    if config.peft == "lora":
+        return [{"load_in_4bit": True}] if config.shard == "none" and not config.load_in_4bit else []
+    found: list[Settings] = [{"peft": "lora"} if config.optim != "adamw_bf16" else {"peft": "lora", "optim": "adamw"}]
+    smaller = {"adamw": ("adamw_8bit", "adamw_bf16"), "adamw_bf16": ("adamw_8bit",)}.get(config.optim, ())
+    return found + [{"optim": name, "dtype": "bfloat16"} for name in smaller]
+
+
+def spelled(changes: Settings) -> str:
+    """Settings as arguments of a command."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+
+
+_WHY = {
+    "gradient_checkpointing": "activations of one layer instead of all, a third more time",
+    "per_device_train_batch_size": "smaller passes, the same steps",
+    "shard": "a part of weights, gradients and optimizer on each process",
+    "peft": "neither gradients nor optimizer for the weights under the adapter",
+    "load_in_4bit": "a quarter of the weights under the adapter, which are rounded",
+    "optim": "fewer bytes a weight, which are rounded",
+}
+"""What changes do, by the first setting in them."""
+
+
 def advice(config: OptimizationConfig, world: int, longest: int) -> list[str]:
     """Settings that need less memory than these, the cheapest first."""
-    lines = []
-    if not config.gradient_checkpointing:
-        lines.append("--gradient_checkpointing true: activations of one layer instead of all, a third more time")
-    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    if size > 1:
-        half = size // 2
-        lines.append(
-            f"--per_device_train_batch_size {half} --gradient_accumulation_steps {accumulation * size // half}: passes "
-            "of half the size, the same steps"
-            if size % 2 == 0
-            else f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation * size}: single pairs"
-        )
-    if world > 1 and config.shard == "none":
-        lines.append(f"--shard full: 1 / {world} of weights, gradients and optimizer on each process")
-    if config.peft == "none":
-        lines.append("--peft lora: neither gradients nor optimizer for the weights under the adapter")
-        if config.optim == "adamw":
-            lines.append("--optim adamw_8bit: moments of 2 instead of 8 bytes a weight")
-    elif config.shard == "none" and not config.load_in_4bit:
-        lines.append("--load_in_4bit true: a quarter of the weights under the adapter, which are rounded")
+    lines: dict[str, str] = {}
+    for step in (*costless(config, world), *lossy(config)):
+        kind = next(iter(step))
+        lines.setdefault(kind, f"{spelled(step)}: {_WHY[kind]}")
+    out = list(lines.values())
     if world == 1:
-        lines.append("--num_processes N --shard full on N GPUs: 1 / N of weights, gradients and optimizer on each")
-    lines.append(f"--max_length below {longest}: shorter responses; their ends are cut off")
-    return lines
+        out.append("--num_processes N --shard full on N GPUs: 1 / N of weights, gradients and optimizer on each")
+    return [*out, f"--max_length below {longest}: shorter responses; their ends are cut off"]
