@@ -63,9 +63,13 @@ class Method:
     """Chosen from the trials on the development seeds."""
 
 
-def _trials(name: str, values: Sequence[float], rates: Sequence[float] = (5e-4, 1e-3)) -> list[Settings]:
-    """Every value of one option of the loss with every learning rate."""
-    return [{"loss_args": {name: value}, "learning_rate": rate} for value in values for rate in rates]
+BEST: Settings = {"pair_strategy": "best_random"}
+"""The best response of a prompt is always the chosen one, where others may be better than another as well."""
+
+
+def _trials(name: str, values: Sequence[float]) -> list[Settings]:
+    """Every value of one option of the loss, with random pairs and with the best responses as the chosen ones."""
+    return [{"loss_args": {name: value}, "learning_rate": 5e-4, **more} for value in values for more in ({}, BEST)]
 
 
 PLAIN: Settings = {"loss_args": {}, "beta": None, "clip_chosen": None, "clip_rejected": None}
@@ -77,7 +81,12 @@ def _rival(title: str, loss: str | Sequence[str], trials: Sequence[Settings], **
 
 
 RATES: list[Settings] = [
-    {"learning_rate": rate, "num_train_epochs": epochs} for rate in (5e-4, 2.5e-4, 1e-3) for epochs in (2, 3)
+    {"learning_rate": 5e-4, "num_train_epochs": 2},
+    {"learning_rate": 5e-4, "num_train_epochs": 3},
+    {"learning_rate": 2.5e-4, "num_train_epochs": 3},
+    {"learning_rate": 1e-3, "num_train_epochs": 2},
+    {"learning_rate": 5e-4, "num_train_epochs": 3, **BEST},
+    {"learning_rate": 1e-3, "num_train_epochs": 2, **BEST},
 ]
 BETAS = (0.1, 0.3, 1.0)
 OFFLINE = {"num_iterations": 1, "reference": "initial"}
@@ -90,8 +99,8 @@ METHODS: dict[str, Method] = {
             {"loss_args": {"nll_weight": 1.0}},
             {"loss_args": {"nll_weight": 1.0}, "learning_rate": 1e-3},
             {"learning_rate": 1e-3},
-            {"loss_args": {"nll_weight": 1.0}, "beta": 0.1, "num_train_epochs": 3},
-            {"by_iteration": [{**PLAIN, "loss_type": "sft"}, {}]},
+            {**BEST},
+            {**BEST, "loss_args": {"nll_weight": 1.0}, "learning_rate": 1e-3},
         ],
     ),
     "sft": _rival("chosen-only NLL", "sft", RATES),
