@@ -21,6 +21,7 @@ from tso_fast.matrix import ModelMatrix, open_cell
 from tso_fast.models.tokens import response_ids
 from tso_fast.samplers import regenerate
 from tso_fast.samplers.chain import check, make_samplers
+from tso_fast.samplers.controller import balance_of
 from tso_fast.samplers.regenerate import Kept, draw, read_buffer
 from tso_fast.samplers.sampler import Desk, Sampled, Sampler, made
 from tso_fast.samplers.search import Node, back_up
@@ -85,6 +86,7 @@ class Shouting(Sampler):
         ([{"kind": "degrade"}, {"kind": "degrade"}], "samplers[1].name: 'degrade' is taken"),
         ([{"kind": "test_samplers:config_of"}], "samplers[0].kind: 'test_samplers:config_of' is <function"),
         ([{"kind": "toy_judge:Shortest"}], "samplers[0].kind: 'toy_judge:Shortest' has no 'settle'"),
+        ([{"kind": "degrade", "name": "a/b"}], "samplers[0].name: got 'a/b', expected printable text without '/'"),
     ],
 )
 def test_a_sampler_that_cannot_be(samplers: list[dict[str, Any]], message: str) -> None:
@@ -410,3 +412,83 @@ def test_mcts_dpo_pairs_share_a_prefix_and_a_killed_search_goes_on(
     parts = run_recipe("mcts_dpo", tmp_path / "parts", **settings)
     for name in ("iter-1/responses.jsonl", "iter-1/pairs.jsonl", "model.safetensors"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+# ---- controller
+
+
+def test_balance_is_that_of_b_star() -> None:
+    """Of 4 samples 2 different right ones where 4 are wanted, and none at another prompt."""
+    assert balance_of([["a", "b", "a", None], [None] * 4], 4) == (0.125, 0.25, 0.25)
+    assert balance_of([["a", "b"]], 1) == (1.0, 1.0, 1.0)
+    assert balance_of([], 1) == (0.0, 0.0, 0.0)
+
+
+class Imagined(Desk):
+    """A desk whose policy says more different things, and fewer right ones, the hotter it is.
+
+    ``config.seed`` is how far it has collapsed: so many things that it would have said it says no more.
+    """
+
+    def answer(self, asked: Any, prompts: Any, title: str) -> list[Candidates]:
+        various = max(1, round(10 * asked.sampling.temperature) - self.config.seed)
+        texts = [f"{k % various}" for k in range(asked.num_generations)]
+        responses = tuple(Response(model="m.v2", text=text, sample=k) for k, text in enumerate(texts))
+        return [dataclasses.replace(c, responses=responses) for c in prompts]
+
+    def scores(self, candidates: Any) -> list[list[float | None]]:
+        """The first six things that can be said are right."""
+        return [[float(int(r.text) < 6) for r in c.responses] for c in candidates]
+
+
+def test_temperature_rises_when_exploration_falls(matrix: ModelMatrix, tmp_path: Path) -> None:
+    sampler = only(kind="controller", temperatures=[0.3, 0.6, 0.9, 1.2], numbers=[4, 8], num_wanted=6)
+    settled = []
+    for collapsed in (0, 3, 6, 99):
+        config = config_of(seed=collapsed, temperature=0.8)
+        at = Imagined(config=config, matrix=matrix, store=None, judges=[], files=Iteration(tmp_path, 1))  # type: ignore[arg-type]
+        settled.append(sampler.settle([item(NEW)], at))
+    assert [config.temperature for config, _ in settled] == [0.6, 0.9, 1.2, 0.3]
+    assert settled[0][0].policy_num_generations == 8
+    assert settled[0][1] == {
+        "temperature": 0.6, "num_generations": 8, "balance": 0.75, "exploration": 1.0, "exploitation": 0.75
+    }  # fmt: skip
+
+
+def test_a_controller_needs_judges_and_a_policy_that_it_can_set(tiny_matrix: Path) -> None:
+    own = ModelMatrix([CellConfig(path=str(tiny_matrix / "m.v2"), temperature=0.5)])
+    with pytest.raises(InputError, match="nobody tells which responses are right"):
+        check([only(kind="controller")], own, [])
+    with pytest.raises(InputError, match="the policy's cell has a temperature of its own"):
+        check([only(kind="controller")], own, panel.make_judges(config_of(verifier="toy_verifier:even")))
+
+
+def test_bstar_samples_as_its_controller_says_also_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samplers = [SamplerConfig(kind="controller", temperatures=[0.6, 1.2], numbers=[2, 3], num_prompts=6, num_wanted=2)]
+    settings: dict[str, Any] = {"samplers": samplers, "verifier": "toy_verifier:even", "num_generations": 0,
+                                "num_iterations": 1}  # fmt: skip
+    add, calls = ResponseStore.add, 0
+
+    def failing(self: ResponseStore, rows: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        add(self, rows)
+
+    monkeypatch.setattr(ResponseStore, "add", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe("bstar", tmp_path, **settings)
+    monkeypatch.undo()
+    run = run_recipe("bstar", tmp_path, **settings)
+    info = (run.info("iter-1/generate") or {})["samplers"]["controller"]
+    assert info["temperature"] in (0.6, 1.2)
+    own = [
+        [r for r in c.responses if r.model == "m.v2"] for c in read_candidates(run.iteration(1).responses, BadRows())
+    ]
+    assert {len(responses) for responses in own} == {info["num_generations"]}
+    with ResponseStore(tmp_path / "store") as store:  # the tried prompts at the other temperature, and no prompt twice
+        assert len(store) == 6 * 2 * 3 + 18 * info["num_generations"]
+    assert {pair.chosen.model for pair in read_pairs(run.iteration(1).pairs, BadRows())} <= {"m.v2", HUMAN}

@@ -450,7 +450,8 @@ class SamplerConfig:
     kind: str
     """`degrade`: copies that lack content; `revise`: second answers, by a template; `regenerate`: a response that goes
     another way from a random cut, against the one that was cut (SAPO); `search`: a tree search over the
-    steps of a response, valued by the judges (MCTS-DPO); or a sampler of your own, `package.module:Class`."""
+    steps of a response, valued by the judges (MCTS-DPO); `controller` adds nothing, but sets how the cells sample in
+    each iteration (B-STaR); or a sampler of your own, `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables, and the `model` of its responses; default: its kind."""
     of: list[str] | None = None
@@ -484,6 +485,17 @@ class SamplerConfig:
     """`search`: text that ends a step; default: a new line."""
     exploration: NonNegativeFloat = 1.0
     """`search`: weight of what was visited little, against what was good so far (PUCT)."""
+    temperatures: list[NonNegativeFloat] | None = None
+    """`controller`: temperatures that it tries, of which it sets the best for all cells without one of their own;
+    default: [0.5, 0.7, 0.9, 1.1]."""
+    numbers: list[PositiveInt] | None = None
+    """`controller`: numbers of samples of the policy to a prompt that it tries; default: [4, 8, 16]."""
+    num_wanted: PositiveInt = 8
+    """`controller`: different right responses to a prompt that are enough."""
+    num_prompts: PositiveInt = 64
+    """`controller`: prompts of the mini-batch that it tries them on."""
+    threshold: float = 1.0
+    """`controller`: least score, the mean of the judges of single responses, of a right response."""
     scored: bool = False
     """`revise`: second answers count as better than what they revise, by a score under the sampler's name."""
     ratios: list[Share] | None = None

@@ -16,6 +16,7 @@ from tso_fast.judges.judge import Judge
 from tso_fast.matrix import ModelMatrix
 from tso_fast.progress import console, progress_bar
 from tso_fast.registry import make
+from tso_fast.samplers.controller import ControllerSampler
 from tso_fast.samplers.degrade import DegradeSampler
 from tso_fast.samplers.regenerate import RegenerateSampler
 from tso_fast.samplers.revise import ReviseSampler
@@ -29,6 +30,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "revise": ReviseSampler,
     "regenerate": RegenerateSampler,
     "search": SearchSampler,
+    "controller": ControllerSampler,
 }
 """Samplers by their kind."""
 
@@ -77,10 +79,11 @@ def generate(
         InputError: an engine refused a prompt of the mini-batch, unless bad rows are skipped.
         EngineError: engines died too often; what was answered is kept.
     """
-    config, matrix, files, noted = desk.config, desk.matrix, desk.files, dict[str, dict[str, Any]]()
+    noted: dict[str, dict[str, Any]] = {}
     for sampler in samplers:
-        config, noted[sampler.name] = sampler.settle(config, desk)
-    desk = dataclasses.replace(desk, config=config)
+        config, noted[sampler.name] = sampler.settle(mini_batch, desk)
+        desk = dataclasses.replace(desk, config=config)
+    config, matrix, files = desk.config, desk.matrix, desk.files
     asked = [a for a in ask_cells(matrix, config) if a.num_generations]
     total = sum(a.num_generations for a in asked) * len(mini_batch)
     statistics, bad, written = PolicyStatistics(matrix.policy.name), BadRows(config.on_bad_row), list[Path]()

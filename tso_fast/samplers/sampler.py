@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,14 +163,13 @@ class Sampler(Protocol):
                 f"{did_you_mean(self.config.cell, known)}; expected one of {', '.join(sorted(known))}"
             )
 
-    def settle(self, config: TrainConfig, desk: Desk) -> tuple[TrainConfig, dict[str, Any]]:
+    def settle(self, mini_batch: Sequence[Candidates], desk: Desk) -> tuple[TrainConfig, dict[str, Any]]:
         """Called before the cells answer: the settings that the iteration goes on with, and what is noted of them."""
-        return config, {}
+        return desk.config, {}
 
-    @abstractmethod
     def sample(self, candidates: list[Candidates], desk: Desk) -> Sampled:
         """The candidates with what it adds; called after the cells, and the samplers before it, have answered."""
-        ...
+        return Sampled(candidates)
 
 
 def own_prompt(origin: Prompt, name: str, /, **changes: Any) -> Prompt:
