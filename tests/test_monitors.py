@@ -194,6 +194,8 @@ def test_guard_counts_saves_and_stops(tmp_path: Path, caplog: pytest.LogCaptureF
                 "soft_label": 1.0,
                 "margin": 0.25,
                 "prompt_id": "q1",
+                "win_rates": None,
+                "extra": [],
             }
         ],
     }

@@ -353,6 +353,8 @@ def test_pairs_round_trip(tmp_path: Path) -> None:
             decision=r.choice(["keep", "swap"]),
             reason=r.choice(["", "confirmed"]),
             probability=r.choice([None, 0.5, 0.9]),
+            win_rates=r.choice([None, (0.75, 0.0)]),
+            extra=r.choice([(), (side("new"), side("old"))]),
         )
         for i in range(200)
     ]

@@ -239,6 +239,10 @@ class PreferencePair:
     reason: str = ""
     probability: float | None = None
     """Probability that chosen is better, as stated by judges or people; None: they give only the order."""
+    win_rates: tuple[float, float] | None = None
+    """Win rates of the chosen and the rejected response over the prompt's responses; None: they are not asked for."""
+    extra: tuple[Response, ...] = ()
+    """Further responses to the prompt that the loss uses beside the two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +252,8 @@ class PairBatch:
     layout: Any
     """``models.layout.Layout`` of the S sequences."""
     pairs: torch.Tensor
-    """[N, 2] int64: the sequences that are the chosen and the rejected response of each pair."""
+    """[N, 2 + E] int64: the sequences that are the chosen and the rejected response of each pair, and its further
+    ones."""
     scale: torch.Tensor
     """[N] float32."""
     soft_label: torch.Tensor
@@ -260,10 +265,16 @@ class PairBatch:
     ref_token_logprobs: torch.Tensor | None = None
     """Like the layout's targets, float32: log-probs of the targets under the reference, instead of their sums; anything
     where ignored."""
+    ref2_logprobs: torch.Tensor | None = None
+    """[S] float32 sums under a second reference, nats."""
+    win_rates: torch.Tensor | None = None
+    """[N, 2] float32 in [0, 1], of the chosen and the rejected response."""
+    token_values: torch.Tensor | None = None
+    """Like the layout's targets, float32: numbers whose meaning is the loss's; 0 where ignored."""
 
     @property
     def sides(self) -> torch.Tensor:
-        """[2 N] int64: the sequences of all chosen responses, then those of all rejected ones."""
+        """[(2 + E) N] int64: the sequences of all chosen responses, of all rejected ones, then of all further ones."""
         return self.pairs.T.reshape(-1)
 
 

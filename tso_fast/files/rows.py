@@ -414,6 +414,7 @@ def _probability(row: Row, name: str, where: str) -> float | None:
 
 _SIDE_FIELDS = ("model", "sample", "version_rank", "size_b", "finish_reason", "token_ids")
 """What a row of pairs knows of each of its responses beside the text, as ``chosen_model`` and alike."""
+_WIN_RATES = "win_rate_chosen", "win_rate_rejected"
 
 
 def pair_row(pair: PreferencePair) -> Row:
@@ -439,6 +440,10 @@ def pair_row(pair: PreferencePair) -> Row:
     for side, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         row |= {f"{side}_{name}": getattr(response, name) for name in _SIDE_FIELDS}
         row[f"{side}_token_ids"] = None if response.token_ids is None else list(response.token_ids)
+    if pair.win_rates is not None:
+        row |= dict(zip(_WIN_RATES, pair.win_rates, strict=True))
+    if pair.extra:
+        row["extra"] = [_response_row(response) for response in pair.extra]
     return row | ({"prefix": list(pair.prompt.prefix)} if pair.prompt.prefix else {})
 
 
@@ -484,7 +489,20 @@ def parse_pair(row: Row, where: str, default_id: str) -> PreferencePair:
         decision=_text(row, "decision", where) or "keep",  # type: ignore[arg-type]
         reason=_text(row, "reason", where) or "",
         probability=_probability(row, "probability", where),
+        win_rates=_win_rates(row, where),
+        extra=tuple(
+            _response(item, f"{where}: field 'extra[{i}]'")
+            for i, item in enumerate(_get(row, "extra", where, list, "a list of responses") or [])
+        ),
     )
+
+
+def _win_rates(row: Row, where: str) -> tuple[float, float] | None:
+    chosen, rejected = (_probability(row, name, where) for name in _WIN_RATES)
+    if (chosen is None) != (rejected is None):
+        missing = _WIN_RATES[chosen is not None]
+        raise InputError(f"{where}: field {missing!r} is missing; expected both of {' and '.join(_WIN_RATES)}, or none")
+    return None if chosen is None or rejected is None else (chosen, rejected)
 
 
 def read_pairs(path: str | Path, bad: BadRows) -> list[PreferencePair]:

@@ -104,7 +104,7 @@ def pair_batch(inputs: Inputs, *, share_prompts: bool) -> PairBatch:
     labels = {name: inputs[name].tolist() if name in inputs else [default] * half for name, default in LABELS.items()}
     pairs = []
     for i, (chosen, rejected) in enumerate(zip(sequences[:half], sequences[half:], strict=True)):
-        of_pair = {name: float(values[i]) for name, values in labels.items()}
+        of_pair: dict[str, Any] = {name: float(values[i]) for name, values in labels.items()}
         prompt = chosen[0]
         if rejected[0] != prompt:
             raise InputError(

@@ -68,7 +68,7 @@ class PairCollator:
             prompt = tuple(row["prompt_ids"])
             room = None if self.max_length is None else max(0, self.max_length - len(prompt))
             chosen, rejected = (tuple(row[name])[:room] for name in ("chosen_ids", "rejected_ids"))
-            labels = {name: float(row.get(name, default)) for name, default in LABELS.items()}
+            labels: dict[str, Any] = {name: float(row.get(name, default)) for name, default in LABELS.items()}
             pair = EncodedPair(prompt=prompt, chosen=chosen, rejected=rejected, prompt_id=where, **labels)
             pairs = [pair] if chosen and rejected else []
         else:

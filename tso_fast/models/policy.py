@@ -112,7 +112,7 @@ class Policy(nn.Module):
         self, batch: PairBatch, *, impl: str, loss: str | Loss | None = None, per_token: bool = False, **options: Any
     ) -> Any:
         """The ``PreferenceOutput`` of a batch with its sequences as ``batch.sides``, the chosen ones first, or, if
-        ``loss`` is None, the log-prob of each of these sequences, [2 N] nats, or of each token, [2 N, C]."""
+        ``loss`` is None, the log-prob of each of these sequences, nats, or of each token, [(2 + E) N, C]."""
         if loss is None:
             logprobs = self.logprobs(batch.layout, impl=impl)
             if per_token:
@@ -127,6 +127,9 @@ class Policy(nn.Module):
             loss=loss,
             ref_logprobs=batch.ref_logprobs,
             ref_token_logprobs=batch.ref_token_logprobs,
+            ref2_logprobs=batch.ref2_logprobs,
+            win_rates=batch.win_rates,
+            token_values=batch.token_values,
             scale=batch.scale,
             soft_label=batch.soft_label,
             margin=batch.margin,

@@ -5,7 +5,9 @@ Sampled responses already have token ids, and training uses exactly those.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +60,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
     if not ids:
         raise InputError(f"{prompt.where or prompt.id}: field 'prompt' has no tokens")
     return (*ids, *prompt.prefix)
+
+
+def after_answer(prompt: Prompt, answer: str, template: str) -> Prompt:
+    """The prompt with an earlier answer in its last message: a template of ``{prompt}``, that message, and
+    ``{answer}``."""
+    *before, last = prompt.messages
+    parts = {"{prompt}": last.content, "{answer}": answer.strip()}
+    text = "".join(parts.get(part, part) for part in re.split(r"({prompt}|{answer})", template))
+    if isinstance(prompt.prompt, str):
+        return dataclasses.replace(prompt, prompt=text)
+    return dataclasses.replace(prompt, prompt=(*before, dataclasses.replace(last, content=text)))
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> tuple[int, ...]:

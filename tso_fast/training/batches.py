@@ -12,13 +12,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tso_fast.models.layout import padded, shared
-from tso_fast.models.tokens import IGNORE, encode_prompt, response_ids
+from tso_fast.models.tokens import IGNORE, after_answer, encode_prompt, response_ids
 from tso_fast.types import PairBatch, PreferencePair
+
+InContext = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a context, mostly the prompt, and of the completion that is scored in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPair:
-    """Token ids of a pair, its scalars and where it came from."""
+    """Token ids of a pair, its scalars and where it came from. All pairs of an iteration have as many sequences."""
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -27,10 +30,19 @@ class EncodedPair:
     soft_label: float
     margin: float
     prompt_id: str
+    win_rates: tuple[float, float] | None = None
+    extra: tuple[InContext, ...] = ()
+    """Further sequences, whose meaning is the loss's."""
+
+    @property
+    def sequences(self) -> tuple[InContext, ...]:
+        """The chosen and the rejected sequence and the further ones."""
+        return (self.prompt, self.chosen), (self.prompt, self.rejected), *self.extra
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        """Tokens of the longest sequence."""
+        return max(len(context) + len(completion) for context, completion in self.sequences)
 
 
 class Encoded(NamedTuple):
@@ -48,35 +60,61 @@ def encode_pairs(
     pairs: Sequence[PreferencePair],
     context: int | None,
     max_length: int | None = None,
+    answer_template: str | None = None,
 ) -> Encoded:
-    """Encodes pairs; the prompt is never cut."""
+    """Encodes pairs; the prompt is never cut.
+
+    Args:
+        answer_template: each response is a sequence too after the other one and after itself, see ``after_answer``.
+    """
     found = Encoded([], [], [])
     for pair in pairs:
-        prompt = encode_prompt(tokenizer, pair.prompt)
-        sides = [response_ids(tokenizer, pair.prompt, response) for response in (pair.chosen, pair.rejected)]
-        room = None if max_length is None else max(0, max_length - len(prompt))
-        chosen, rejected = (side[:room] for side in sides)
+        whole = _sequences(tokenizer, pair, answer_template)
+        cut = [
+            (before, ids[: None if max_length is None else max(0, max_length - len(before))]) for before, ids in whole
+        ]
         item = EncodedPair(
-            prompt=prompt,
-            chosen=chosen,
-            rejected=rejected,
+            prompt=cut[0][0],
+            chosen=cut[0][1],
+            rejected=cut[1][1],
             scale=pair.scale,
             soft_label=pair.soft_label,
             margin=pair.margin,
             prompt_id=pair.prompt.id,
+            win_rates=pair.win_rates,
+            extra=tuple(cut[2:]),
         )
-        if room == 0 or (context is not None and item.length > context):
+        if not all(ids for _, ids in cut) or (context is not None and item.length > context):
             found.too_long.append(pair.prompt.id)
             continue
         found.pairs.append(item)
-        if [chosen, rejected] != sides:
+        if cut != whole:
             found.truncated.append(pair.prompt.id)
     return found
 
 
+def _sequences(
+    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer_template: str | None
+) -> list[InContext]:
+    """The sequences of a pair; with a template also rejected after chosen, chosen after rejected, and each after
+    itself, in this order."""
+    prompt = encode_prompt(tokenizer, pair.prompt)
+    responses = [pair.chosen, pair.rejected, *pair.extra]
+    ids = [response_ids(tokenizer, pair.prompt, response) for response in responses]
+    if answer_template is None:
+        return [(prompt, own) for own in ids]
+    after_chosen, after_rejected = (
+        encode_prompt(tokenizer, after_answer(pair.prompt, response.text, answer_template))
+        for response in responses[:2]
+    )
+    chosen, rejected = ids[:2]
+    revised = (after_chosen, rejected), (after_rejected, chosen), (after_chosen, chosen), (after_rejected, rejected)
+    return [*((prompt, own) for own in ids), *revised]
+
+
 def completion_lengths(pairs: Sequence[EncodedPair]) -> list[int]:
-    """Numbers of tokens of all completions, pair by pair the chosen and the rejected one."""
-    return [len(completion) for pair in pairs for completion in (pair.chosen, pair.rejected)]
+    """Numbers of tokens of all completions, pair by pair the chosen and the rejected one, then the further ones."""
+    return [len(completion) for pair in pairs for _, completion in pair.sequences]
 
 
 def collate(
@@ -88,38 +126,55 @@ def collate(
     share_prompts: bool = False,
     ref_logprobs: torch.Tensor | None = None,
     ref_tokens: Sequence[torch.Tensor] | None = None,
+    ref2_logprobs: torch.Tensor | None = None,
+    token_values: Sequence[torch.Tensor] | None = None,
     is_padding: Sequence[bool] | None = None,
 ) -> PairBatch:
     """Batch of the pairs ``index``; a response that is in several of them is in it once.
 
     Args:
         share_prompts: a prompt once for all of its responses, else each sequence in a row of its own.
-        ref_logprobs: [number of pairs, 2] reference sums (chosen, rejected), or None.
-        ref_tokens: reference log-probs of the tokens of each completion, pair by pair the chosen and the rejected one.
+        ref_logprobs: [number of pairs, 2 + E] reference sums (chosen, rejected, further ones), or None.
+        ref_tokens: reference log-probs of the tokens of each completion, pair by pair as in ``EncodedPair.sequences``.
+        ref2_logprobs: like ``ref_logprobs``, under a second reference.
+        token_values: like ``ref_tokens``, numbers for the loss; sequences that differ in them are not the same.
         is_padding: pairs that only fill the batch; they get scale 0.
     """
-    sides = [(pairs[i].prompt, response) for i in index for response in (pairs[i].chosen, pairs[i].rejected)]
-    owners = [2 * i + side for i in index for side in (0, 1)]
-    in_order = [*range(0, len(sides), 2), *range(1, len(sides), 2)]  # the chosen ones first
+    each = len(pairs[0].sequences)
+    owners = [each * i + side for i in index for side in range(each)]
+    sequences = [sequence for i in index for sequence in pairs[i].sequences]
+    values = [None if token_values is None else tuple(token_values[at].tolist()) for at in owners]
+    sides = list(zip(sequences, values, strict=True))
     first: dict[Any, int] = {}
-    for at in in_order:
+    for at in (at for side in range(each) for at in range(side, len(sides), each)):  # the chosen ones first
         first.setdefault(sides[at], at)
-    number = {sequence: n for n, sequence in enumerate(first)}
-    layout = (shared if share_prompts else padded)(list(number), pad_token_id).to(device)
-    keep = 1.0 - torch.tensor(is_padding if is_padding is not None else [False] * len(index), dtype=torch.float32)
+    number = {side: n for n, side in enumerate(first)}
+    layout = (shared if share_prompts else padded)([sequences[at] for at in first.values()], pad_token_id).to(device)
     owner = [owners[at] for at in first.values()]
-    tokens = None
-    if ref_tokens is not None:
-        tokens = torch.zeros(layout.targets.shape, device=device)
-        tokens[layout.targets != IGNORE] = torch.cat([ref_tokens[at] for at in owner]).to(device)
+
+    def of_tokens(by_completion: Sequence[torch.Tensor] | None) -> torch.Tensor | None:
+        if by_completion is None:
+            return None
+        out = torch.zeros(layout.targets.shape, device=device)
+        out[layout.targets != IGNORE] = torch.cat([by_completion[at] for at in owner]).to(device)
+        return out
+
+    def of_sequences(sums: torch.Tensor | None) -> torch.Tensor | None:
+        return None if sums is None else sums.reshape(-1)[owner].to(device)
+
+    keep = 1.0 - torch.tensor(is_padding if is_padding is not None else [False] * len(index), dtype=torch.float32)
+    win_rates = [rates for i in index if (rates := pairs[i].win_rates) is not None]
     return PairBatch(
         layout=layout,
-        pairs=torch.tensor([number[sequence] for sequence in sides]).reshape(-1, 2).to(device),
+        pairs=torch.tensor([number[side] for side in sides]).reshape(-1, each).to(device),
         scale=(torch.tensor([pairs[i].scale for i in index]) * keep).to(device),
         soft_label=torch.tensor([pairs[i].soft_label for i in index]).to(device),
         margin=torch.tensor([pairs[i].margin for i in index]).to(device),
-        ref_logprobs=None if ref_logprobs is None else ref_logprobs.reshape(-1)[owner].to(device),
-        ref_token_logprobs=tokens,
+        ref_logprobs=of_sequences(ref_logprobs),
+        ref_token_logprobs=of_tokens(ref_tokens),
+        ref2_logprobs=of_sequences(ref2_logprobs),
+        win_rates=torch.tensor(win_rates).to(device) if win_rates else None,
+        token_values=of_tokens(token_values),
     )
 
 
@@ -190,7 +245,7 @@ def _shares_of(batch: list[int], count: int) -> list[list[int]]:
 
 def num_tokens(pairs: Sequence[EncodedPair], index: Iterable[int], share_prompts: bool) -> int:
     """Tokens that the model computes for pairs, their padding left out."""
-    sequences = {(pairs[i].prompt, side) for i in index for side in (pairs[i].chosen, pairs[i].rejected)}
+    sequences = {sequence for i in index for sequence in pairs[i].sequences}
     prompts = {prompt for prompt, _ in sequences} if share_prompts else [prompt for prompt, _ in sequences]
     return sum(map(len, prompts)) + sum(len(side) - 1 for _, side in sequences)
 

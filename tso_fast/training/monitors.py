@@ -14,10 +14,11 @@ import torch
 from tso_fast.errors import TrainingError
 from tso_fast.files.atomic import write_json, write_jsonl, writing
 from tso_fast.files.run import METRICS_FILE, read_metrics
+from tso_fast.logprob.sums import Sums
 from tso_fast.losses import Loss
 from tso_fast.models.tokens import IGNORE
 from tso_fast.training.batches import EncodedPair
-from tso_fast.types import BalancedOutput, Candidates, PairBatch, PairLogprobs, PreferenceOutput, TokenLogprobs
+from tso_fast.types import BalancedOutput, Candidates, PairBatch, PreferenceOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ class Meter:
                 chosen - rejected,
                 (chosen > rejected).to(chosen),
                 output.logprobs[:half],
-                output.logprobs[half:],
+                output.logprobs[half : 2 * half],
                 *output.clipped.to(chosen).T,
-                *output.num_tokens.to(chosen).reshape(2, half),
+                *output.num_tokens[: 2 * half].to(chosen).reshape(2, half),
                 torch.zeros_like(chosen) + (output.aux_loss if isinstance(output, BalancedOutput) else 0),
             ],
             dim=1,
@@ -141,37 +142,35 @@ class FirstStep:
 
     def add(self, output: PreferenceOutput, batch: PairBatch) -> None:
         """Adds the losses that a batch would have if its reference were its policy, and their slopes."""
-        sides = list(output.logprobs.detach().double().reshape(2, -1))
-        terms = self._terms(batch)
-        num_tokens = output.num_tokens.reshape(2, -1)
+        sides, terms = output.logprobs.detach().double(), self._terms(batch)
         with torch.enable_grad():
-            leaves = [side.clone().requires_grad_() for side in (*sides, *terms)]
-            losses = self.loss(
-                PairLogprobs(
-                    chosen=leaves[0],
-                    rejected=leaves[1],
-                    ref_chosen=sides[0],
-                    ref_rejected=sides[1],
-                    num_chosen_tokens=num_tokens[0],
-                    num_rejected_tokens=num_tokens[1],
-                    soft_label=batch.soft_label.double(),
-                    margin=batch.margin.double(),
-                    **dict(zip(("chosen_terms", "rejected_terms"), leaves[2:], strict=False)),
-                )
+            leaves = [side.clone().requires_grad_() for side in (sides, terms) if side is not None]
+            sums = Sums(
+                logprob=leaves[0],
+                ref_logprob=sides,
+                ref2_logprob=_doubled(batch.ref2_logprobs, batch.sides),
+                term=None if terms is None else leaves[1],
+                num_tokens=output.num_tokens,
             )
-            total = (losses * batch.scale.double()).sum()
+            columns = list(torch.arange(len(sides), device=sides.device).reshape(batch.pairs.shape[1], -1))
+            labels = batch.soft_label.double(), batch.margin.double(), _doubled(batch.win_rates)
+            total = (self.loss(sums.of_pairs(columns, *labels)) * batch.scale.double()).sum()
         slopes = torch.autograd.grad(total, leaves, materialize_grads=True)
         steepness = torch.stack([slope.abs().sum() for slope in slopes]).sum()
         self.sums += torch.stack([total.detach(), batch.scale.sum().double(), steepness]).cpu()
 
-    def _terms(self, batch: PairBatch) -> list[torch.Tensor]:
-        """The sums of the loss's terms of tokens, [N] for each side, if it has such terms."""
+    def _terms(self, batch: PairBatch) -> torch.Tensor | None:
+        """The sum of the loss's terms of tokens for each side; None: it has no such terms."""
         if self.loss.token_term is None or batch.ref_token_logprobs is None:
-            return []
-        reference = batch.ref_token_logprobs.double()
-        tokens = TokenLogprobs(logprobs=reference.flatten(), ref_logprobs=reference.flatten(), values=None)
+            return None
+        reference, values = batch.ref_token_logprobs.double(), _doubled(batch.token_values)
+        tokens = TokenLogprobs(
+            logprobs=reference.flatten(),
+            ref_logprobs=reference.flatten(),
+            values=None if values is None else values.flatten(),
+        )
         terms = self.loss.terms(tokens).view_as(reference).where(batch.layout.targets != IGNORE, 0.0)
-        return list(terms.sum(1)[batch.sides].reshape(2, -1))
+        return terms.sum(1)[batch.sides]
 
     def check(self, means: Mapping[str, float], accelerator: Any = None, *, is_exact: bool) -> float:
         """Compares the step's means with what was added, and returns the expected loss.
@@ -198,6 +197,10 @@ class FirstStep:
                 f"reference they must be {expected:.6f} and 0. Policy and reference see different weights or tokens"
             )
         return expected
+
+
+def _doubled(values: torch.Tensor | None, index: Any = slice(None)) -> torch.Tensor | None:
+    return None if values is None else values[index].double()
 
 
 def drift_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
