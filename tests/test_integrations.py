@@ -101,7 +101,7 @@ def own_step(
     run: Any = SimpleNamespace(
         accelerator=SimpleNamespace(device=CPU, num_processes=1, backward=lambda loss: loss.backward(),
                                     no_sync=lambda policy: contextlib.nullcontext()),
-        policy=policy, pairs=pairs, references=given, pad_token_id=0, share_prompts=False, config=config, loss=bound,
+        policy=policy, pairs=pairs, inputs=given, pad_token_id=0, share_prompts=False, config=config, loss=bound,
     )  # fmt: skip
     order = iter(range(len(pairs)))
     shares = [[next(order) for _ in range(size)] for size in passes]

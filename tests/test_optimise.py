@@ -23,7 +23,7 @@ from tso_fast.errors import InputError, TrainingError
 from tso_fast.files.run import Run
 from tso_fast.losses import LOSSES, Loss
 from tso_fast.models.policy import Policy
-from tso_fast.training import optimise
+from tso_fast.training import inputs, optimise
 from tso_fast.training import reference as references
 from tso_fast.training.batches import EncodedPair, completion_lengths, plan_steps
 from tso_fast.training.monitors import Meter
@@ -87,7 +87,7 @@ def gradients(
             accelerator=process,
             policy=policy,
             pairs=pairs,
-            references=reference if isinstance(reference, dict) else {"ref_logprobs": reference},
+            inputs=reference if isinstance(reference, dict) else {"ref_logprobs": reference},
             pad_token_id=0,
             share_prompts=False,
             config=config,
@@ -252,8 +252,8 @@ def test_too_many_non_finite_steps_stop_the_run(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_reference_of_other_weights_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = optimise.reference_logprobs
-    monkeypatch.setattr(optimise, "reference_logprobs", lambda *args, **kwargs: real(*args, **kwargs) - 0.1)
+    real = inputs.reference_logprobs
+    monkeypatch.setattr(inputs, "reference_logprobs", lambda *args, **kwargs: real(*args, **kwargs) - 0.1)
     with pytest.raises(TrainingError, match="Policy and reference see different weights or tokens"):
         trained(tmp_path, encoded(4))
 
@@ -312,7 +312,7 @@ def test_settings_of_the_optimiser_are_really_used(tmp_path: Path) -> None:
 
 def test_a_loss_from_outside_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three lines add a loss that needs no reference; a configuration names it, and the model learns from it."""
-    monkeypatch.setattr(optimise, "reference_logprobs", lambda *args, **kwargs: pytest.fail("it needs no reference"))
+    monkeypatch.setattr(inputs, "reference_logprobs", lambda *args, **kwargs: pytest.fail("it needs no reference"))
 
     def toy(pairs: PairLogprobs, *, sharpness: float = 1.0) -> torch.Tensor:
         return nn.functional.softplus(sharpness * (pairs.rejected - pairs.chosen))
@@ -338,15 +338,7 @@ def test_several_losses_are_trained_on_as_their_weighted_sum(tmp_path: Path) -> 
     assert both["clip/chosen"] == 0
 
 
-NOT_TRAINABLE = {
-    name: "pairs" if loss.num_extra else next(iter(loss.needs))
-    for name, loss in LOSSES.items()
-    if loss.needs or loss.num_extra
-}
-"""Losses that read what no pair has, and the argument that brings it."""
-
-
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in NOT_TRAINABLE])
+@pytest.mark.parametrize("loss", [name for name, row in LOSSES.items() if not (row.needs or row.num_extra)])
 def test_every_loss_that_reads_a_pair_is_trained_on(loss: str, tmp_path: Path) -> None:
     """The first step has the loss that it must have, and the weights move."""
     weights, figures = trained(tmp_path, encoded(4), loss_type=loss, logging_steps=1)
@@ -402,14 +394,14 @@ def test_humanline_is_trained_on_clamped_ratios_of_tokens() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        *(
-            (
-                {"loss_type": name},
-                f"loss_type: .* which training does not make; call preference_loss with {argument} in",
-            )
-            for name, argument in NOT_TRAINABLE.items()
-        ),
-        ({"loss_type": ["dpo", "selm"]}, "needs further sequences for each pair, which training does not make"),
+        ({"loss_type": "mrpo"}, "MRPO needs log-probs under a second reference; set second_reference, or train on"),
+        ({"loss_type": "bmc"}, "BMC needs a number for each token; set token_values, or train on"),
+        ({"loss_type": ["dpo", "selm"]}, r"needs 1 further sequence for each pair; set extra_from \(1\) or answer_"),
+        ({"loss_type": "srpo", "extra_from": "m"}, "needs 4 further sequences for each pair, and extra_from make"),
+        ({"loss_type": "dpo", "extra_from": "m"}, "extra_from: it has no effect on loss_type 'dpo'"),
+        ({"loss_type": "dpo", "token_values": "differences"}, "token_values: it has no effect on loss_type 'dpo'"),
+        ({"loss_type": "dpo", "win_rates": "all"}, "win_rates: it has no effect on loss_type 'dpo'"),
+        ({"loss_type": "sft", "ref_model_sync_steps": 2}, "ref_model_sync_steps: loss_type 'sft' has no reference"),
         ({"loss_type": "soft_ce", "margin_weight": 1.0}, "margin_weight: it has no effect on loss_type 'soft_ce'"),
         (
             {"loss_type": "margin_dpo", "soft_label_kappa": 1.0},

@@ -16,6 +16,7 @@ from tso_fast.config.settings import CellConfig, TrainConfig
 from tso_fast.errors import InputError, TrainingError
 from tso_fast.files.run import Run
 from tso_fast.models.policy import Policy
+from tso_fast.training import inputs
 from tso_fast.training import optimise as optimise_module
 from tso_fast.training.load import load_policy
 from tso_fast.training.optimise import optimise
@@ -168,9 +169,9 @@ def test_moments_are_handed_on_to_the_next_iteration(tmp_path: Path) -> None:
 
 def test_reference_log_probs_are_kept_for_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
-    real = optimise_module.reference_logprobs
+    real = inputs.reference_logprobs
     monkeypatch.setattr(
-        optimise_module, "reference_logprobs", lambda *args, **options: (computed.append(1), real(*args, **options))[1]
+        inputs, "reference_logprobs", lambda *args, **options: (computed.append(1), real(*args, **options))[1]
     )
     ends = []
     for changes in ({}, {}, {"loss_type": "humanline"}, {"cache_reference": False}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from pathlib import Path
@@ -239,6 +240,20 @@ def test_soft_label_is_the_sigmoid_of_the_gap() -> None:
     assert strength([0.0, 0.5], 1, 0, soft_label_kappa=3.0).soft_label == pytest.approx(1 / (1 + math.exp(-1.5)))
     assert strength([0.0, 0.5], 1, 0, soft_label_kappa=0.0).soft_label == 0.5
     assert strength([0.0, 1e6], 1, 0, soft_label_kappa=1e6).soft_label == 1.0
+
+
+def test_win_rates_are_over_the_others_or_over_all() -> None:
+    candidates, config = item("a", "b", "c", "d"), PairingConfig(win_rates="others")
+    scores, win_rates = [3.0, 2.0, 1.0, NAN], [1.0, 0.5, 0.0, NAN]
+    pair = next(p for p in used(corrected(candidates, scores, config)) if (p.chosen, p.rejected) == (0, 2))
+    of_others, of_all = (
+        to_pair(candidates, pair, scores, dataclasses.replace(config, win_rates=kind), win_rates=win_rates).win_rates
+        for kind in ("others", "all")
+    )
+    assert of_others == (1.0, 0.0)
+    assert of_all == pytest.approx((2.5 / 3, 0.5 / 3))  # of three known ones, one itself, a tie
+    unknown = to_pair(candidates, pair, scores, dataclasses.replace(config, soft_label_kappa=1.0), win_rates=[NAN] * 4)
+    assert unknown.win_rates == (unknown.soft_label, 1 - unknown.soft_label)
 
 
 def test_margin_is_proportional_to_the_gap() -> None:

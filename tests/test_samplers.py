@@ -81,7 +81,7 @@ class Shouting(Sampler):
 @pytest.mark.parametrize(
     ("samplers", "message"),
     [
-        ([{"kind": "degrad"}], "samplers[0].kind: got 'degrad', expected one of degrade"),
+        ([{"kind": "degrad"}], "samplers[0].kind: got 'degrad', expected one of again, degrade"),
         ([{"kind": "degrade", "cell": "policy"}], "samplers[0].cell: it has no effect on a sampler of kind 'degrade'"),
         ([{"kind": "degrade"}, {"kind": "degrade"}], "samplers[1].name: 'degrade' is taken"),
         ([{"kind": "test_samplers:config_of"}], "samplers[0].kind: 'test_samplers:config_of' is <function"),

@@ -48,7 +48,7 @@ from tso_fast.samplers import chain
 from tso_fast.samplers.sampler import Desk, Sampler
 from tso_fast.training.iteration import train_iteration
 from tso_fast.training.optimise import configured_loss, make_accelerator, tracker_settings
-from tso_fast.training.reference import reference_weights
+from tso_fast.training.reference import check_others, reference_weights
 from tso_fast.types import Candidates
 
 Produced = tuple[Iterable[Path], dict[str, Any]]
@@ -72,6 +72,8 @@ def train(config: TrainConfig) -> Run:
     trained = [f"tso-{t}" for t in range(1, config.num_iterations + 1)]
     matrix = ModelMatrix(config.cells, config.policy, reserved=trained)
     require_weights(matrix.policy, "policy")
+    for t in range(1, config.num_iterations + 1):
+        check_others(of_iteration(config, t), matrix)
     panel.check(judges, matrix)
     chain.check(samplers, matrix, judges)
     check_engines([*chain.ask_cells(matrix, config), ask(matrix.policy, config)], config)

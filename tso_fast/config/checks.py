@@ -114,11 +114,7 @@ def _check_pairing(config: PairingConfig) -> None:
 
 
 def _check_train(config: TrainConfig) -> None:
-    if config.ref_model_mixup_alpha is not None and config.reference != "ema":
-        raise InputError(
-            f"ref_model_mixup_alpha: it has no effect with reference {config.reference!r}; leave it out "
-            "or set reference to ema"
-        )
+    _check_reference(config)
     if config.lr_scheduler_type == "constant" and config.warmup_steps:
         raise InputError(
             f"warmup_steps: {config.warmup_steps} has no effect with lr_scheduler_type 'constant'; leave "
@@ -134,6 +130,40 @@ def _check_train(config: TrainConfig) -> None:
         raise InputError("annotate: nobody is waited for where a function labels; leave out annotate or people")
     if config.eval_prompts is not None and config.eval_prompts == config.prompts:
         raise InputError(f"eval_prompts: {config.eval_prompts} is the training file; expected held-out prompts")
+
+
+def _check_reference(config: TrainConfig) -> None:
+    every, mixed_every = config.ref_model_sync_steps, config.ref_model_mixup_steps
+    if config.ref_model_mixup_alpha is not None and config.reference != "ema" and every is None:
+        raise InputError(
+            f"ref_model_mixup_alpha: it has no effect with reference {config.reference!r}; leave it out, set reference "
+            "to ema, or set ref_model_sync_steps"
+        )
+    if every is not None and config.reference == "initial":
+        raise InputError(
+            "ref_model_sync_steps: reference 'initial' never changes; set it to previous or ema, or leave this out"
+        )
+    is_copy = config.reference != "ema" and config.ref_model_mixup_alpha in (None, 1.0)
+    if mixed_every is not None and (every is None or is_copy):
+        raise InputError(
+            "ref_model_mixup_steps: it has no effect without ref_model_sync_steps, and a ref_model_mixup_alpha below 1 "
+            "or reference ema; leave it out or set them"
+        )
+    if mixed_every is not None and every is not None and mixed_every > every:
+        raise InputError(f"ref_model_mixup_steps: got {mixed_every}, expected at most ref_model_sync_steps, {every}")
+    if every is not None and not is_copy and config.peft == "lora":
+        raise InputError(
+            "ref_model_mixup_alpha: the mean of two adapters' factors is not the mean of what they add; set it to 1 "
+            "with peft 'lora'"
+        )
+    if (config.token_values == "rewards") != (config.token_reward_cell is not None):
+        raise InputError("token_reward_cell: it goes with token_values 'rewards'; give both or neither")
+    if config.token_values == "rewards" and every is not None:
+        raise InputError(
+            "ref_model_sync_steps: rewards of tokens are log-ratios to a reference that stays; leave it out"
+        )
+    if config.answer_template is not None and "{answer}" not in config.answer_template:
+        raise InputError(f"answer_template: got {config.answer_template!r}, expected {{answer}} and {{prompt}} in it")
 
 
 def _check_by_iteration(config: TrainConfig) -> None:

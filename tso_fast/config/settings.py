@@ -297,6 +297,12 @@ class PairingConfig:
     """With 50 human labels or more, temper soft labels so that they match them."""
     margin_weight: NonNegativeFloat = 0.0
     """Margin inside the loss: this times the score gap."""
+    win_rates: Literal["others", "all"] | None = None
+    """Give the loss the win rate of each response of a pair, from the evidence: over the prompt's `others`, or over
+    `all` of its responses, itself a tie (SPPO); default: it gets the pair's labels. `sppo` takes them."""
+    extra_from: Text | None = None
+    """Model, or sampler, whose first response to a prompt is a further sequence of the prompt's pairs; `selm` needs
+    one: a greedy response."""
 
 
 @dataclass(kw_only=True)
@@ -435,12 +441,33 @@ class OptimizationConfig(AdapterConfig, ShardConfig, OpConfig, ModelConfig):
 
 @dataclass(kw_only=True)
 class ReferenceConfig:
-    """Which policy the loss compares with."""
+    """Which policy the loss compares with, and what else it reads."""
 
     reference: Literal["previous", "initial", "ema"] = "previous"
     """Reference policy of an iteration: the policy at its start (TSO), the first policy, or a running mean."""
     ref_model_mixup_alpha: Share | None = None
-    """Share of the current policy in the running mean of `reference: ema`, updated at each iteration; default 0.6."""
+    """Share of the current policy in what the reference becomes: with `reference: ema` the running mean, updated at
+    each iteration, default 0.6; with `ref_model_sync_steps` and `previous` too, default 1, a copy."""
+    ref_model_sync_steps: PositiveInt | None = None
+    """Optimiser steps after which the reference follows the policy inside an iteration too (TR-DPO); default: it stays.
+    `reference: previous` begins each iteration with the policy as it is then, `ema` goes on with what it became. Each
+    pair costs a forward pass of the reference whenever it is trained on, and a share below 1, or `ema`, the memory of
+    the weights once more."""
+    ref_model_mixup_steps: PositiveInt | None = None
+    """Optimiser steps after which the share is mixed in, at most `ref_model_sync_steps`, which is the default: 1 makes
+    the reference a copy of the policy's running mean over steps (SAPO)."""
+    second_reference: Text | None = None
+    """A second reference, for losses such as `mrpo` that need one: `previous`, the policy at the iteration's start,
+    `initial`, `largest`, or the name of a cell."""
+    token_values: Literal["differences", "rewards"] | None = None
+    """A number for each token, for losses that need one: `differences`, 1 where chosen and rejected response differ,
+    else 0 (`bmc`); or `rewards`, the log-ratio of `token_reward_cell` to the reference, times the loss's beta
+    (`inverse_q`)."""
+    token_reward_cell: Text | None = None
+    """Whose log-probs `token_values: rewards` compares with the reference: named like `second_reference`."""
+    answer_template: Text | None = None
+    """A pair gets four further sequences, which `srpo` needs: each of its responses after the other one and after
+    itself. This is the prompt then, with `{prompt}` and `{answer}` in it."""
 
 
 @dataclass(kw_only=True)
@@ -448,10 +475,11 @@ class SamplerConfig:
     """One sampler: what adds responses, or prompts of its own, to what the cells answered."""
 
     kind: str
-    """`degrade`: copies that lack content; `revise`: second answers, by a template; `regenerate`: a response that goes
-    another way from a random cut, against the one that was cut (SAPO); `search`: a tree search over the
-    steps of a response, valued by the judges (MCTS-DPO); `controller` adds nothing, but sets how the cells sample in
-    each iteration (B-STaR); or a sampler of your own, `package.module:Class`."""
+    """`again`: a cell answers once more, by the settings below; `degrade`: copies that lack content; `revise`: second
+    answers, by a template; `regenerate`: a response that goes another way from a random cut, against the one that was
+    cut (SAPO); `search`: a tree search over the steps of a response, valued by the judges (MCTS-DPO); `controller` adds
+    nothing, but sets how the cells sample in each iteration (B-STaR); or a sampler of your own,
+    `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables, and the `model` of its responses; default: its kind."""
     of: list[str] | None = None
@@ -718,6 +746,7 @@ VARYING = {
     if field.name not in ("max_completion_length", *getattr(base, "__dataclass_fields__", ()))
 } | {
     "policy_num_generations", "loss_type", "loss_weights", "loss_args", "beta", "clip_chosen", "clip_rejected",
+    "second_reference", "token_values", "token_reward_cell", "answer_template",
     "learning_rate", "warmup_steps", "num_train_epochs",
 }  # fmt: skip
 """What may stand in `by_iteration`."""

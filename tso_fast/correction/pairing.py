@@ -13,9 +13,10 @@ from tso_fast.correction.calibration import tempered
 from tso_fast.correction.decide import Corrected, Decided
 from tso_fast.correction.evidence import text_ids
 from tso_fast.correction.votes import pairs_of_rows
+from tso_fast.errors import InputError
 from tso_fast.scoring import pairwise_distances, select_decided, select_pairs
 from tso_fast.seeds import seed_of
-from tso_fast.types import Candidates, PreferencePair
+from tso_fast.types import Candidates, PreferencePair, Response
 
 
 def select(
@@ -122,7 +123,7 @@ def to_pair(
 
     Args:
         scores: [R of this prompt] consensus scores.
-        win_rates: [R of this prompt], for ``soft_label_by: win_rate``.
+        win_rates: [R of this prompt] over the other responses, for ``soft_label_by: win_rate`` and ``win_rates``.
         temperature: temperature that fits soft labels to human labels.
     """
     chosen, rejected = item.responses[pair.chosen], item.responses[pair.rejected]
@@ -143,7 +144,35 @@ def to_pair(
         decision=pair.decision,
         reason=pair.reason,
         probability=pair.probability,
+        win_rates=_win_rates(pair, win_rates, label, config),
+        extra=() if config.extra_from is None else (_first_of(config.extra_from, item),),
     )
+
+
+def _first_of(model: str, item: Candidates) -> Response:
+    for response in item.responses:
+        if response.model == model:
+            return response
+    models = ", ".join(dict.fromkeys(response.model for response in item.responses))
+    raise InputError(
+        f"{item.prompt.where or item.prompt.id}: extra_from: {model!r} has no response; expected one of {models}"
+    )
+
+
+def _win_rates(
+    pair: Corrected, win_rates: Sequence[float] | np.ndarray | None, label: float, config: PairingConfig
+) -> tuple[float, float] | None:
+    """Win rates of the chosen and the rejected response, if they are asked for; without evidence p and 1 - p."""
+    if config.win_rates is None:
+        return None
+    assert win_rates is not None
+    chosen, rejected = (float(win_rates[i]) for i in (pair.chosen, pair.rejected))
+    if math.isnan(chosen) or math.isnan(rejected):
+        return label, 1 - label
+    if config.win_rates == "all":
+        others = int(np.count_nonzero(~np.isnan(win_rates))) - 1
+        chosen, rejected = ((rate * others + 0.5) / (others + 1) for rate in (chosen, rejected))
+    return chosen, rejected
 
 
 def soft_label(

@@ -102,6 +102,16 @@ class Iteration:
         return self.folder / "reference-logprobs.safetensors"
 
     @property
+    def second_logprobs(self) -> Path:
+        """The same under the second reference."""
+        return self.folder / "second-reference-logprobs.safetensors"
+
+    @property
+    def reward_logprobs(self) -> Path:
+        """The same under the cell that rewards tokens."""
+        return self.folder / "reward-logprobs.safetensors"
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
 

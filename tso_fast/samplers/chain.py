@@ -16,6 +16,7 @@ from tso_fast.judges.judge import Judge
 from tso_fast.matrix import ModelMatrix
 from tso_fast.progress import console, progress_bar
 from tso_fast.registry import make
+from tso_fast.samplers.again import AgainSampler
 from tso_fast.samplers.controller import ControllerSampler
 from tso_fast.samplers.degrade import DegradeSampler
 from tso_fast.samplers.regenerate import RegenerateSampler
@@ -26,6 +27,7 @@ from tso_fast.training.monitors import PolicyStatistics
 from tso_fast.types import Candidates
 
 SAMPLERS: dict[str, type[Sampler]] = {
+    "again": AgainSampler,
     "degrade": DegradeSampler,
     "revise": ReviseSampler,
     "regenerate": RegenerateSampler,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tso_fast.config.settings import AdapterConfig
 from tso_fast.errors import InputError
-from tso_fast.models.load import ADAPTER_WEIGHTS
+from tso_fast.models.load import ADAPTER_WEIGHTS, tensor_shapes
 from tso_fast.seeds import seed_of
 from tso_fast.training.shard import reshard, set_weight
 from tso_fast.types import Weights
@@ -89,6 +89,16 @@ def _read_adapter(model: Any, path: Path) -> None:
         )
     for name, parameter in wanted.items():
         set_weight(parameter, read[name])
+
+
+def takes_adapter(model: Any, weights: Weights) -> bool:
+    """Whether a peft model has the base of ``weights`` and an adapter of the same shapes, or these are its base's."""
+    if Path(weights.base).resolve() != Path(model.peft_config["default"].base_model_name_or_path):
+        return False
+    if weights.path == weights.base:
+        return True
+    own = {name: tuple(value.shape) for name, value in adapter_weights(model).items()}
+    return tensor_shapes(Path(weights.path) / ADAPTER_WEIGHTS) == own
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -47,6 +47,7 @@ class Checkpoints:
 
     Args:
         notes: what else is saved as it is then, and restored in place; values of JSON.
+        kept: the same, of tensors that all processes have or share out.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Checkpoints:
         meters: Sequence[Meter],
         guard: NonFiniteGuard,
         notes: dict[str, Any] | None = None,
+        kept: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.folder, self.accelerator, self.optimizer, self.scheduler = folder, accelerator, optimizer, scheduler
         self.meters, self.guard = meters, guard
         self.notes = {} if notes is None else notes
+        self.kept = dict(kept or {})
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.rank, self.is_alone = accelerator.process_index, accelerator.num_processes == 1
         # Its own group: what is written meets no collective of training.
@@ -201,9 +204,9 @@ class Checkpoints:
                     state[key] = int(item)
 
     def _tensors(self, stored: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
-        """What is trained and what the optimiser keeps of it, by name, to be saved or to be read into."""
+        """What is trained, what is kept beside it and what the optimiser keeps, to be saved or to be read into."""
         weights = {f"model.{name}": value.detach() for name, value in self.trained.items()}
-        return weights | self._optimizer_tensors(stored)
+        return weights | self.kept | self._optimizer_tensors(stored)
 
     def _optimizer_tensors(self, stored: dict[str, Any] | None = None) -> dict[str, torch.Tensor]:
         """What the optimiser keeps of each weight, by name.

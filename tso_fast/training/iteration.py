@@ -15,7 +15,7 @@ from tso_fast.training.batches import encode_pairs
 from tso_fast.training.load import load_policy, save_policy
 from tso_fast.training.monitors import drift_warnings
 from tso_fast.training.optimise import optimise
-from tso_fast.training.reference import reference_weights, save_ema, weights_key
+from tso_fast.training.reference import other_weights, reference_weights, running_mean, save_ema, weights_key
 
 
 def train_iteration(config: TrainConfig, matrix: ModelMatrix, run: Run, t: int, accelerator: Accelerator) -> None:
@@ -26,7 +26,9 @@ def train_iteration(config: TrainConfig, matrix: ModelMatrix, run: Run, t: int, 
     """
     files = run.iteration(t)
     given = read_pairs(files.pairs, BadRows())
-    pairs, too_long, truncated = encode_pairs(matrix.tokenizer, given, matrix.context, config.max_length)
+    pairs, too_long, truncated = encode_pairs(
+        matrix.tokenizer, given, matrix.context, config.max_length, config.answer_template
+    )
     if not pairs:
         raise TrainingError(
             f"iteration {t}: every pair is longer than the context of {matrix.context} tokens, or its prompt than "
@@ -41,14 +43,18 @@ def train_iteration(config: TrainConfig, matrix: ModelMatrix, run: Run, t: int, 
     reference = reference_weights(config, matrix, run, t)
     set_seed(config.seed)
     policy = load_policy(config, matrix.policy.weights, accelerator, has_adapter=config.peft == "lora")
+    own = reference if reference != matrix.policy.weights else None
+    mean = running_mean(config, policy, own, accelerator)
     info = optimise(
         policy,
         pairs,
         config,
         files=files,
         accelerator=accelerator,
-        reference=reference if reference != matrix.policy.weights else None,
+        reference=own,
         reference_key=weights_key(reference),
+        others=other_weights(config, matrix),
+        mean=mean,
         pad_token_id=matrix.tokenizer.pad_token_id or 0,
         steps_before=sum(of["steps"] for of in before),
         num_iterations=config.num_iterations,
@@ -57,7 +63,11 @@ def train_iteration(config: TrainConfig, matrix: ModelMatrix, run: Run, t: int, 
     save_policy(policy, matrix.tokenizer, files.policy, accelerator)
     if config.reference == "ema":
         written.append(files.reference)
-        save_ema(config, policy, matrix.tokenizer, reference, files.reference, accelerator)
+        if mean is None:
+            save_ema(config, policy, matrix.tokenizer, reference, files.reference, accelerator)
+        else:
+            with mean.in_place_of(policy):
+                save_policy(policy, matrix.tokenizer, files.reference, accelerator)
     if config.keep_optimizer:
         written.append(files.optimizer)
     if accelerator.is_main_process:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tso_fast import interrupts
-from tso_fast.config.settings import OptimizationConfig, PairingConfig, to_dict
+from tso_fast.config.settings import OptimizationConfig, PairingConfig, ReferenceConfig, to_dict
 from tso_fast.errors import InputError
 from tso_fast.files.run import Iteration
 from tso_fast.logprob import linear_logprobs
@@ -24,21 +24,24 @@ from tso_fast.losses import Loss, loss_options, weighted_sum
 from tso_fast.models.policy import Policy, disable_dropout
 from tso_fast.progress import progress_bar
 from tso_fast.seeds import seed_of
-from tso_fast.training.batches import EncodedPair, Step, collate, completion_lengths, num_steps, num_tokens, plan_steps
+from tso_fast.training.batches import EncodedPair, Step, collate, num_steps, num_tokens, plan_steps
 from tso_fast.training.checkpoint import Checkpoints
+from tso_fast.training.inputs import Scoring, make_inputs
 from tso_fast.training.memory import explained_memory
 from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, finite
+from tso_fast.training.moving import MovingReference, pairs_of
 from tso_fast.training.optimizers import make_optimizer, make_scheduler
-from tso_fast.training.reference import cached_logprobs, reference_logprobs, scorer_of
+from tso_fast.training.reference import Others, RunningMean
 from tso_fast.training.shard import is_sharded
 from tso_fast.types import Weights
 
-_NOT_MADE = {
-    "ref2_logprobs": "log-probs under a second reference",
-    "token_values": "a number for each token",
-    "pairs": "further sequences for each pair",
+_MADE_BY = {
+    "ref2_logprobs": ("second_reference", "log-probs under a second reference"),
+    "token_values": ("token_values", "a number for each token"),
 }
-"""Arguments of ``preference_loss`` for which training has no values, and what they are."""
+"""Arguments of ``preference_loss`` that some losses need, the setting that makes them, and what they are."""
+_EXTRA = {"extra_from": 1, "answer_template": 4}
+"""Settings that make further sequences of each pair, and how many."""
 _SOURCES_OF_LABELS = {"soft_label_by": "soft_label", "soft_label_kappa": "soft_label", "margin_weight": "margin"}
 
 
@@ -59,17 +62,42 @@ def configured_loss(config: OptimizationConfig) -> Loss:
         loss = weighted_sum(names, config.loss_weights, {**flat, **named})
     except ValueError as error:
         raise InputError(f"loss_type: {error}") from error
-    for name, what in _NOT_MADE.items():
-        if name in loss.needs or (name == "pairs" and loss.num_extra):
-            raise InputError(
-                f"loss_type: {loss.title} needs {what}, which training does not make; call preference_loss with {name} "
-                "in a loop of your own, or train on another loss"
-            )
+    _check_further(loss, config)
     if isinstance(config, PairingConfig):
         for key, label in _SOURCES_OF_LABELS.items():
             if getattr(config, key) and label not in loss.labels:
                 raise InputError(f"{key}: it has no effect on loss_type {config.loss_type!r}; leave it out")
+        if config.win_rates and "win_rates" not in loss.needs | loss.takes:
+            raise InputError(f"win_rates: it has no effect on loss_type {config.loss_type!r}; leave it out")
+    if isinstance(config, ReferenceConfig) and config.ref_model_sync_steps and not loss.needs_reference:
+        raise InputError(f"ref_model_sync_steps: loss_type {config.loss_type!r} has no reference; leave it out")
     return loss
+
+
+def _check_further(loss: Loss, config: OptimizationConfig) -> None:
+    """Checks that the settings make what a loss reads beside a pair, its reference and its labels, and nothing else."""
+
+    def missing(setting: str, what: str, argument: str) -> InputError:
+        advice = f"set {setting}" if hasattr(config, setting.split()[0]) else (
+            f"call preference_loss with {argument} in a loop of your own"
+        )  # fmt: skip
+        return InputError(f"loss_type: {loss.title} needs {what}; {advice}, or train on another loss")
+
+    for name, (setting, what) in _MADE_BY.items():
+        is_given = getattr(config, setting, None) is not None
+        if name in loss.needs and not is_given:
+            raise missing(setting, what, name)
+        if is_given and name not in loss.needs | loss.takes:
+            raise InputError(f"{setting}: it has no effect on loss_type {config.loss_type!r}; leave it out")
+    given = [setting for setting in _EXTRA if getattr(config, setting, None) is not None]
+    num_extra = sum(_EXTRA[setting] for setting in given)
+    if loss.num_extra is None or loss.num_extra == num_extra:
+        return
+    if not loss.num_extra:
+        raise InputError(f"{given[0]}: it has no effect on loss_type {config.loss_type!r}; leave it out")
+    told = " or ".join(f"{setting} ({count})" for setting, count in _EXTRA.items())
+    but = f", and {' and '.join(given)} make {num_extra}" if given else ""
+    raise missing(told, f"{loss.num_extra} further sequence{'s' * (loss.num_extra > 1)} for each pair{but}", "pairs")
 
 
 def make_accelerator(config: OptimizationConfig, folder: str) -> Accelerator:
@@ -121,6 +149,8 @@ def optimise(
     reference: Weights | None,
     pad_token_id: int,
     reference_key: str = "",
+    others: Others | None = None,
+    mean: RunningMean | None = None,
     steps_before: int = 0,
     num_iterations: int = 1,
 ) -> dict[str, Any]:
@@ -131,6 +161,8 @@ def optimise(
         reference: the reference's weights; None: the policy as it is now.
         reference_key: what tells the reference's weights from others, so that its log-probs can be kept; empty: they
             are not.
+        others: weights beside the reference's that the loss compares with; None: there are none.
+        mean: what the reference becomes with ``ref_model_sync_steps``; None: the policy.
         steps_before: optimiser steps of the iterations before, so that a tracker's count goes on.
         num_iterations: of the run.
 
@@ -147,15 +179,23 @@ def optimise(
     if not is_sharded(policy):
         wrapped, optimizer = accelerator.prepare(policy, optimizer)
     total_steps = num_steps(len(pairs), **_shares(config, accelerator))
+    scoring = Scoring(wrapped, config, files, accelerator, pad_token_id)
+    every = config.ref_model_sync_steps if isinstance(config, ReferenceConfig) else None
+    steps = [step.all_index for step in _plan(pairs, config, files, accelerator)] if every else []
+    first = pairs_of(steps[:every]) if every else None
+    inputs, logprobs = make_inputs(loss, pairs, scoring, reference, others or Others(), reference_key, first)
+    moving = None
+    if every and logprobs is not None:
+        assert isinstance(config, ReferenceConfig)
+        moving = MovingReference(config, scoring, pairs, steps, logprobs, mean)
     run = _Training(
         policy=wrapped,
         optimizer=optimizer,
         scheduler=make_scheduler(optimizer, config, total_steps, files.number, num_iterations),
         loss=loss,
         pairs=pairs,
-        references=_references(
-            loss, pairs, wrapped, reference, config, files, accelerator, pad_token_id, reference_key
-        ),
+        inputs=inputs,
+        moving=moving,
         has_own_reference=reference is None and config.disable_dropout,
         guard=NonFiniteGuard(files.folder, config.max_skipped_steps, accelerator.is_main_process),
         files=files,
@@ -182,54 +222,22 @@ def _shares(config: OptimizationConfig, accelerator: Accelerator) -> dict[str, i
     }
 
 
-def _references(
-    loss: Loss,
+def _plan(
     pairs: Sequence[EncodedPair],
-    policy: Any,
-    reference: Weights | None,
     config: OptimizationConfig,
     files: Iteration,
     accelerator: Accelerator,
-    pad_token_id: int,
-    key: str,
-) -> dict[str, Any]:
-    """Reference log-probs of all pairs as the loss needs them, sums or those of tokens, for ``collate``.
-
-    A separate reference is loaded, asked, and given back. Empty if the loss needs no reference.
-    """
-    if not loss.needs_reference:
-        return {}
-    per_token = loss.token_term is not None
-    unwrapped = accelerator.unwrap_model(policy)
-    sharded = is_sharded(policy)  # it computes in its own precision
-
-    def compute() -> torch.Tensor:
-        with (
-            scorer_of(reference, policy, config, accelerator) as scorer,
-            progress_bar(f"iteration {files.number}: reference log-probs", len(pairs)) as advance,
-        ):
-            logprobs = reference_logprobs(
-                scorer.eval(),
-                pairs,
-                batch_size=4 * config.per_device_train_batch_size,
-                pad_token_id=pad_token_id,
-                device=accelerator.device,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                impl=config.impl,
-                share_prompts=unwrapped.shares_prompts,
-                per_token=per_token,
-                autocast=contextlib.nullcontext if sharded else accelerator.autocast,
-                advance=advance,
-            )
-        return accelerator.reduce(logprobs.to(accelerator.device)).cpu()
-
-    if config.cache_reference and key:
-        how = (key, per_token, config.dtype, config.bf16, config.load_in_4bit, sharded, unwrapped.shares_prompts)
-        logprobs = cached_logprobs(files.reference_logprobs, pairs, how, accelerator, compute)
-    else:
-        logprobs = compute()
-    return {"ref_tokens": logprobs.split(completion_lengths(pairs))} if per_token else {"ref_logprobs": logprobs}
+    fits: Callable[[Sequence[int]], bool] = lambda index: True,
+) -> Iterator[Step]:
+    """The steps of the iteration, see ``plan_steps``."""
+    return plan_steps(
+        [pair.prompt for pair in pairs],
+        rank=accelerator.process_index,
+        seed=seed_of(config.seed, files.number),
+        grouped=config.group_pairs,
+        fits=fits,
+        **_shares(config, accelerator),
+    )
 
 
 @dataclass(kw_only=True)
@@ -241,8 +249,10 @@ class _Training:
     scheduler: Any
     loss: Loss
     pairs: Sequence[EncodedPair]
-    references: Mapping[str, Any]
-    """Reference log-probs of all pairs, as ``collate`` takes them; empty: the loss needs no reference."""
+    inputs: Mapping[str, Any]
+    """What ``collate`` takes beside pairs: log-probs under references, numbers for tokens."""
+    moving: MovingReference | None
+    """The reference that follows the policy; None: it stays."""
     has_own_reference: bool
     """Whether the reference is the policy before the first step, so that the first loss is known."""
     guard: NonFiniteGuard
@@ -282,6 +292,8 @@ class _Training:
                 grad_norm = self.one_step(number, step)
                 if number % self.config.logging_steps == 0 or number == self.total_steps:
                     self._log(number, step, grad_norm, metrics)
+                if self.moving is not None:
+                    self.moving.after(number)
                 stopped_by = self._agreed(signalled())
                 if stopped_by or (self.config.save_steps and number % self.config.save_steps == 0):
                     checkpoints.save(number)
@@ -310,6 +322,7 @@ class _Training:
             meters=[self.window, self.whole, self.tail],
             guard=self.guard,
             notes=self.notes,
+            kept={} if self.moving is None else self.moving.tensors(),
         )
 
     def _agreed(self, signalled: int) -> int:
@@ -319,15 +332,7 @@ class _Training:
         return int(self.accelerator.gather(torch.tensor([signalled], device=self.accelerator.device)).max())
 
     def _steps(self) -> Iterator[tuple[int, Step]]:
-        steps = plan_steps(
-            [pair.prompt for pair in self.pairs],
-            rank=self.accelerator.process_index,
-            seed=seed_of(self.config.seed, self.files.number),
-            grouped=self.config.group_pairs,
-            fits=self._fits,
-            **_shares(self.config, self.accelerator),
-        )
-        return enumerate(steps, start=1)
+        return enumerate(_plan(self.pairs, self.config, self.files, self.accelerator, self._fits), start=1)
 
     def _fits(self, index: Sequence[int]) -> bool:
         """Whether pairs have no more tokens than a pass may have."""
@@ -384,7 +389,7 @@ def backward(run: _Training, step: Step, meter: Meter, first: FirstStep | None =
             device=accelerator.device,
             share_prompts=run.share_prompts,
             is_padding=micro.is_padding,
-            **run.references,
+            **run.inputs,
         )
         is_last = n == len(step.micro_batches)
         with contextlib.nullcontext() if is_last else accelerator.no_sync(run.policy):

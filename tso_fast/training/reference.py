@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,19 +19,131 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tso_fast.config.settings import OptimizationConfig, ReferenceConfig, TrainConfig
+from tso_fast.errors import InputError, did_you_mean
 from tso_fast.files.atomic import TMP, writing
 from tso_fast.files.run import Run
-from tso_fast.matrix import ModelMatrix
+from tso_fast.matrix import ModelMatrix, require_weights
 from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy
 from tso_fast.models.tokens import IGNORE
-from tso_fast.training.adapters import another_adapter
+from tso_fast.training.adapters import another_adapter, takes_adapter
 from tso_fast.training.batches import EncodedPair, collate, completion_lengths
 from tso_fast.training.load import load_policy, save_policy
 from tso_fast.training.shard import local_part, reshard
 from tso_fast.types import Weights
 
 DEFAULT_EMA_ALPHA = 0.6  # TRL's ref_model_mixup_alpha
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Others:
+    """Weights beside the policy's and the reference's whose log-probs of the pairs training uses."""
+
+    second: Weights | None = None
+    """A second reference."""
+    rewarding: Weights | None = None
+    """What rewards tokens by its log-ratio to the reference."""
+
+
+def named_weights(setting: str, name: str, matrix: ModelMatrix) -> Weights:
+    """The weights that a setting names: ``previous``, ``initial``, ``largest`` or a cell.
+
+    Raises:
+        InputError: there is no such cell, or only a server has its weights.
+    """
+    largest = max(matrix.cells, key=lambda cell: (cell.has_weights, cell.size_b, cell.version_rank))
+    cells = {cell.name: cell for cell in matrix.cells}
+    cells |= {"previous": matrix.policy, "initial": matrix.initial, "largest": largest}
+    if name not in cells:
+        raise InputError(f"{setting}: got {name!r}{did_you_mean(name, cells)}; expected one of {', '.join(cells)}")
+    require_weights(cells[name], setting)
+    return cells[name].weights
+
+
+def other_weights(config: ReferenceConfig, matrix: ModelMatrix) -> Others:
+    """The weights that training uses beside those of the policy and the reference.
+
+    Raises:
+        InputError: a setting names a cell that there is not.
+    """
+    given = ("second_reference", config.second_reference), ("token_reward_cell", config.token_reward_cell)
+    second, rewarding = (None if name is None else named_weights(key, name, matrix) for key, name in given)
+    return Others(second=second, rewarding=rewarding)
+
+
+def check_others(config: ReferenceConfig, matrix: ModelMatrix) -> None:
+    """Checks before a run that the weights which settings name are there, and differ where they must.
+
+    Raises:
+        InputError: they are not, or do not.
+    """
+    if other_weights(config, matrix).rewarding == matrix.policy.weights:
+        raise InputError(
+            f"token_reward_cell: {config.token_reward_cell!r} is the policy, which the first reference is too, so that "
+            "every reward would be 0; name another cell, or another policy"
+        )
+
+
+def mixup_alpha(config: ReferenceConfig) -> float:
+    """Share of the policy in what the reference is mixed to."""
+    if config.ref_model_mixup_alpha is not None:
+        return config.ref_model_mixup_alpha
+    return DEFAULT_EMA_ALPHA if config.reference == "ema" else 1.0
+
+
+class RunningMean:
+    """A mean of weights beside those that are trained, sharded like them: as much memory once more.
+
+    Args:
+        start: the model whose weights it starts from.
+    """
+
+    def __init__(self, start: torch.nn.Module) -> None:
+        reshard(start)
+        self.weights = {name: value.detach().clone() for name, value in start.named_parameters()}
+
+    @torch.no_grad()
+    def add(self, policy: torch.nn.Module, alpha: float) -> None:
+        """mean <- alpha policy + (1 - alpha) mean."""
+        for mean, new in self._beside(policy):
+            mean.lerp_(new.to(mean.dtype), alpha)
+
+    @contextlib.contextmanager
+    def in_place_of(self, policy: torch.nn.Module) -> Iterator[None]:
+        """A context in which the policy has these weights; they change places one by one."""
+        self._exchange(policy)
+        yield
+        self._exchange(policy)
+
+    @torch.no_grad()
+    def _exchange(self, policy: torch.nn.Module) -> None:
+        for mean, own in self._beside(policy):
+            kept = own.clone()
+            own.copy_(mean)
+            mean.copy_(kept)
+
+    def _beside(self, policy: torch.nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each weight of the mean and of the policy, as far as this process holds it."""
+        reshard(policy)
+        for mean, own in zip(self.weights.values(), policy.parameters(), strict=True):
+            yield local_part(mean), local_part(own)
+
+
+def running_mean(
+    config: TrainConfig, policy: Policy, reference: Weights | None, accelerator: Accelerator
+) -> RunningMean | None:
+    """The mean that the reference follows inside an iteration; None: there is none, or it is the policy itself.
+
+    Args:
+        reference: what it starts from; None: the policy as it is.
+    """
+    if config.ref_model_sync_steps is None or (config.reference != "ema" and mixup_alpha(config) == 1):
+        return None
+    start = policy if reference is None else load_policy(config, reference, accelerator)
+    mean = RunningMean(start)
+    if start is not policy:
+        release(start)
+    return mean
 
 
 def reference_weights(config: ReferenceConfig, matrix: ModelMatrix, run: Run, iteration: int) -> Weights:
@@ -48,7 +161,7 @@ def save_ema(
     config: TrainConfig, policy: Policy, tokenizer: Any, old: Weights, folder: Path, accelerator: Accelerator
 ) -> None:
     """reference <- alpha policy + (1 - alpha) reference."""
-    alpha = DEFAULT_EMA_ALPHA if config.ref_model_mixup_alpha is None else config.ref_model_mixup_alpha
+    alpha = mixup_alpha(config)
     reference = load_policy(config, old, accelerator)
     # Parameters, not the state dict: that names tied weights twice, and they must move once.
     for mean, new in zip(reference.parameters(), policy.parameters(), strict=True):
@@ -68,7 +181,7 @@ def scorer_of(
     if reference is None:
         yield policy
         reshard(policy)
-    elif config.peft == "lora":
+    elif config.peft == "lora" and takes_adapter(accelerator.unwrap_model(policy).model, reference):
         with another_adapter(accelerator.unwrap_model(policy).model, reference):
             yield policy
     else:
@@ -93,7 +206,7 @@ def reference_logprobs(
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     advance: Callable[[int], None] = lambda n: None,
 ) -> torch.Tensor:
-    """Sums of log-probs, [pairs, 2] float32 (chosen, rejected), nats.
+    """Sums of log-probs, [pairs, 2 + E] float32 (chosen, rejected, further sequences), nats.
 
     Batches of like length are dealt to the processes; each fills in its own and leaves zeros elsewhere.
 
@@ -103,8 +216,8 @@ def reference_logprobs(
             see ``completion_lengths``.
         autocast: the context that the policy is trained in, so that both round alike.
     """
-    lengths = completion_lengths(pairs)
-    out = torch.zeros(sum(lengths)) if per_token else torch.zeros(len(pairs), 2)
+    lengths, each = completion_lengths(pairs), len(pairs[0].sequences)
+    out = torch.zeros(sum(lengths)) if per_token else torch.zeros(len(pairs), each)
     parts = out.split(lengths) if per_token else ()
     longest: dict[tuple[int, ...], int] = {}
     for pair in pairs:
@@ -119,12 +232,12 @@ def reference_logprobs(
         with autocast():
             logprobs = policy(batch, impl=impl, per_token=per_token).float()
         if index and per_token:
-            sides = [2 * i + side for side in (0, 1) for i in index]
+            sides = [each * i + side for side in range(each) for i in index]
             found = logprobs[batch.layout.targets[batch.sides] != IGNORE].cpu().split([lengths[side] for side in sides])
             for side, values in zip(sides, found, strict=True):
                 parts[side].copy_(values)
         elif index:
-            out[index] = logprobs.reshape(2, -1).T.cpu()
+            out[index] = logprobs.reshape(each, -1).T.cpu()
         advance(batch_size * world)
     return out
 
@@ -144,7 +257,7 @@ def cached_logprobs(
     compute: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     """What ``compute`` gives, from ``file`` if it was computed of the same pairs in the same way before."""
-    tokens = [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+    tokens = [pair.sequences for pair in pairs]
     key = hashlib.sha256(repr((how, tokens)).encode()).hexdigest()
     found: list[torch.Tensor | None] = [None]
     if accelerator.is_main_process:
