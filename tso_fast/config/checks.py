@@ -162,8 +162,10 @@ def _check_reference(config: TrainConfig) -> None:
         raise InputError(
             "ref_model_sync_steps: rewards of tokens are log-ratios to a reference that stays; leave it out"
         )
-    if config.answer_template is not None and "{answer}" not in config.answer_template:
-        raise InputError(f"answer_template: got {config.answer_template!r}, expected {{answer}} and {{prompt}} in it")
+    if config.revision_template is not None and "{response}" not in config.revision_template:
+        raise InputError(
+            f"revision_template: got {config.revision_template!r}, expected {{response}} and {{prompt}} in it"
+        )
 
 
 def _check_by_iteration(config: TrainConfig) -> None:

@@ -465,9 +465,9 @@ class ReferenceConfig:
     (`inverse_q`)."""
     token_reward_cell: Text | None = None
     """Whose log-probs `token_values: rewards` compares with the reference: named like `second_reference`."""
-    answer_template: Text | None = None
+    revision_template: Text | None = None
     """A pair gets four further sequences, which `srpo` needs: each of its responses after the other one and after
-    itself. This is the prompt then, with `{prompt}` and `{answer}` in it."""
+    itself. This is the prompt then, with `{prompt}` and `{response}` in it."""
 
 
 @dataclass(kw_only=True)
@@ -746,7 +746,7 @@ VARYING = {
     if field.name not in ("max_completion_length", *getattr(base, "__dataclass_fields__", ()))
 } | {
     "policy_num_generations", "loss_type", "loss_weights", "loss_args", "beta", "clip_chosen", "clip_rejected",
-    "second_reference", "token_values", "token_reward_cell", "answer_template",
+    "second_reference", "token_values", "token_reward_cell", "revision_template",
     "learning_rate", "warmup_steps", "num_train_epochs",
 }  # fmt: skip
 """What may stand in `by_iteration`."""

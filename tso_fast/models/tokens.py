@@ -62,12 +62,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[i
     return (*ids, *prompt.prefix)
 
 
-def after_answer(prompt: Prompt, answer: str, template: str) -> Prompt:
-    """The prompt with an earlier answer in its last message: a template of ``{prompt}``, that message, and
-    ``{answer}``."""
+def revision_prompt(prompt: Prompt, response: str, template: str) -> Prompt:
+    """A prompt that asks for a better response than an earlier one.
+
+    Args:
+        template: text of the last message, with ``{prompt}``, what it said before, and ``{response}`` in it.
+    """
     *before, last = prompt.messages
-    parts = {"{prompt}": last.content, "{answer}": answer.strip()}
-    text = "".join(parts.get(part, part) for part in re.split(r"({prompt}|{answer})", template))
+    parts = {"{prompt}": last.content, "{response}": response.strip()}
+    text = "".join(parts.get(part, part) for part in re.split(r"({prompt}|{response})", template))
     if isinstance(prompt.prompt, str):
         return dataclasses.replace(prompt, prompt=text)
     return dataclasses.replace(prompt, prompt=(*before, dataclasses.replace(last, content=text)))

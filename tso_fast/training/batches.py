@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tso_fast.models.layout import padded, shared
-from tso_fast.models.tokens import IGNORE, after_answer, encode_prompt, response_ids
+from tso_fast.models.tokens import IGNORE, encode_prompt, response_ids, revision_prompt
 from tso_fast.types import PairBatch, PreferencePair
 
 InContext = tuple[tuple[int, ...], tuple[int, ...]]
@@ -60,16 +60,17 @@ def encode_pairs(
     pairs: Sequence[PreferencePair],
     context: int | None,
     max_length: int | None = None,
-    answer_template: str | None = None,
+    revision_template: str | None = None,
 ) -> Encoded:
     """Encodes pairs; the prompt is never cut.
 
     Args:
-        answer_template: each response is a sequence too after the other one and after itself, see ``after_answer``.
+        revision_template: each response is a sequence after the other one and after itself too, see
+            ``revision_prompt``.
     """
     found = Encoded([], [], [])
     for pair in pairs:
-        whole = _sequences(tokenizer, pair, answer_template)
+        whole = _sequences(tokenizer, pair, revision_template)
         cut = [
             (before, ids[: None if max_length is None else max(0, max_length - len(before))]) for before, ids in whole
         ]
@@ -94,17 +95,17 @@ def encode_pairs(
 
 
 def _sequences(
-    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, answer_template: str | None
+    tokenizer: PreTrainedTokenizerBase, pair: PreferencePair, revision_template: str | None
 ) -> list[InContext]:
     """The sequences of a pair; with a template also rejected after chosen, chosen after rejected, and each after
     itself, in this order."""
     prompt = encode_prompt(tokenizer, pair.prompt)
     responses = [pair.chosen, pair.rejected, *pair.extra]
     ids = [response_ids(tokenizer, pair.prompt, response) for response in responses]
-    if answer_template is None:
+    if revision_template is None:
         return [(prompt, own) for own in ids]
     after_chosen, after_rejected = (
-        encode_prompt(tokenizer, after_answer(pair.prompt, response.text, answer_template))
+        encode_prompt(tokenizer, revision_prompt(pair.prompt, response.text, revision_template))
         for response in responses[:2]
     )
     chosen, rejected = ids[:2]

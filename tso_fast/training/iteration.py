@@ -27,7 +27,7 @@ def train_iteration(config: TrainConfig, matrix: ModelMatrix, run: Run, t: int, 
     files = run.iteration(t)
     given = read_pairs(files.pairs, BadRows())
     pairs, too_long, truncated = encode_pairs(
-        matrix.tokenizer, given, matrix.context, config.max_length, config.answer_template
+        matrix.tokenizer, given, matrix.context, config.max_length, config.revision_template
     )
     if not pairs:
         raise TrainingError(

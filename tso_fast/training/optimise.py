@@ -40,7 +40,7 @@ _MADE_BY = {
     "token_values": ("token_values", "a number for each token"),
 }
 """Arguments of ``preference_loss`` that some losses need, the setting that makes them, and what they are."""
-_EXTRA = {"extra_from": 1, "answer_template": 4}
+_EXTRA = {"extra_from": 1, "revision_template": 4}
 """Settings that make further sequences of each pair, and how many."""
 _SOURCES_OF_LABELS = {"soft_label_by": "soft_label", "soft_label_kappa": "soft_label", "margin_weight": "margin"}
 
