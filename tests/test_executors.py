@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import random
 import threading
 import time
@@ -14,6 +16,7 @@ import pytest
 from tso_fast.errors import EngineError, InputError
 from tso_fast.executors import Answer, Job, run
 from tso_fast.executors.local import LocalExecutor
+from tso_fast.executors.warm import WarmExecutor
 from tso_fast.generators import Completion, EngineSpec, Kind, Refusal, Request, Sampling
 from tso_fast.types import Cell
 
@@ -285,3 +288,52 @@ def test_places_of_this_machine() -> None:
     assert cpu.acquire(spec("a")) is not None
     assert cpu.acquire(spec("a")) is None
     assert LocalExecutor([], 3, Path("-")).limit == 3
+
+
+def test_warm_engines_wait_for_more_work_of_their_kind() -> None:
+    executor = Planned(lambda n: 12 if n == 0 else float("inf"))  # the first one dies in its third run
+    warm, answers = WarmExecutor(executor), list[Answer]()
+
+    def work_on(*jobs: Job) -> None:
+        run(warm, jobs, answers.extend, max_retries=1)
+
+    with contextlib.closing(warm):
+        work_on(job("a", 1))
+        work_on(job("a", 1))
+        assert [name for name, _ in executor.opened] == ["a"]
+        work_on(job("a", 3))
+        assert [name for name, _ in executor.opened] == ["a", "a"]
+        assert [engine.is_closed for engine in executor.engines] == [True, False]
+        work_on(job("b", 1), job("a", 1))  # there is room for one
+        assert [name for name, _ in executor.opened] == ["a", "a", "b", "a"]
+        warm.cool()
+        assert all(engine.is_closed for engine in executor.engines)
+        work_on(job("b", 1))
+    assert len(answers) == 4 + 4 + 8 + 4 + 4 + 4
+    assert all(engine.is_closed for engine in executor.engines)
+    assert executor.running == 0
+
+
+def test_a_stop_closes_warm_engines_at_work() -> None:
+    executor = Planned(lambda n: float("inf"))
+    with contextlib.closing(WarmExecutor(executor)) as warm:
+        run(warm, [job("a", 1)], lambda answers: None, max_retries=0)
+
+        def failing(answers: list[Answer]) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(warm, [job("a", 1)], failing, max_retries=0)
+        assert [engine.is_closed for engine in executor.engines] == [True]
+
+
+def test_a_warm_engine_of_more_cells_serves_one_of_them() -> None:
+    executor = Planned(lambda n: float("inf"))
+    warm = WarmExecutor(executor)
+    both = dataclasses.replace(spec("a"), cells=(cell("a"), cell("b")))
+    place = warm.acquire(both)
+    assert place is not None
+    engine = warm.open(both, place)
+    warm.release(place)
+    assert warm.acquire(dataclasses.replace(spec("b"), dtype="bfloat16")) is not place
+    assert engine.engine.is_closed  # type: ignore[attr-defined]

@@ -12,10 +12,12 @@ from tiny_runs import run_recipe
 
 from tso_fast.config.settings import CellConfig, SamplerConfig, TrainConfig
 from tso_fast.errors import InputError
+from tso_fast.executors import local
 from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows, read_candidates, read_pairs
 from tso_fast.files.run import Iteration
+from tso_fast.generators import open_engine
 from tso_fast.judges import panel
 from tso_fast.matrix import ModelMatrix, open_cell
 from tso_fast.models.tokens import response_ids
@@ -389,7 +391,10 @@ def test_mcts_dpo_pairs_share_a_prefix_and_a_killed_search_goes_on(
 ) -> None:
     samplers = [SamplerConfig(kind="search", num_generations=3, num_rounds=5, step_tokens=2, depth=3, alone=True)]
     settings: dict[str, Any] = {"samplers": samplers, "num_iterations": 1}
+    opened: list[Any] = []
+    monkeypatch.setattr(local, "open_engine", lambda spec, **o: opened.append(spec) or open_engine(spec, **o))
     whole = run_recipe("mcts_dpo", tmp_path / "whole", **settings)
+    assert len(opened) == 1  # for all rounds
     pairs = read_pairs(whole.iteration(1).pairs, BadRows())
     assert len({pair.prompt.prefix for pair in pairs}) > 3
     for pair in pairs:

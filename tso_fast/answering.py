@@ -172,6 +172,7 @@ def answer(
     store: ResponseStore,
     bad: BadRows,
     advance: Advance = lambda count: None,
+    executor: Executor | None = None,
 ) -> Iterator[Candidates]:
     """The candidates with the responses of every cell after those they came with, read from the store one by one.
 
@@ -180,6 +181,7 @@ def answer(
 
     Args:
         advance: is told how many responses more are there, of ``num_generations`` of each cell to each prompt.
+        executor: where engines run; None: one is opened for this alone.
 
     Raises:
         InputError: an engine refused a prompt and ``bad`` does not skip; with all that was answered in the store.
@@ -201,7 +203,9 @@ def answer(
             del plan.prompt_of[a.key]
 
     jobs = plan.jobs(advance)
-    with contextlib.closing(make_executor(config, store.path.parent)) as executor:
+    with contextlib.ExitStack() as stack:
+        if executor is None:
+            executor = stack.enter_context(contextlib.closing(make_executor(config, store.path.parent)))
         executors.run(executor, jobs, done, max_retries=config.max_shard_retries, progress=advance)
     for number, reason in sorted(refused.items()):
         prompt = candidates[number].prompt

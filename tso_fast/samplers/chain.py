@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tso_fast.answering import Asked, answer, ask
+from tso_fast.answering import Asked, answer, ask, make_executor
 from tso_fast.config.settings import TrainConfig
 from tso_fast.errors import InputError
+from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.rows import BadRows, candidates_row
 from tso_fast.judges.judge import Judge
@@ -21,7 +23,7 @@ from tso_fast.samplers.controller import ControllerSampler
 from tso_fast.samplers.degrade import DegradeSampler
 from tso_fast.samplers.regenerate import RegenerateSampler
 from tso_fast.samplers.revise import ReviseSampler
-from tso_fast.samplers.sampler import Desk, Sampled, Sampler
+from tso_fast.samplers.sampler import Desk, Sampler
 from tso_fast.samplers.search import SearchSampler
 from tso_fast.training.monitors import PolicyStatistics
 from tso_fast.types import Candidates
@@ -81,33 +83,40 @@ def generate(
         InputError: an engine refused a prompt of the mini-batch, unless bad rows are skipped.
         EngineError: engines died too often; what was answered is kept.
     """
-    noted: dict[str, dict[str, Any]] = {}
-    for sampler in samplers:
-        config, noted[sampler.name] = sampler.settle(mini_batch, desk)
-        desk = dataclasses.replace(desk, config=config)
-    config, matrix, files = desk.config, desk.matrix, desk.files
-    asked = [a for a in ask_cells(matrix, config) if a.num_generations]
+    config, files = desk.config, desk.files
+    statistics, bad = PolicyStatistics(desk.matrix.policy.name), BadRows(config.on_bad_row)
+    written: list[Path] = []
+    noted: dict[str, Any] = {}
+    if not samplers:  # read and written one by one: all responses of a mini-batch would fill the memory
+        answered, noted["cells"] = _answered(mini_batch, desk, bad)
+        write_jsonl(files.responses, map(candidates_row, statistics.watch(answered)))
+    else:
+        with contextlib.closing(WarmExecutor(make_executor(config, desk.store.path.parent))) as executor:
+            desk = dataclasses.replace(desk, executor=executor)
+            own: dict[str, dict[str, Any]] = {}
+            for sampler in samplers:
+                config, own[sampler.name] = sampler.settle(mini_batch, desk)
+                desk = dataclasses.replace(desk, config=config)
+            answered, noted["cells"] = _answered(mini_batch, desk, bad)
+            candidates = list(statistics.watch(answered))
+            for sampler in samplers:
+                candidates, info, more = sampler.sample(candidates, desk)
+                written += more
+                own[sampler.name] |= info
+                console.print(f"iteration {files.number}: {sampler.name}: {_told(own[sampler.name])}")
+            write_jsonl(files.responses, map(candidates_row, candidates))
+            noted |= {"samplers": own, "refused_by_samplers": len(desk.bad.rows)}
+    noted |= {"refused_prompts": len(bad.rows), **statistics.to_dict()}
+    return [files.responses, *written, *bad.set_aside(files.refused)], noted
+
+
+def _answered(mini_batch: Sequence[Candidates], desk: Desk, bad: BadRows) -> tuple[Iterator[Candidates], list[str]]:
+    """The mini-batch with the responses of all cells, and the names of these."""
+    asked = [a for a in ask_cells(desk.matrix, desk.config) if a.num_generations]
     total = sum(a.num_generations for a in asked) * len(mini_batch)
-    statistics, bad, written = PolicyStatistics(matrix.policy.name), BadRows(config.on_bad_row), list[Path]()
-    with progress_bar(f"iteration {files.number}: generate, {len(asked)} cells", total) as advance:
-        answered = statistics.watch(answer(asked, mini_batch, matrix, config, desk.store, bad, advance))
-        if not samplers:  # one by one: a mini-batch with all its responses would fill the memory
-            write_jsonl(files.responses, map(candidates_row, answered))
-    if samplers:
-        sampled = Sampled(list(answered))
-        for sampler in samplers:
-            sampled = sampler.sample(sampled.candidates, desk)
-            written += sampled.files
-            noted[sampler.name] |= sampled.info
-            console.print(f"iteration {files.number}: {sampler.name}: {_told(noted[sampler.name])}")
-        write_jsonl(files.responses, map(candidates_row, sampled.candidates))
-    info = {
-        "cells": [a.cell.name for a in asked],
-        "refused_prompts": len(bad.rows),
-        **statistics.to_dict(),
-        **({"samplers": noted, "refused_by_samplers": len(desk.bad.rows)} if samplers else {}),
-    }
-    return [files.responses, *written, *bad.set_aside(files.refused)], info
+    with progress_bar(f"iteration {desk.files.number}: generate, {len(asked)} cells", total) as advance:
+        answered = answer(asked, mini_batch, desk.matrix, desk.config, desk.store, bad, advance, desk.executor)
+    return answered, [a.cell.name for a in asked]
 
 
 def _told(info: dict[str, Any]) -> str:

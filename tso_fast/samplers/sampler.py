@@ -15,6 +15,7 @@ from tso_fast.answering import Asked, answer, ask
 from tso_fast.config.settings import CellConfig, SamplerConfig, TrainConfig, sampler_name
 from tso_fast.correction.pairing import plays
 from tso_fast.errors import InputError, did_you_mean
+from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows
 from tso_fast.files.run import Iteration
@@ -52,6 +53,8 @@ class Desk:
     """Where the iteration keeps its files."""
     reference: Weights | None = None
     """The iteration's reference policy; None: the policy as it is."""
+    executor: WarmExecutor | None = None
+    """Keeps engines open between the samplers' questions; None: each opens its own."""
     bad: BadRows = field(default_factory=lambda: BadRows("skip"))
     """Where a prompt goes that an engine refused: one that a sampler wrote may exceed the context."""
 
@@ -104,14 +107,17 @@ class Desk:
         out, and are in ``bad``."""
         title = f"iteration {self.files.number}: {title}"
         with progress_bar(title, len(prompts) * asked.num_generations) as advance:
-            answered = answer([asked], prompts, self.matrix, self.config, self.store, self.bad, advance)
-            return list(answered)
+            return list(
+                answer([asked], prompts, self.matrix, self.config, self.store, self.bad, advance, self.executor)
+            )
 
     def scores(self, candidates: Sequence[Candidates]) -> list[list[float | None]]:
         """What the run's judges of single responses say of each response, on average; None: all of them abstain."""
         bench = Bench(
             bad=BadRows("skip"), settings=self.config, store=self.store, matrix=self.matrix, impl=self.config.impl
         )
+        if self.executor is not None and panel.needs_models(self.judges):
+            self.executor.cool()
         verdicts, _ = panel.ask(self.judges, candidates, bench)
         told: dict[tuple[str, int], list[float]] = defaultdict(list)
         for verdict in verdicts:
