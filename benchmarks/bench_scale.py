@@ -104,7 +104,6 @@ def peak_memory() -> Iterator[Callable[[], int]]:
 def train(work: Work, folder: Path) -> dict[str, float]:
     """Trains in this process, one of ``work.processes``; seconds and bytes."""
     import torch
-    from accelerate import Accelerator
 
     from tso_fast.config.settings import CellConfig, TrainConfig
     from tso_fast.files.run import Run
@@ -114,8 +113,6 @@ def train(work: Work, folder: Path) -> dict[str, float]:
     from tso_fast.types import Weights
 
     torch.set_num_threads(work.threads)
-    accelerator = Accelerator(cpu=True)
-    accelerator.wait_for_everyone()
     saving = [0.0]
     if work.save_every:
         save = Checkpoints.save
@@ -133,6 +130,8 @@ def train(work: Work, folder: Path) -> dict[str, float]:
         per_device_train_batch_size=work.batch // work.processes, save_steps=work.save_every,
         num_train_epochs=max(1, work.steps * work.batch // work.pairs), **work.settings,
     )  # fmt: skip
+    accelerator = module.make_accelerator(config, str(folder))
+    accelerator.wait_for_everyone()
     weights = Weights(folder / "model", folder / "model")
     with peak_memory() as peak:
         policy = load_policy(config, weights, accelerator, has_adapter=config.peft == "lora")
