@@ -346,7 +346,7 @@ def test_srpo_puts_each_response_after_the_other_and_itself(tmp_path: Path, stor
 
 
 def test_bmc_marks_what_chosen_and_rejected_do_not_share(tmp_path: Path, store: Path, made: Made) -> None:
-    run = run_recipe("bmc", tmp_path, store=store)
+    run = run_recipe("bmc", tmp_path, store=store, samplers=None, evidence_from=None)
     marks = made.inputs[0]["token_values"]
     for i, pair in enumerate(made.pairs[0]):
         shared = [

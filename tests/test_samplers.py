@@ -228,6 +228,13 @@ def test_pit_asks_for_an_improvement_of_what_is_in_the_prompt(tmp_path: Path) ->
         assert {pair.chosen.model, pair.rejected.model} == {"revise"}
 
 
+def test_bmc_pairs_a_response_with_itself_rewritten_towards_a_better_one(tmp_path: Path) -> None:
+    run = run_recipe("bmc", tmp_path, num_generations=2)
+    pairs = read_pairs(run.iteration(1).pairs, BadRows())
+    assert {(pair.chosen.model, pair.rejected.model) for pair in pairs} == {("revise", "m.v2")}
+    assert {(pair.score_chosen, pair.score_rejected) for pair in pairs} == {(1.0, 0.0)}
+
+
 # ---- regenerate
 
 
@@ -497,3 +504,14 @@ def test_bstar_samples_as_its_controller_says_also_when_it_goes_on(
     with ResponseStore(tmp_path / "store") as store:  # the tried prompts at the other temperature, and no prompt twice
         assert len(store) == 6 * 2 * 3 + 18 * info["num_generations"]
     assert {pair.chosen.model for pair in read_pairs(run.iteration(1).pairs, BadRows())} <= {"m.v2", HUMAN}
+
+
+def test_west_of_n_has_more_samples_in_each_iteration(tmp_path: Path) -> None:
+    run = run_recipe("west_of_n", tmp_path, num_generations=0, num_iterations=2, by_iteration=[
+        {"policy_num_generations": 2}, {"policy_num_generations": 3},
+    ])  # fmt: skip
+    answered = [read_candidates(run.iteration(t).responses, BadRows()) for t in (1, 2)]
+    own = [{sum(not r.is_human for r in item.responses) for item in candidates} for candidates in answered]
+    assert own == [{2}, {3}]
+    pairs = read_pairs(run.iteration(2).pairs, BadRows())
+    assert {(pair.chosen.model, pair.rejected.model) for pair in pairs} == {("tso-1", "tso-1")}

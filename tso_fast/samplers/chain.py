@@ -10,7 +10,7 @@ from typing import Any
 
 from tso_fast.answering import Asked, answer, ask, make_executor
 from tso_fast.config.settings import TrainConfig
-from tso_fast.errors import InputError
+from tso_fast.errors import InputError, TrainingError
 from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.rows import BadRows, candidates_row
@@ -104,6 +104,7 @@ def generate(
                 written += more
                 own[sampler.name] |= info
                 console.print(f"iteration {files.number}: {sampler.name}: {_told(own[sampler.name])}")
+            _check_left(candidates, desk)
             write_jsonl(files.responses, map(candidates_row, candidates))
             noted |= {"samplers": own, "refused_by_samplers": len(desk.bad.rows)}
     noted |= {"refused_prompts": len(bad.rows), **statistics.to_dict()}
@@ -117,6 +118,16 @@ def _answered(mini_batch: Sequence[Candidates], desk: Desk, bad: BadRows) -> tup
     with progress_bar(f"iteration {desk.files.number}: generate, {len(asked)} cells", total) as advance:
         answered = answer(asked, mini_batch, desk.matrix, desk.config, desk.store, bad, advance, desk.executor)
     return answered, [a.cell.name for a in asked]
+
+
+def _check_left(candidates: Sequence[Candidates], desk: Desk) -> None:
+    """Tells of prompts of the samplers that were refused, and raises TrainingError where they left no candidates."""
+    t, refused = desk.files.number, desk.bad.rows
+    why = f"; {len(refused)} of their prompts were refused, the first: {refused[0]['error']}" if refused else ""
+    if not candidates:
+        raise TrainingError(f"iteration {t}: the samplers left nothing to judge{why}; see the numbers above")
+    if refused:
+        console.print(f"warning: iteration {t}: samplers go on without some of theirs{why}", style="yellow")
 
 
 def _told(info: dict[str, Any]) -> str:
