@@ -45,7 +45,7 @@ from tso_fast.training import optimise as optimise_module
 from tso_fast.training.batches import collate
 from tso_fast.training.load import load_policy, save_policy
 from tso_fast.training.optimise import make_accelerator, optimise
-from tso_fast.training.reference import save_ema
+from tso_fast.training.reference import Others, running_mean, save_ema
 from tso_fast.training.shard import is_sharded, local_part, make_mesh, shard_policy
 from tso_fast.types import Weights
 
@@ -75,6 +75,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full, without a reference": ("llama", {"shard": "full", "loss_type": "simpo"}),
     "full, another reference": ("llama", {"shard": "full", "reference": "initial"}),
     "full, lora, another reference": ("llama", {"shard": "full", "reference": "initial", **LORA}),
+    "the policy as reference": ("llama", {"ref_model_sync_steps": 1}),
+    "full, a mean as reference": (
+        "llama-tied",
+        {"shard": "full", "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    ),
+    "full, two references": ("llama", {"shard": "full", "loss_type": "mrpo", "second_reference": "other"}),
+    "full, lora, rewards of another model": (
+        "qwen3",
+        {"shard": "full", "loss_type": "inverse_q", "token_values": "rewards", "token_reward_cell": "other", **LORA},
+    ),
     "hybrid": ("llama", {"shard": "hybrid"}),
     "hybrid, tied, lora": ("llama-tied", {"shard": "hybrid", **LORA}),
 }
@@ -100,6 +110,8 @@ def trained(models: Path, out: Path, name: str, *, micro: int, changes: dict[str
     accelerator = make_accelerator(config, str(out))
     policy = load_policy(config, weights_of(models, name), accelerator, has_adapter=config.peft == "lora")
     assert is_sharded(policy) == (config.shard != "none" and accelerator.num_processes > 1)
+    named = (config.second_reference, config.token_reward_cell)
+    second, rewarding = (None if name is None else weights_of(models, name) for name in named)
     figures = optimise(
         policy,
         encoded(11),
@@ -107,6 +119,8 @@ def trained(models: Path, out: Path, name: str, *, micro: int, changes: dict[str
         files=Run(out, {}, None).iteration(1),
         accelerator=accelerator,
         reference=weights_of(models, "other") if config.reference == "initial" else None,
+        others=Others(second=second, rewarding=rewarding),
+        mean=running_mean(config, policy, None, accelerator),
         pad_token_id=0,
     )
     save_policy(policy, TOKENIZER, out / "policy", accelerator)
@@ -241,7 +255,11 @@ def cut_and_resumed(models: Path, out: Path, before: int, after: int, changes: d
 RESUMED: dict[str, tuple[int, int, dict[str, Any]]] = {
     "one, dropout": (1, 1, {"disable_dropout": False, "lora_dropout": 0.3, **LORA}),
     "two": (2, 2, {}),
-    "two, sharded": (2, 2, {"shard": "full"}),
+    "two, sharded, a mean as reference": (
+        2,
+        2,
+        {"shard": "full", "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "ref_model_mixup_steps": 1},
+    ),
     "two, sharded, lora": (2, 2, {"shard": "full", **LORA}),
     "two then one": (2, 1, {"shard": "full"}),
     "one then two, sharded": (1, 2, {"shard": "full"}),
