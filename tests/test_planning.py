@@ -305,3 +305,16 @@ def test_the_kernels_constant_is_known_without_them() -> None:
 def test_a_plan_reads_the_settings_of_train() -> None:
     own = {f.name for f in dataclasses.fields(PlanConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
     assert own == {"gpu_memory_gb", "num_nodes", "prompt_tokens"}
+
+
+def test_a_reference_that_follows_and_further_sequences_are_counted() -> None:
+    config, batch = LlamaConfig(**DEEP), Batch(prompt=20, response=10)
+    model, world = Model(config=config, weights=NOWHERE), World(device="cpu")
+    plain, moving = (
+        plan_training(model, settings(), world, batch, follows=follows, has_mean=follows) for follows in (False, True)
+    )
+    weights = plain.parts["weights"]
+    assert moving.peak - plain.peak == moving.checkpoint - plain.checkpoint == weights
+    assert moving.reference_peak - plain.reference_peak == weights + plain.parts["optimizer"]
+    more = plan_training(model, settings(), world, dataclasses.replace(batch, sequences=6))
+    assert 2 * plain.parts["activations"] < more.parts["activations"] < 4 * plain.parts["activations"]

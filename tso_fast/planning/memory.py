@@ -179,11 +179,13 @@ class Batch:
     """Tokens of the longest response, as it is trained on."""
     per_prompt: int = 1
     """Most pairs of a prompt."""
+    sequences: int = 2
+    """Sequences of a pair."""
 
 
 def plan_training(
     model: Model, settings: OptimizationConfig, world: World, batch: Batch, *, needs_reference: bool = True,
-    has_other_reference: bool = False, has_ema: bool = False,
+    has_other_reference: bool = False, has_ema: bool = False, follows: bool = False, has_mean: bool = False,
 ) -> Training:  # fmt: skip
     """What a process holds while it trains.
 
@@ -191,6 +193,8 @@ def plan_training(
         needs_reference: whether the loss compares with a reference.
         has_other_reference: whether that is another model than the policy at the iteration's start.
         has_ema: whether the reference is a mean that is updated after training.
+        follows: whether the reference follows the policy while that is trained.
+        has_mean: whether it is then a mean of weights beside those of the policy.
     """
     counts, ranks = count(model, settings), _ranks(settings, world)
     is_sharded = ranks > 1
@@ -204,7 +208,8 @@ def plan_training(
     )
     context = CUDA_CONTEXT if world.device == "cuda" else 0
     weights, gradients = kept["weights"], kept["gradients"]
-    always = weights + context + counts.unpacked * itemsize(settings.dtype)
+    mean = weights if has_mean else 0
+    always = weights + mean + context + counts.unpacked * itemsize(settings.dtype)
     in_step = gathered.peak(peaks) if is_sharded else peaks.peak
     in_optimizer = gradients + STEP_ROOM.get(settings.optim, 0) * min(CHUNK, counts.largest // ranks)
     reference_peak = 0
@@ -213,9 +218,11 @@ def plan_training(
         scored = _largest([_trace(model, settings, world, sizes, is_sharded, False) for sizes in _shapes(pairs, batch)])
         other = weights if has_other_reference and settings.peft == "none" else 0
         buckets = counts.trained_bytes if world.size > 1 and not is_sharded else 0  # there from the start
-        reference_peak = always + buckets + other + scored.forward + gathered.forward
+        moments = kept["optimizer"] if follows else 0
+        reference_peak = always + buckets + moments + other + scored.forward + gathered.forward
     parts = {
         "weights": weights,
+        "mean as reference": mean,
         "gradients": gradients,
         "optimizer": kept["optimizer"],
         "gradients in transit": gathered.in_transit,
@@ -228,8 +235,8 @@ def plan_training(
         parts={name: size for name, size in parts.items() if size},
         peak=always + kept["optimizer"] + max(in_step, in_optimizer),
         reference_peak=reference_peak,
-        checkpoint=gradients + kept["optimizer"],
-        ema_peak=2 * weights + gradients + context if has_ema else 0,
+        checkpoint=gradients + kept["optimizer"] + mean,
+        ema_peak=2 * weights + gradients + context if has_ema and not has_mean else 0,
     )
 
 
@@ -256,8 +263,9 @@ def _ranks(settings: OptimizationConfig, world: World) -> int:
 
 def _shapes(pairs: int, batch: Batch) -> list[Sizes]:
     """Batches of the most tokens: all pairs of prompts of their own, or as many as may be of one prompt, whose
-    masks are larger."""
+    masks are larger. Further sequences are counted as pairs."""
     most = min(batch.per_prompt, pairs)
+    pairs = -(-pairs * batch.sequences // 2)
     return [Sizes(pairs=pairs, per_prompt=n, prompt=batch.prompt, response=batch.response) for n in sorted({1, most})]
 
 

@@ -17,6 +17,7 @@ from tso_fast.planning.generation import Engine, plan_engine
 from tso_fast.planning.memory import Batch, Counts, Model, Training, World, count, least, plan_training
 from tso_fast.training.memory import Settings, costless, lossy
 from tso_fast.training.optimise import configured_loss
+from tso_fast.training.reference import has_running_mean
 from tso_fast.types import Weights
 
 
@@ -68,8 +69,12 @@ def make_plan(config: PlanConfig) -> Plan:
     contexts = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in models]
     context = min((c for c in contexts if c), default=None)
     prompts = work.prompts_of(config, Path(models[chosen].weights.base), context, config.prompt_tokens)
+    response, extra = work.response_tokens(config, prompts), configured_loss(config).num_extra or 0
     batch = Batch(
-        prompt=prompts.longest, response=work.response_tokens(config, prompts), per_prompt=max(1, config.max_pairs)
+        prompt=prompts.longest + (response if config.revision_template else 0),
+        response=response,
+        per_prompt=max(1, config.max_pairs),
+        sequences=2 + extra,
     )
     limit = int(config.gpu_memory_gb * 1e9)
     training = _train(models[chosen], config, world, batch)
@@ -146,8 +151,10 @@ def _train(model: Model, config: PlanConfig, world: World, batch: Batch) -> Trai
         world,
         batch,
         needs_reference=configured_loss(config).needs_reference,
-        has_other_reference=config.reference != "previous",
+        has_other_reference=config.reference != "previous" or bool(config.second_reference or config.token_reward_cell),
         has_ema=config.reference == "ema",
+        follows=config.ref_model_sync_steps is not None,
+        has_mean=has_running_mean(config),
     )
 
 

@@ -129,15 +129,20 @@ class RunningMean:
             yield local_part(mean), local_part(own)
 
 
+def has_running_mean(config: ReferenceConfig) -> bool:
+    """Whether the reference follows a mean inside an iteration, and not the policy itself."""
+    return config.ref_model_sync_steps is not None and (config.reference == "ema" or mixup_alpha(config) < 1)
+
+
 def running_mean(
     config: TrainConfig, policy: Policy, reference: Weights | None, accelerator: Accelerator
 ) -> RunningMean | None:
-    """The mean that the reference follows inside an iteration; None: there is none, or it is the policy itself.
+    """The mean that the reference follows inside an iteration; None: there is none.
 
     Args:
         reference: what it starts from; None: the policy as it is.
     """
-    if config.ref_model_sync_steps is None or (config.reference != "ema" and mixup_alpha(config) == 1):
+    if not has_running_mean(config):
         return None
     start = policy if reference is None else load_policy(config, reference, accelerator)
     mean = RunningMean(start)
