@@ -28,7 +28,7 @@ from tso_fast.types import PairBatch, Weights
 
 ROOT = Path(__file__).parents[1]
 NOWHERE = Weights(Path("-"), Path("-"))
-DEEP = SHAPE | {"num_hidden_layers": 7, "vocab_size": 1009, "hidden_size": 64, "max_position_embeddings": 512}
+DEEP = SHAPE | {"num_hidden_layers": 5, "vocab_size": 1009, "hidden_size": 64, "max_position_embeddings": 512}
 LLAMA_3 = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 LLAMA_8B = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA_3
