@@ -16,7 +16,15 @@ from transformers import PreTrainedTokenizerFast
 
 from tso_fast.errors import InputError
 from tso_fast.models.layout import attention_mask, padded, shared
-from tso_fast.models.tokens import IGNORE, encode_prompt, encode_response, end_of_turn, pad_sequences, response_ids
+from tso_fast.models.tokens import (
+    IGNORE,
+    encode_prompt,
+    encode_response,
+    end_of_turn,
+    pad_sequences,
+    response_ids,
+    revision_prompt,
+)
 from tso_fast.training.batches import EncodedPair, collate, encode_pairs, num_steps, num_tokens, plan_steps
 from tso_fast.types import Message, PreferencePair, Prompt, Response
 
@@ -316,6 +324,35 @@ def test_max_length_cuts_the_end_of_responses_and_leaves_out_what_has_no_room() 
     shortest = encode_pairs(tokenizer, pairs, None, len(fits.prompt) + 1).pairs
     assert [(len(pair.chosen), len(pair.rejected)) for pair in shortest] == [(1, 1), (1, 1)]
     assert encode_pairs(tokenizer, pairs, None, len(fits.prompt)).pairs == []
+
+
+def test_further_sequences_are_encoded_cut_and_counted_like_others() -> None:
+    tokenizer, _ = family("llama3")
+    prompt, template = Prompt(id="q", prompt=QUESTION), "{prompt} Better than {response}, {prompt}?"
+    plain = preference(prompt, "5", ANSWER)
+    pair = dataclasses.replace(plain, extra=(Response(model="m", text="6"),))
+    (whole,) = encode_pairs(tokenizer, [pair], None, None, template).pairs
+    after = [encode_prompt(tokenizer, revision_prompt(prompt, text, template)) for text in ("5", ANSWER)]
+    assert f"{QUESTION} Better than 5, {QUESTION}?" in tokenizer.decode(after[0])
+    assert whole.extra == (
+        (whole.prompt, encode_response(tokenizer, prompt, "6")),
+        (after[0], whole.rejected),
+        (after[1], whole.chosen),
+        (after[0], whole.chosen),
+        (after[1], whole.rejected),
+    )
+    longest = len(after[1]) + len(whole.rejected)
+    assert whole.length == longest
+    assert encode_pairs(tokenizer, [pair], longest - 1, None, template).too_long == ["q"]
+    assert encode_pairs(tokenizer, [pair], None, len(after[1]), template).too_long == ["q"]
+    (cut,), _, truncated = encode_pairs(tokenizer, [pair], None, longest - 1, template)
+    assert (truncated, cut.rejected, cut.extra[1][1]) == (["q"], whole.rejected, whole.rejected)
+    assert cut.extra[4][1] == whole.rejected[:-1]
+    computed = sum(map(len, (whole.prompt, *after))) + sum(len(ids) - 1 for _, ids in whole.sequences)
+    assert num_tokens([whole], [0], share_prompts=True) == computed
+    batch = collate([whole], [0], pad_token_id=0, device=torch.device("cpu"), share_prompts=True)
+    assert batch.pairs.tolist() == [list(range(7))]
+    assert int((batch.layout.attention_mask).sum()) == computed  # each context is there once
 
 
 # --------------------------------------------------------------------------------------------------------- batches

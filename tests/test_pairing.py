@@ -16,6 +16,7 @@ from tso_fast.config.settings import EvidenceConfig, PairingConfig
 from tso_fast.correction.decide import Corrected
 from tso_fast.correction.make_pairs import make_pairs
 from tso_fast.correction.pairing import select, to_pair
+from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, pair_row, read_candidates
 from tso_fast.judges.verifier import make_verifier, verify
 from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
@@ -254,6 +255,17 @@ def test_win_rates_are_over_the_others_or_over_all() -> None:
     assert of_all == pytest.approx((2.5 / 3, 0.5 / 3))  # of three known ones, one itself, a tie
     unknown = to_pair(candidates, pair, scores, dataclasses.replace(config, soft_label_kappa=1.0), win_rates=[NAN] * 4)
     assert unknown.win_rates == (unknown.soft_label, 1 - unknown.soft_label)
+
+
+def test_a_further_response_is_the_first_of_the_named_model() -> None:
+    candidates, scores = item("a", "b", "c"), [3.0, 2.0, 1.0]
+    named = dataclasses.replace(candidates.responses[1], model="greedy")
+    candidates = dataclasses.replace(candidates, responses=(candidates.responses[0], named, candidates.responses[2]))
+    config = PairingConfig(extra_from="greedy")
+    pair = used(corrected(candidates, scores, config))[0]
+    assert to_pair(candidates, pair, scores, config).extra == (named,)
+    with pytest.raises(InputError, match=r"q: extra_from: 'greed' has no response; expected one of .*greedy"):
+        to_pair(candidates, pair, scores, PairingConfig(extra_from="greed"))
 
 
 def test_margin_is_proportional_to_the_gap() -> None:
