@@ -396,7 +396,7 @@ def test_humanline_is_trained_on_clamped_ratios_of_tokens() -> None:
     [
         ({"loss_type": "mrpo"}, "MRPO needs log-probs under a second reference; set second_reference, or train on"),
         ({"loss_type": "bmc"}, "BMC needs a number for each token; set token_values, or train on"),
-        ({"loss_type": ["dpo", "selm"]}, r"needs 1 further sequence for each pair; set extra_from \(1\) or answer_"),
+        ({"loss_type": ["dpo", "selm"]}, r"needs 1 further sequence for each pair; set extra_from \(1\) or revision_"),
         ({"loss_type": "srpo", "extra_from": "m"}, "needs 4 further sequences for each pair, and extra_from make"),
         ({"loss_type": "dpo", "extra_from": "m"}, "extra_from: it has no effect on loss_type 'dpo'"),
         ({"loss_type": "dpo", "token_values": "differences"}, "token_values: it has no effect on loss_type 'dpo'"),

@@ -97,8 +97,8 @@ class Scoring:
         config = self.config
         if not (config.cache_reference and key):
             return compute()
-        how = (key, per_token, config.dtype, config.bf16, self.is_sharded, self.shares_prompts)
-        return cached_logprobs(file, pairs, how, self.accelerator, compute)
+        rounds = config.dtype, config.bf16, config.load_in_4bit, self.is_sharded, self.shares_prompts
+        return cached_logprobs(file, pairs, (key, per_token, *rounds), self.accelerator, compute)
 
 
 def make_inputs(

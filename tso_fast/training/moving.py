@@ -12,6 +12,7 @@ from tso_fast.config.settings import ReferenceConfig
 from tso_fast.training.batches import EncodedPair
 from tso_fast.training.inputs import Logprobs, Scoring
 from tso_fast.training.reference import RunningMean, mixup_alpha
+from tso_fast.training.shard import reshard
 
 
 class MovingReference:
@@ -52,6 +53,7 @@ class MovingReference:
         with contextlib.nullcontext() if self.mean is None else self.mean.in_place_of(policy):
             per_token = bool(self.logprobs.by_completion)
             found = self.scoring.by(policy, [self.pairs[i] for i in index], per_token=per_token)
+        reshard(policy)
         policy.train()
         self.logprobs.fill(index, found)
 

@@ -180,14 +180,8 @@ def optimise(
         wrapped, optimizer = accelerator.prepare(policy, optimizer)
     total_steps = num_steps(len(pairs), **_shares(config, accelerator))
     scoring = Scoring(wrapped, config, files, accelerator, pad_token_id)
-    every = config.ref_model_sync_steps if isinstance(config, ReferenceConfig) else None
-    steps = [step.all_index for step in _plan(pairs, config, files, accelerator)] if every else []
-    first = pairs_of(steps[:every]) if every else None
-    inputs, logprobs = make_inputs(loss, pairs, scoring, reference, others or Others(), reference_key, first)
-    moving = None
-    if every and logprobs is not None:
-        assert isinstance(config, ReferenceConfig)
-        moving = MovingReference(config, scoring, pairs, steps, logprobs, mean)
+    compared = reference, others or Others(), reference_key
+    inputs, moving = _inputs(loss, pairs, config, scoring, compared, mean)
     run = _Training(
         policy=wrapped,
         optimizer=optimizer,
@@ -220,6 +214,28 @@ def _shares(config: OptimizationConfig, accelerator: Accelerator) -> dict[str, i
         "accumulation": config.gradient_accumulation_steps,
         "world": accelerator.num_processes,
     }
+
+
+def _inputs(
+    loss: Loss,
+    pairs: Sequence[EncodedPair],
+    config: OptimizationConfig,
+    scoring: Scoring,
+    compared: tuple[Weights | None, Others, str],
+    mean: RunningMean | None,
+) -> tuple[dict[str, Any], MovingReference | None]:
+    """What batches hold beside pairs, and the reference that changes it on the way, if there is one.
+
+    Args:
+        compared: the reference, other weights and the reference's key, for ``make_inputs``.
+    """
+    if not isinstance(config, ReferenceConfig) or config.ref_model_sync_steps is None:
+        return make_inputs(loss, pairs, scoring, *compared)[0], None
+    steps = [step.all_index for step in _plan(pairs, config, scoring.files, scoring.accelerator)]
+    first = pairs_of(steps[: config.ref_model_sync_steps])
+    inputs, logprobs = make_inputs(loss, pairs, scoring, *compared, first)
+    assert logprobs is not None
+    return inputs, MovingReference(config, scoring, pairs, steps, logprobs, mean)
 
 
 def _plan(

@@ -92,7 +92,7 @@ def mixup_alpha(config: ReferenceConfig) -> float:
 
 
 class RunningMean:
-    """A mean of weights beside those that are trained, sharded like them: as much memory once more.
+    """A mean of weights beside those that are trained, sharded like them and in their dtype: as much memory once more.
 
     Args:
         start: the model whose weights it starts from.
