@@ -358,6 +358,8 @@ def test_what_is_missing_is_named() -> None:
             "judge_reliability: it has no effect with evidence 'prior'",
         ),
         ("pairs", ["--soft_label_kappa", "1", "--soft_label_by", "win_rate"], "soft_label_kappa: it has no effect"),
+        ("pairs", ["--soft_label_by", "score_share"], "soft_label_score: got None with soft_label_by 'score_share'"),
+        ("pairs", ["--soft_label_score", "visits"], "soft_label_score: got 'visits' with soft_label_by None"),
         ("pairs", ["--diversity_band", "1"], "diversity_band: it has no effect with pair_strategy 'random'"),
         ("pairs", ["--diversity_ngram", "2"], "diversity_ngram: it has no effect with pair_strategy 'random'"),
         ("pairs", ["--score_normalize", "z", "--consensus", "borda"], "score_normalize: 'z' has no effect"),

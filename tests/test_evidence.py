@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -273,6 +274,27 @@ def test_a_program_alone_needs_no_estimate() -> None:
     _, info = decide(scores, evidence="auto")
     assert reasons(info) == [("swap", "contradicted")]
     assert info["evidence"]["why"] == "verifier alone voted, whose reliability is not estimated"
+
+
+def test_only_those_named_are_heard_beside_people() -> None:
+    scores = [Verdict(prompt_id="q", response=i, judge="verifier", score=s) for i, s in enumerate([0.0, 1.0])]
+    scored = item("q", "new", "old")
+    responses = [
+        dataclasses.replace(r, scores={"search": s}) for r, s in zip(scored.responses, (1.0, 0.0), strict=True)
+    ]
+    scored = dataclasses.replace(scored, responses=tuple(responses))
+
+    def reason(verdicts: list[Verdict | Comparison], names: list[str]) -> list[tuple[str, str]]:
+        config = EvidenceConfig(evidence="consensus", evidence_from=names)
+        return reasons(make_pairs([scored], verdicts, config, PairingConfig(), 0)[1])
+
+    assert reason([*scores, said(0.1)], ["search"]) == [("keep", "confirmed")]
+    assert reason([*scores, said(0.9)], ["verifier"]) == [("swap", "contradicted")]
+    assert reason([*scores, label(0.0)], ["search"]) == [("swap", "human: contradicted")]
+    with pytest.raises(
+        InputError, match="evidence_from: no judge and no score is called 'serch'; did you mean 'search'"
+    ):
+        reason(list(scores), ["serch"])
 
 
 def test_names_that_nobody_has_are_refused() -> None:

@@ -237,6 +237,15 @@ def test_scale_by_hardness_is_twice_the_share_below_the_chosen() -> None:
     assert strength([1.0, 0.0, 0.0, 0.0], 0, 1, scale_by="hardness").scale == 1.5
 
 
+def test_soft_label_is_a_share_of_what_came_with_the_responses() -> None:
+    config = PairingConfig(soft_label_by="score_share", soft_label_score="visits")
+    for visits, label in (((6.0, 2.0), 0.75), ((1.0, 3.0), 0.5), ((0.0, 0.0), 0.5)):
+        responses = tuple(Response(model=f"m{v}", text=str(v), scores={"visits": v}) for v in visits)
+        item = Candidates(prompt=Prompt(id="q", prompt="?"), responses=responses)
+        corrected = Corrected(chosen=0, rejected=1, prior="none", decision="keep", reason="", gap=0.5)
+        assert to_pair(item, corrected, [1.0, 0.5], config).soft_label == label
+
+
 def test_soft_label_is_the_sigmoid_of_the_gap() -> None:
     assert strength([0.0, 0.5], 1, 0, soft_label_kappa=3.0).soft_label == pytest.approx(1 / (1 + math.exp(-1.5)))
     assert strength([0.0, 0.5], 1, 0, soft_label_kappa=0.0).soft_label == 0.5

@@ -48,7 +48,13 @@ def iteration(t, title="a loss (ours)"):
     return [
         (
             f"iter-{t}/generate",
-            {"responses": 90, "cells": ["s.v1", "m.v1"], "generated_tokens": 4.0 + t, "distinct_responses": 0.6},
+            {
+                "responses": 90,
+                "cells": ["s.v1", "m.v1"],
+                "generated_tokens": 4.0 + t,
+                "distinct_responses": 0.6,
+                "samplers": {"controller": {"temperature": 0.5 + 0.2 * t, "num_generations": 8}},
+            },
         ),
         (f"iter-{t}/score", {"verdicts": 90, "skipped_prompts": 0}),
         (
@@ -336,6 +342,12 @@ def test_page_needs_nothing_else_and_escapes(whole):
     assert text.count('class="pair"') == 8
     assert sum(found.text.count(f"prior: {kind} (confirmed)") for kind in ("human · keep", "newer · swap")) >= 4
     assert not list(run.glob(".tmp-*"))
+
+
+def test_what_samplers_noted(whole):
+    _, found, _ = whole
+    assert "temperature 0.7, num generations 8" in found.text
+    assert "temperature 0.9, num generations 8" in found.text
 
 
 def test_the_panel_of_judges(whole):

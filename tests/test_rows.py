@@ -271,6 +271,7 @@ def random_candidates(r: random.Random, i: int) -> Candidates:
         prompt=r.choice(["What?", "  spaces  ", conversation]),
         human_responses=humans,
         answer=r.choice([None, "", "5"]),
+        prefix=r.choice([(), (0, 7)]),
     )
     responses = [random_response(r, model, sample) for model in ("m", "n") for sample in range(r.randrange(3))]
     responses += [Response(model="human", text=text, sample=i) for i, text in enumerate(humans)]

@@ -20,7 +20,7 @@ from tso_fast.files.run import Iteration
 from tso_fast.generators import open_engine
 from tso_fast.judges import panel
 from tso_fast.matrix import ModelMatrix, open_cell
-from tso_fast.models.tokens import response_ids
+from tso_fast.models.tokens import encode_prompt, response_ids, whole_text
 from tso_fast.samplers import regenerate
 from tso_fast.samplers.chain import check, make_samplers
 from tso_fast.samplers.controller import balance_of
@@ -112,6 +112,26 @@ def test_one_of_ones_own_takes_part(desk: Callable[..., Desk]) -> None:
     (found,) = only(kind="test_samplers:Shouting", name="loud").sample([item(NEW)], desk()).candidates
     loud = found.responses[1]
     assert (loud.model, loud.text, loud.version_rank, loud.token_ids) == ("loud", "THE DOG 2", 2, None)
+
+
+def test_a_prefix_is_the_beginning_of_every_response(desk: Callable[..., Desk], matrix: ModelMatrix) -> None:
+    tokenizer, at = matrix.tokenizer, desk()
+    whole = response_ids(tokenizer, item().prompt, PERSON)
+    prompt = dataclasses.replace(item().prompt, prefix=whole[:3])
+    assert encode_prompt(tokenizer, prompt) == (*encode_prompt(tokenizer, item().prompt), *whole[:3])
+    assert response_ids(tokenizer, prompt, PERSON) == whole[3:]
+    with pytest.raises(InputError, match=r"q1: the text 'the dog 2' does not go on from field 'prefix'"):
+        response_ids(tokenizer, prompt, NEW)
+    (answered,) = at.answer(
+        at.ask(SamplerConfig(kind="x", num_generations=3)), [Candidates(prompt=prompt, responses=())], ""
+    )
+    for response in answered.responses:
+        assert response.token_ids is not None
+        assert len(response.token_ids) <= 8 - 3
+        assert response.text == tokenizer.decode(whole[:3] + response.token_ids, skip_special_tokens=True)
+    assert whole_text(tokenizer, whole[:3], whole[3:5], tokenizer.decode(whole[3:5])[:1]) == (
+        tokenizer.decode(whole[:3]) + tokenizer.decode(whole[3:5])[:1]
+    )
 
 
 # ---- degrade

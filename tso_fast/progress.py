@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +42,12 @@ def confirm(question: str) -> bool:
         console.print(f"{question} Nobody is here to answer, so it is not done")
         return False
     return console.input(f"{question} [y/N] ", markup=False, emoji=False).strip().lower() in ("y", "yes")
+
+
+def spelled_out(info: Mapping[str, Any]) -> str:
+    """``temperature 0.7, in buffer 12``."""
+    told = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in info.items())
+    return ", ".join(told).replace("_", " ")
 
 
 @contextlib.contextmanager

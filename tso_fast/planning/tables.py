@@ -37,6 +37,9 @@ def tables(plan: Plan, config: PlanConfig) -> Iterator[TitledTable | str]:
     yield ""
     if plan.work is not None:
         yield make_table("An iteration, at most", ("what", "count"), _work(plan.work))
+        if config.samplers:
+            names = ", ".join(sampler.name or sampler.kind for sampler in config.samplers)
+            yield f"What samplers generate is not counted: {names}"
         yield ""
     if plan.main_memory:
         yield make_table("Main memory of a machine", ("what", "size"), _sizes(plan.main_memory))

@@ -12,6 +12,7 @@ from typing import Any
 from tso_fast.files.atomic import atomic_file
 from tso_fast.files.rows import BadRows, read_pairs
 from tso_fast.files.run import REPORT_FILE, Iteration
+from tso_fast.progress import spelled_out
 from tso_fast.report.summary import (
     COMPARISON_COLUMNS,
     VERSION_COLUMNS,
@@ -140,6 +141,7 @@ means over the iteration.</p>"""
     ):
         if svg is not None:
             yield _figure(heading, svg, caption)
+    yield from _samplers(run)
     yield from _judges(run)
     yield from _pairs(run)
     yield "<h2>Configuration</h2>" + _settings(run.config)
@@ -168,6 +170,18 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     return (
         f'<div class="scroll"><table class="{kind}"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _samplers(run: Summary) -> Iterable[str]:
+    """What samplers noted, iteration by iteration."""
+    rows = [
+        (str(version.iteration), name, spelled_out(info))
+        for version in run.versions
+        for name, info in version.samplers.items()
+    ]
+    if rows:
+        yield "<h2>Samplers</h2>"
+        yield _table(("iteration", "sampler", "noted"), rows)
 
 
 def _judges(run: Summary) -> Iterable[str]:

@@ -56,6 +56,8 @@ class Version:
     rejected_tokens: float | None = None
     generated_tokens: float | None = None
     """Mean length of the policy's samples used in this iteration, which come from the previous version."""
+    samplers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What samplers noted of this iteration, by name, see ``samplers.sampler.Sampled``."""
     skipped_steps: int | None = None
     warnings: tuple[str, ...] = ()
 
@@ -166,6 +168,7 @@ def summarise(folder: str | Path) -> Summary:
 def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str) -> Version:
     evaluated, paired, trained = (stages.get(stage, {}) for stage in ("eval", "pairs", "train"))
     asides = (
+        (stages.get("generate", {}).get("refused_by_samplers"), "prompts of samplers were refused"),
         (stages.get("score", {}).get("skipped_prompts"), "prompts could not be judged and were set aside"),
         (paired.get("abstained"), "verdicts abstained"),
         (trained.get("too_long"), "pairs were longer than the context or max_length and left out"),
@@ -182,6 +185,7 @@ def _version(iteration: int, stages: Mapping[str, Mapping[str, Any]], name: str)
         **{key: trained.get("means", {}).get(mean) for key, mean in _MEANS.items()},
         is_trained="train" in stages,
         generated_tokens=stages.get("generate", {}).get("generated_tokens"),
+        samplers=stages.get("generate", {}).get("samplers") or {},
         skipped_steps=trained.get("skipped_steps"),
         warnings=(
             *trained.get("warnings", ()),

@@ -16,7 +16,7 @@ from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.rows import BadRows, candidates_row
 from tso_fast.judges.judge import Judge
 from tso_fast.matrix import ModelMatrix
-from tso_fast.progress import console, progress_bar
+from tso_fast.progress import console, progress_bar, spelled_out
 from tso_fast.registry import make
 from tso_fast.samplers.again import AgainSampler
 from tso_fast.samplers.controller import ControllerSampler
@@ -103,7 +103,7 @@ def generate(
                 candidates, info, more = sampler.sample(candidates, desk)
                 written += more
                 own[sampler.name] |= info
-                console.print(f"iteration {files.number}: {sampler.name}: {_told(own[sampler.name])}")
+                console.print(f"iteration {files.number}: {sampler.name}: {spelled_out(own[sampler.name])}")
             _check_left(candidates, desk)
             write_jsonl(files.responses, map(candidates_row, candidates))
             noted |= {"samplers": own, "refused_by_samplers": len(desk.bad.rows)}
@@ -128,8 +128,3 @@ def _check_left(candidates: Sequence[Candidates], desk: Desk) -> None:
         raise TrainingError(f"iteration {t}: the samplers left nothing to judge{why}; see the numbers above")
     if refused:
         console.print(f"warning: iteration {t}: samplers go on without some of theirs{why}", style="yellow")
-
-
-def _told(info: dict[str, Any]) -> str:
-    told = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in info.items())
-    return ", ".join(told).replace("_", " ")
