@@ -100,6 +100,11 @@ def test_a_sampler_that_cannot_be(samplers: list[dict[str, Any]], message: str) 
 def test_names_are_known_and_distinct(matrix: ModelMatrix) -> None:
     with pytest.raises(InputError, match=r"the name 'm\.v2' is that of a cell or judge"):
         check([only(kind="degrade", name="m.v2")], matrix, [])
+    with pytest.raises(InputError, match=r"sampler revise: cell: no cell is called 'm\.v3'; did you mean 'm\.v2'"):
+        check([only(kind="revise", cell="m.v3")], matrix, [])
+    named = ModelMatrix([CellConfig(path=str(matrix.policy.path), name="reference")])
+    with pytest.raises(InputError, match="sampler revise: cell: a cell is called 'reference' too"):
+        check([only(kind="revise", cell="reference")], named, [])
 
 
 def test_who_is_worked_on(desk: Callable[..., Desk]) -> None:

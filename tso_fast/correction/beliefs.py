@@ -178,7 +178,7 @@ def _check_known(
         if name not in known:
             raise InputError(
                 f"evidence_from: no judge and no score is called {name!r}{did_you_mean(name, known)}; there are "
-                f"{', '.join(sorted(known - {HUMAN})) or 'none'}"
+                f"{', '.join(sorted(known - {HUMAN})) or 'none'}; a sampler that added nothing gave none"
             )
 
 

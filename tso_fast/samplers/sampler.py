@@ -162,6 +162,11 @@ class Sampler(Protocol):
 
     def check(self, matrix: ModelMatrix, judges: Sequence[Judge]) -> None:
         """Called before anything is generated; raises InputError where a cell or the judges cannot be used."""
+        if self.config.cell == REFERENCE and REFERENCE in matrix.named:
+            raise InputError(
+                f"sampler {self.name}: cell: a cell is called {REFERENCE!r} too, which is the iteration's reference; "
+                "set another name"
+            )
         known = {REFERENCE, *matrix.named}
         if self.config.cell is not None and self.config.cell not in known:
             raise InputError(
