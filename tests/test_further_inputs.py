@@ -135,7 +135,9 @@ class Seen:
     logprobs: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
-def follow(folder: Path, patch: pytest.MonkeyPatch, *, stop_at: int = 0, **changes: Any) -> tuple[Seen, Any, Any]:
+def follow(
+    folder: Path, patch: pytest.MonkeyPatch, *, stop_at: int = 0, before: int = 0, **changes: Any
+) -> tuple[Seen, Any, Any]:
     """Trains on 12 pairs, six steps an epoch, and gives what was seen, the final weights and the final mean."""
     config = settings(folder, per_device_train_batch_size=2, logging_steps=1, num_train_epochs=1, **changes)
     policy, seen, real = Policy(tiny().float()), Seen(), optimise.backward
@@ -155,7 +157,7 @@ def follow(folder: Path, patch: pytest.MonkeyPatch, *, stop_at: int = 0, **chang
         with Run.open(folder, {}, {}, {}) as run:
             optimise.optimise(
                 policy, encoded(12), config, files=run.iteration(1), accelerator=accelerator, reference=None, mean=mean,
-                pad_token_id=0,
+                pad_token_id=0, steps_before=before,
             )  # fmt: skip
     finally:
         patch.setattr(optimise, "backward", real)
@@ -179,19 +181,23 @@ def test_a_reference_that_is_the_policy_every_other_step(tmp_path: Path, monkeyp
     assert max(rewards[0::2]) < 1e-6 < 1e-3 < max(rewards[1::2])
 
 
-def test_a_reference_that_is_a_mean_over_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixed every second step, used from every fourth; the policy's own weights are as they were after it."""
-    seen, last, mean = follow(
-        tmp_path, monkeypatch, ref_model_sync_steps=4, ref_model_mixup_steps=2, ref_model_mixup_alpha=0.25
-    )
-    pairs, means = encoded(12), [seen.weights[0]]
-    for after in (2, 4, 6):
-        now = [*seen.weights, last][after]
-        means.append([torch.lerp(a, b, 0.25) for a, b in zip(means[-1], now, strict=True)])
-    for number, (index, logprobs) in enumerate(zip(seen.steps, seen.logprobs, strict=True)):
-        want = sums_under(means[0] if number < 4 else means[2], [pairs[i] for i in index])
+@pytest.mark.parametrize(("reference", "counted"), [("previous", 0), ("ema", 3)])
+def test_a_reference_that_is_a_mean_over_steps(
+    reference: str, counted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed every second step, used from every fourth, after three in iterations before; the policy is not changed."""
+    changes = {"ref_model_sync_steps": 4, "ref_model_mixup_steps": 2, "ref_model_mixup_alpha": 0.25}
+    seen, last, mean = follow(tmp_path, monkeypatch, before=3, reference=reference, **changes)
+    pairs, running = encoded(12), seen.weights[0]
+    compared = running
+    for number, (index, logprobs) in enumerate(zip(seen.steps, seen.logprobs, strict=True), start=1):
+        want = sums_under(compared, [pairs[i] for i in index])
         torch.testing.assert_close(logprobs, want, rtol=1e-5, atol=1e-5)
-    for own, want in zip(mean.weights.values(), means[3], strict=True):
+        now = [*seen.weights, last][number]
+        if (counted + number) % 2 == 0:
+            running = [torch.lerp(a, b, 0.25) for a, b in zip(running, now, strict=True)]
+        compared = running if (counted + number) % 4 == 0 else compared
+    for own, want in zip(mean.weights.values(), running, strict=True):
         torch.testing.assert_close(own, want)
 
 

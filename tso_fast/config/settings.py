@@ -450,9 +450,9 @@ class ReferenceConfig:
     each iteration, default 0.6; with `ref_model_sync_steps` and `previous` too, default 1, a copy."""
     ref_model_sync_steps: PositiveInt | None = None
     """Optimiser steps after which the reference follows the policy inside an iteration too (TR-DPO); default: it stays.
-    `reference: previous` begins each iteration with the policy as it is then, `ema` goes on with what it became. Each
-    pair costs a forward pass of the reference whenever it is trained on, and a share below 1, or `ema`, the memory of
-    the weights once more."""
+    `reference: previous` begins each iteration with the policy as it is then, and counts anew; `ema` goes on with what
+    it became, and counts on. Each pair costs a forward pass of the reference whenever it is trained on, and a share
+    below 1, or `ema`, the memory of the weights once more."""
     ref_model_mixup_steps: PositiveInt | None = None
     """Optimiser steps after which the share is mixed in, at most `ref_model_sync_steps`, which is the default: 1 makes
     the reference a copy of the policy's running mean over steps (SAPO)."""

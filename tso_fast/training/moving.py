@@ -24,8 +24,9 @@ class MovingReference:
 
     Args:
         steps: the pairs of each step of the iteration.
-        logprobs: the reference's, in place; those of the first steps are there.
+        logprobs: the reference's, in place; those of the pairs of ``first_steps`` are there.
         mean: what the reference is when it moves; None: the policy.
+        before: optimiser steps of the iterations before, which are counted.
     """
 
     def __init__(
@@ -36,18 +37,20 @@ class MovingReference:
         steps: Sequence[Sequence[int]],
         logprobs: Logprobs,
         mean: RunningMean | None,
+        before: int,
     ) -> None:
         assert config.ref_model_sync_steps is not None
         self.every, self.alpha = config.ref_model_sync_steps, mixup_alpha(config)
         self.mixed_every = config.ref_model_mixup_steps or self.every
         self.scoring, self.pairs, self.steps, self.logprobs, self.mean = scoring, pairs, steps, logprobs, mean
+        self.before = before
 
     def after(self, step: int) -> None:
         """Moves the reference, if it is its turn, once the policy made its ``step``."""
         policy: Any = self.scoring.policy
-        if self.mean is not None and step % self.mixed_every == 0:
+        if self.mean is not None and (self.before + step) % self.mixed_every == 0:
             self.mean.add(policy, self.alpha)
-        if step % self.every or step >= len(self.steps):
+        if (self.before + step) % self.every or step >= len(self.steps):
             return
         index = pairs_of(self.steps[step : step + self.every])
         with contextlib.nullcontext() if self.mean is None else self.mean.in_place_of(policy):
@@ -61,6 +64,12 @@ class MovingReference:
         """What a checkpoint holds of it, to be saved or to be read into."""
         mean = {} if self.mean is None else {f"mean.{name}": value for name, value in self.mean.weights.items()}
         return {"reference.logprobs": self.logprobs.values, **mean}
+
+
+def first_steps(config: ReferenceConfig, before: int) -> int:
+    """Steps of an iteration until the reference moves, after so many that are counted."""
+    assert config.ref_model_sync_steps is not None
+    return config.ref_model_sync_steps - before % config.ref_model_sync_steps
 
 
 def pairs_of(steps: Sequence[Sequence[int]]) -> list[int]:

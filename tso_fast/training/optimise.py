@@ -29,7 +29,7 @@ from tso_fast.training.checkpoint import Checkpoints
 from tso_fast.training.inputs import Scoring, make_inputs
 from tso_fast.training.memory import explained_memory
 from tso_fast.training.monitors import FirstStep, Meter, MetricsLog, NonFiniteGuard, finite
-from tso_fast.training.moving import MovingReference, pairs_of
+from tso_fast.training.moving import MovingReference, first_steps, pairs_of
 from tso_fast.training.optimizers import make_optimizer, make_scheduler
 from tso_fast.training.reference import Others, RunningMean
 from tso_fast.training.shard import is_sharded
@@ -181,7 +181,7 @@ def optimise(
     total_steps = num_steps(len(pairs), **_shares(config, accelerator))
     scoring = Scoring(wrapped, config, files, accelerator, pad_token_id)
     compared = reference, others or Others(), reference_key
-    inputs, moving = _inputs(loss, pairs, config, scoring, compared, mean)
+    inputs, moving = _inputs(loss, pairs, config, scoring, compared, mean, steps_before)
     run = _Training(
         policy=wrapped,
         optimizer=optimizer,
@@ -223,6 +223,7 @@ def _inputs(
     scoring: Scoring,
     compared: tuple[Weights | None, Others, str],
     mean: RunningMean | None,
+    steps_before: int,
 ) -> tuple[dict[str, Any], MovingReference | None]:
     """What batches hold beside pairs, and the reference that changes it on the way, if there is one.
 
@@ -232,10 +233,11 @@ def _inputs(
     if not isinstance(config, ReferenceConfig) or config.ref_model_sync_steps is None:
         return make_inputs(loss, pairs, scoring, *compared)[0], None
     steps = [step.all_index for step in _plan(pairs, config, scoring.files, scoring.accelerator)]
-    first = pairs_of(steps[: config.ref_model_sync_steps])
+    before = steps_before if config.reference == "ema" else 0  # the others begin anew in each iteration
+    first = pairs_of(steps[: first_steps(config, before)])
     inputs, logprobs = make_inputs(loss, pairs, scoring, *compared, first)
     assert logprobs is not None
-    return inputs, MovingReference(config, scoring, pairs, steps, logprobs, mean)
+    return inputs, MovingReference(config, scoring, pairs, steps, logprobs, mean, before)
 
 
 def _plan(
