@@ -232,8 +232,11 @@ def test_what_does_not_fit_the_context_is_counted(desk: Callable[..., Desk], tem
     assert [row["row"]["id"] for row in at.bad.rows] == ["q1/revise-0"]
 
 
-def test_scl_pairs_a_right_turn_with_a_wrong_one(tmp_path: Path) -> None:
-    run = run_recipe("scl", tmp_path, verifier="toy_verifier:even", num_generations=1, num_iterations=1)
+def test_scl_pairs_a_right_turn_with_a_wrong_one(template: str, tmp_path: Path) -> None:
+    """By a shorter template, after which more responses of these models end."""
+    samplers = [SamplerConfig(kind="revise", template=template, into="pair", alone=True)]
+    settings: dict[str, Any] = {"num_generations": 1, "max_completion_length": 16, "samplers": samplers}
+    run = run_recipe("scl", tmp_path, verifier="toy_verifier:even", **settings)
     questions = {c.prompt.id: c.prompt.prompt for c in read_candidates(run.state["config"]["prompts"], BadRows())}
     pairs = read_pairs(run.iteration(1).pairs, BadRows())
     for pair in pairs:
@@ -242,7 +245,6 @@ def test_scl_pairs_a_right_turn_with_a_wrong_one(tmp_path: Path) -> None:
         name, _, turn = pair.prompt.id.partition("/")
         assert turn.startswith("revise-")
         assert pair.prompt.prompt == questions[name]  # the first turn is no part of it
-    assert {pair.chosen.model for pair in pairs} == {"m.v2", "revise"}
 
 
 def test_pit_asks_for_an_improvement_of_what_is_in_the_prompt(tmp_path: Path) -> None:
