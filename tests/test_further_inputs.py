@@ -145,7 +145,8 @@ def follow(
     def backward(run: Any, step: Any, *rest: Any) -> None:
         seen.weights.append([p.detach().clone() for p in policy.parameters()])
         seen.steps.append(step.all_index)
-        seen.logprobs.append(run.inputs["ref_logprobs"][step.all_index].clone())
+        if "ref_logprobs" in run.inputs:
+            seen.logprobs.append(run.inputs["ref_logprobs"][step.all_index].clone())
         if len(seen.steps) == stop_at:
             raise ZeroDivisionError
         real(run, step, *rest)
@@ -174,8 +175,11 @@ def sums_under(weights: list[torch.Tensor], pairs: list[EncodedPair]) -> torch.T
     )
 
 
-def test_a_reference_that_is_the_policy_every_other_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, mean = follow(tmp_path, monkeypatch, ref_model_sync_steps=2)
+@pytest.mark.parametrize("loss", ["dpo", "humanline"])
+def test_a_reference_that_is_the_policy_every_other_step(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, mean = follow(tmp_path, monkeypatch, ref_model_sync_steps=2, loss_type=loss)
     assert mean is None  # no weights are kept
     rewards = [abs(row["rewards/chosen"]) for row in rows(tmp_path)]
     assert max(rewards[0::2]) < 1e-6 < 1e-3 < max(rewards[1::2])
@@ -205,12 +209,12 @@ def test_a_reference_that_is_a_mean_over_steps(
 def test_a_run_that_was_killed_goes_on_with_the_reference_that_it_had(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = {"ref_model_sync_steps": 3, "save_steps": 1, **changes}
+    common = {"ref_model_sync_steps": 3, "save_steps": 4, **changes}
     whole, weights, mean = follow(tmp_path / "whole", monkeypatch, **common)
     with pytest.raises(ZeroDivisionError):
         follow(tmp_path / "cut", monkeypatch, stop_at=6, **common)  # two steps after the reference moved
     seen, again, same = follow(tmp_path / "cut", monkeypatch, **common)
-    assert len(seen.steps) == 1
+    assert len(seen.steps) == 2
     assert torch.equal(seen.logprobs[-1], whole.logprobs[-1])
     assert all(torch.equal(a, b) for a, b in zip(again, weights, strict=True))
     if mean is not None:
