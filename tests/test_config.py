@@ -362,6 +362,7 @@ def test_what_is_missing_is_named() -> None:
         ("pairs", ["--soft_label_score", "visits"], "soft_label_score: got 'visits' with soft_label_by None"),
         ("pairs", ["--diversity_band", "1"], "diversity_band: it has no effect with pair_strategy 'random'"),
         ("pairs", ["--diversity_ngram", "2"], "diversity_ngram: it has no effect with pair_strategy 'random'"),
+        ("pairs", ["--acceptance_beta", "1"], "acceptance_beta: it has no effect without accepted_responses"),
         ("pairs", ["--score_normalize", "z", "--consensus", "borda"], "score_normalize: 'z' has no effect"),
         ("pairs", ["--score_normalize", "rank", "--consensus", "win_rate"], "score_normalize: 'rank' has no effect"),
         ("score", ["--consensus", "median"], "unknown key 'consensus'"),

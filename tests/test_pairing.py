@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,12 +15,14 @@ import pytest
 from helpers import corrected, used
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
-from tso_fast.correction.decide import Corrected
+from tso_fast.correction.decide import Corrected, correct, from_scores
+from tso_fast.correction.evidence import compared_of, score_matrix, votes_of
 from tso_fast.correction.make_pairs import make_pairs
-from tso_fast.correction.pairing import select, to_pair
+from tso_fast.correction.pairing import accepted, select, to_pair
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, pair_row, read_candidates
 from tso_fast.judges.verifier import make_verifier, verify
+from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
 
 NAN = math.nan
@@ -212,6 +216,110 @@ def test_a_person_overrules_scores_in_every_strategy(strategy: str) -> None:
             [candidates], [*verdicts, label], EvidenceConfig(), PairingConfig(pair_strategy=strategy, max_pairs=9), seed
         )  # type: ignore[arg-type]
         assert {(p.chosen.text, p.rejected.text) for p in made} <= {("b", "a"), ("a", "c"), ("b", "c")}
+
+
+def algorithm_1(scores: list[float], beta: float, number: int, uniform: Any) -> list[int]:
+    """Word for word that of RSO, arXiv 2309.06657."""
+    left, accepted_ones = dict(enumerate(scores)), []
+    while len(accepted_ones) < number:
+        best, to_remove = max(left.values()), []
+        for i, score in left.items():
+            if uniform() >= math.exp((score - best) / beta):
+                continue
+            accepted_ones.append(i)
+            to_remove.append(i)
+            if len(accepted_ones) == number:
+                break
+        for i in to_remove:
+            left.pop(i)
+    return accepted_ones
+
+
+def exact_distribution(scores: dict[int, float], beta: float, number: int) -> dict[frozenset[int], float]:
+    """Chances of every accepted set, by going through all outcomes of a pass; the best is accepted in every pass."""
+    if number == 0:
+        return {frozenset(): 1.0}
+    best, out = max(scores.values()), {}
+    for outcome in itertools.product((False, True), repeat=len(scores)):
+        chance = 1.0
+        for (_, score), is_taken in zip(scores.items(), outcome, strict=True):
+            p = math.exp((score - best) / beta)
+            chance *= p if is_taken else 1 - p
+        taken = [i for i, is_taken in zip(scores, outcome, strict=True) if is_taken][:number]
+        rest = {i: score for i, score in scores.items() if i not in taken}
+        for others, more in exact_distribution(rest, beta, number - len(taken)).items() if chance else ():
+            key = others | set(taken)
+            out[key] = out.get(key, 0.0) + chance * more
+    return out
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_accepted_responses_are_distributed_as_rejection_sampling_says(beta: float) -> None:
+    scores = [0.0, 1.0, 0.4, 0.8]
+    num_prompts = 4000
+    prompts = [item(*"abcd", id=f"q{n}") for n in range(num_prompts)]
+    found = accepted(prompts, np.tile(scores, num_prompts), 2, beta, seed=0).reshape(num_prompts, 4)
+    counts = Counter(frozenset(np.flatnonzero(row).tolist()) for row in found)
+    want = exact_distribution(dict(enumerate(scores)), beta, 2)
+    assert sum(want.values()) == pytest.approx(1)
+    for key, chance in want.items():
+        assert abs(counts[key] - num_prompts * chance) < 4.5 * math.sqrt(num_prompts * chance * (1 - chance)) + 1, key
+    drawn = [np.random.default_rng(seed_of("accepted", 0, f"q{n}")).random for n in range(99)]
+    assert [set(algorithm_1(scores, beta, 2, uniform)) for uniform in drawn] == [
+        set(np.flatnonzero(row).tolist()) for row in found[:99]
+    ]
+
+
+def test_which_responses_may_be_accepted() -> None:
+    """The best for a small beta, each text once, and none without a score; they alone are paired."""
+    some = [item(*"abacd"), item(*"xy", id="r")]
+    scores = np.array([3.0, 1.0, 3.0, 2.0, NAN, 0.0, NAN])
+    assert accepted(some, scores, 2, 1e-9, 0).tolist() == [True, False, False, True, False, True, False]
+    assert accepted(some, scores, 9, 0.5, 0).tolist() == [True, True, False, True, False, True, False]
+    for strategy in ("first_round", "tournament", "random", "mate"):
+        for seed in range(9):
+            options = {"pair_strategy": strategy, "max_pairs": 9, "accepted_responses": 2, "acceptance_beta": 1e-9}
+            pairs = selected(item(*"abcdef"), [0, 5, 2, 3, 1, 4], seed, **options)
+            assert [(p.chosen, p.rejected) for p in pairs] == [(1, 5)]
+
+
+def mixed(*responses: tuple[str, str]) -> Candidates:
+    """Responses as (model, text)."""
+    made = tuple(Response(model=model, text=text) for model, text in responses)
+    return Candidates(prompt=Prompt(id="q", prompt="?"), responses=made)
+
+
+def test_mates_are_unlike_and_of_another_cell() -> None:
+    candidates = mixed(
+        ("a", "one two three four"), ("a", "five six seven eight"), ("b", "one two three nine"), ("b", "one two three")
+    )
+    options: dict[str, Any] = {"pair_strategy": "mate", "diversity_ngram": 1}
+
+    def pairs(scores: list[float], **more: Any) -> list[tuple[int, int]]:
+        return [(p.chosen, p.rejected) for p in selected(candidates, scores, **options, **more)]
+
+    assert pairs([3, 0, 1, 2]) == [(0, 2)]  # of another cell, and there the less alike
+    assert pairs([3, 1, 0, 2], max_pairs=2) == [(0, 2), (3, 1)]  # the next best chooses among those that are left
+    assert pairs([3, 0, 4, 5]) == [(3, 1)]
+    assert pairs([3, 0, NAN, NAN]) == [(0, 1)]  # of its own cell, where no other one is worse
+    assert pairs([3, 0, 2.5, 2.8], min_margin=1.0) == [(0, 1)]  # a quality gap is asked for
+    assert pairs([1, 1, 1, 1]) == []
+
+
+def test_mates_are_chosen_within_each_prompt() -> None:
+    one, two = item(*"abc"), mixed(("a", "x"), ("b", "y"), ("a", "z"))
+    scores = np.array([0.0, 1.0, 2.0, 9.0, 8.0, 7.0], dtype=np.float32)
+    config = PairingConfig(pair_strategy="mate", max_pairs=1)
+    votes_of_both = [[one], [dataclasses.replace(two, prompt=Prompt(id="r", prompt="?"))]]
+    alone = [
+        select(part, corrected(part[0], scores[k : k + 3], config), scores[k : k + 3], config, 0).tolist()
+        for part, k in zip(votes_of_both, (0, 3), strict=True)
+    ]
+    both = [*votes_of_both[0], *votes_of_both[1]]
+    matrix = score_matrix(both, [])
+    votes = votes_of(both, matrix, compared_of(both, []))
+    decided = correct(both, votes, from_scores(votes, scores.astype(np.float64)), config)
+    assert select(both, decided, scores, config, 0).tolist() == [alone[0][0], 3 + alone[1][0]]
 
 
 # ---- strength

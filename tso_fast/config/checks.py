@@ -98,10 +98,11 @@ def _check_evidence(config: EvidenceConfig) -> None:
 
 
 def _check_pairing(config: PairingConfig) -> None:
-    if config.pair_strategy != "diverse":
-        for key in ("diversity_band", "diversity_ngram"):
-            if getattr(config, key) != getattr(PairingConfig, key):
-                raise InputError(f"{key}: it has no effect with pair_strategy {config.pair_strategy!r}; leave it out")
+    for key, takers in (("diversity_band", ("diverse",)), ("diversity_ngram", ("diverse", "mate"))):
+        if config.pair_strategy not in takers and getattr(config, key) != getattr(PairingConfig, key):
+            raise InputError(f"{key}: it has no effect with pair_strategy {config.pair_strategy!r}; leave it out")
+    if config.acceptance_beta is not None and config.accepted_responses is None:
+        raise InputError("acceptance_beta: it has no effect without accepted_responses; leave it out")
     if (config.soft_label_by == "score_share") != (config.soft_label_score is not None):
         raise InputError(
             f"soft_label_score: got {config.soft_label_score!r} with soft_label_by {config.soft_label_by!r}; "

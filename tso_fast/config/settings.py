@@ -267,17 +267,23 @@ class PairingConfig:
     max_pairs: PositiveInt = 1
     """Most pairs of a prompt."""
     pair_strategy: Literal[
-        "random", "best_worst", "best_random", "baseline", "tournament", "first_round", "diverse", "all"
+        "random", "best_worst", "best_random", "baseline", "tournament", "first_round", "diverse", "mate", "all"
     ] = "random"
     """Which of the decided pairs are used: drawn at `random`; `best_worst`; `best_random`: the best against random
     ones; `baseline`: every response against the middle one (OSP); `tournament` and `first_round` (RSO); `diverse`: the
-    best against the response of the most different n-grams; `all`, the widest gap first. `random` and `best_worst`
-    use a text in one pair at most while others are left."""
+    best against the response of the most different n-grams; `mate`: each response, the best first, against the most
+    different one that it was decided to be better than, of another cell while there is one; `all`, the widest gap
+    first. `random`, `best_worst` and `mate` use a text in one pair at most while others are left."""
     diversity_band: PositiveFloat | None = None
     """`diverse`: most difference of consensus scores within which the most different response is looked for; default:
     any."""
     diversity_ngram: PositiveInt = 3
-    """`diverse`: length of the n-grams."""
+    """`diverse` and `mate`: length of the n-grams."""
+    accepted_responses: PositiveInt | None = None
+    """Responses of a prompt that may be in pairs, drawn by rejection sampling so that they follow the cells' own
+    distribution times exp(score / `acceptance_beta`) (RSO); default: all."""
+    acceptance_beta: PositiveFloat | None = None
+    """`accepted_responses`: the smaller, the more the best scores are preferred; default 0.5."""
     chosen_from: list[str] | None = None
     """Models whose responses may be chosen: names, `human`, `newest` or `largest`; default: all."""
     rejected_from: list[str] | None = None

@@ -12,7 +12,7 @@ from tso_fast.config.settings import PairingConfig
 from tso_fast.correction.calibration import tempered
 from tso_fast.correction.decide import Corrected, Decided
 from tso_fast.correction.evidence import text_ids
-from tso_fast.correction.votes import pairs_of_rows
+from tso_fast.correction.votes import Votes, pairs_of_rows
 from tso_fast.errors import InputError
 from tso_fast.scoring import pairwise_distances, select_decided, select_pairs
 from tso_fast.seeds import seed_of
@@ -24,9 +24,9 @@ def select(
 ) -> np.ndarray:
     """At most ``max_pairs`` of the decided pairs of each prompt, no two with the same texts: [S] numbers of the pairs.
 
-    The random choice depends on prompt and seed only, not on the other prompts. ``best_worst`` and ``random`` may take
-    any decided pair. The other strategies rank responses by their scores, so they skip pairs of unscored responses and
-    pairs decided against the scores (by a person, or because preferences are cyclic).
+    The random choice depends on prompt and seed only, not on the other prompts. ``best_worst``, ``random`` and ``mate``
+    may take any decided pair. The other strategies rank responses by their scores, so they skip pairs of unscored
+    responses and pairs decided against the scores (by a person, or because preferences are cyclic).
 
     Args:
         scores_R: [R] consensus scores, NaN = none.
@@ -35,6 +35,10 @@ def select(
         [S] numbers of pairs, by prompt, in the order in which they were selected.
     """
     chosen_R, rejected_R = (plays(candidates, roles) for roles in (config.chosen_from, config.rejected_from))
+    if config.accepted_responses is not None:
+        accepted_R = accepted(candidates, scores_R, config.accepted_responses, config.acceptance_beta or 0.5, seed)
+        chosen_R, rejected_R = chosen_R & accepted_R, rejected_R & accepted_R
+        scores_R = np.where(accepted_R, scores_R, np.nan)  # strategies that rank do not see the others
     is_allowed_N = decided.is_used & chosen_R[decided.chosen_N] & rejected_R[decided.rejected_N]
     shared: dict[str, Any] = {
         "max_pairs": config.max_pairs,
@@ -43,12 +47,76 @@ def select(
         "keys": np.array([seed_of("pairs", item.prompt.id) for item in candidates], dtype=np.int64),
     }
     if config.pair_strategy in ("best_worst", "random"):
-        return _select_decided(decided, is_allowed_N, config.pair_strategy, shared)
-    if config.pair_strategy == "diverse":
+        return _select_decided(decided, is_allowed_N, decided.gap_N, config.pair_strategy, shared)
+    if config.pair_strategy in ("diverse", "mate"):
         tokens, bounds = _tokens(candidates)
-        shared["band"] = config.diversity_band
-        shared["distances"] = pairwise_distances(tokens, bounds, decided.votes.offsets, n=config.diversity_ngram)
+        distances = pairwise_distances(tokens, bounds, decided.votes.offsets, n=config.diversity_ngram)
+        if config.pair_strategy == "mate":
+            liking_N = _liking(candidates, decided, scores_R, distances)
+            return _select_decided(decided, is_allowed_N, liking_N, "best_worst", shared)
+        shared |= {"band": config.diversity_band, "distances": distances}
     return _select_ranked(decided, is_allowed_N, scores_R, config.pair_strategy, shared)
+
+
+def accepted(candidates: Sequence[Candidates], scores_R: np.ndarray, number: int, beta: float, seed: int) -> np.ndarray:
+    """[R] bool: the responses of each prompt that statistical rejection sampling accepts.
+
+    Algorithm 1 of RSO (Liu et al. 2024, arXiv 2309.06657): responses are passed over in their order, again and again,
+    each of them accepted with probability exp((score - best) / beta), the best of those that were left when the pass
+    began, until ``number`` are. So the accepted ones follow the distribution that they were sampled from times
+    exp(score / beta); the smaller beta, the closer to the ``number`` best. A text counts once, at its first place, and
+    unscored responses are none. Draws hang on seed and prompt alone.
+    """
+    out = np.zeros(len(scores_R), dtype=bool)
+    start = 0
+    for item in candidates:
+        rows = range(start, start := start + len(item.responses))
+        first = {item.responses[row - rows.start].text.strip(): row for row in reversed(rows)}
+        left = [row for row in sorted(first.values()) if not math.isnan(scores_R[row])]
+        draws = np.random.default_rng(seed_of("accepted", seed, item.prompt.id))
+        num_left = min(number, len(left))
+        while num_left:
+            best = max(scores_R[row] for row in left)
+            chances = [math.exp((scores_R[row] - best) / beta) for row in left]
+            taken = [row for row, chance in zip(left, chances, strict=True) if draws.random() < chance][:num_left]
+            out[taken] = True
+            num_left -= len(taken)
+            left = [row for row in left if not out[row]]
+    return out
+
+
+def _liking(
+    candidates: Sequence[Candidates], decided: Decided, scores_R: np.ndarray, distances: np.ndarray
+) -> np.ndarray:
+    """[N] how much earlier ``mate`` takes a pair: the better the chosen response, then one of another cell, then the
+    more different their n-grams.
+
+    Mate choice is an analogy: "All You Need Is Sex for Diversity" is about genetic programming, where individuals
+    choose unlike mates and populations stay diverse.
+
+    Args:
+        distances: as ``pairwise_distances`` gives them.
+    """
+    votes = decided.votes
+    cells = np.array([response.model for item in candidates for response in item.responses], dtype=object)
+    first, second = votes.rows_of_pair.T
+    sizes = votes.num_responses
+    block_P = np.concatenate([[0], np.cumsum(sizes**2)])[:-1]
+    p_N = votes.prompt_of_pair
+    place_N = block_P[p_N] + (first - votes.offsets[p_N]) * sizes[p_N] + second - votes.offsets[p_N]
+    rank_N = _dense_ranks(scores_R, votes)[decided.chosen_N]
+    return 4.0 * rank_N + 2.0 * (cells[first] != cells[second]) + distances[place_N]
+
+
+def _dense_ranks(scores_R: np.ndarray, votes: Votes) -> np.ndarray:
+    """[R] number of lower scores of the same prompt, equal ones counted once; an unscored response is below all."""
+    values_R, prompt_R = np.nan_to_num(scores_R, nan=-np.inf), votes.prompt_of_response
+    order = np.lexsort((values_R, prompt_R))
+    values_R, prompt_R = values_R[order], prompt_R[order]
+    steps = np.cumsum(np.concatenate([[False], values_R[1:] > values_R[:-1]])[: len(order)])
+    out = np.empty(len(order), dtype=np.int64)
+    out[order] = steps - steps[votes.offsets[prompt_R]]
+    return out
 
 
 def plays(candidates: Sequence[Candidates], roles: Sequence[str] | None) -> np.ndarray:
@@ -67,11 +135,13 @@ def plays(candidates: Sequence[Candidates], roles: Sequence[str] | None) -> np.n
     return out
 
 
-def _select_decided(decided: Decided, is_allowed_N: np.ndarray, strategy: Any, shared: Mapping[str, Any]) -> np.ndarray:
+def _select_decided(
+    decided: Decided, is_allowed_N: np.ndarray, liking_N: np.ndarray, strategy: Any, shared: Mapping[str, Any]
+) -> np.ndarray:
     allowed = np.flatnonzero(is_allowed_N)
     taken = select_decided(
         np.column_stack([decided.chosen_N[allowed], decided.rejected_N[allowed]]),
-        decided.gap_N[allowed].astype(np.float32),
+        liking_N[allowed].astype(np.float32),
         np.searchsorted(allowed, decided.votes.bounds),
         strategy=strategy,
         reuse_texts=True,

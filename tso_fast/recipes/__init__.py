@@ -21,6 +21,8 @@ METHOD = {
     "clip_chosen": "null",
     "clip_rejected": "null",
     "pair_strategy": "random",
+    "accepted_responses": "null",
+    "acceptance_beta": "null",
     "scale_by": "unit",
     "soft_label_by": "null",
     "soft_label_kappa": "null",
