@@ -51,8 +51,7 @@ def test_a_recipe_is_a_whole_method(name: str) -> None:
             key: settings.get(key, defaults[key]) for key in METHOD
         }
         assert configured_loss(config).title
-        # Who judges is not the method's, unless it says so.
-        assert config.verifier == settings.get("verifier", "exact" if task == "skills" else None)
+        assert config.verifier == ("exact" if task == "skills" else None)  # who judges is not the method's
         assert config.learning_rate == 5e-4
 
 
