@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_runs import run_recipe
+from tiny_runs import SMALL, run_recipe
 
+from tso_fast.config.settings import (
+    AnsweringConfig,
+    CellConfig,
+    EvidenceConfig,
+    JudgeConfig,
+    JudgesConfig,
+    PairingConfig,
+)
+from tso_fast.correction.make_pairs import make_pairs
+from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_candidates, read_pairs, read_verdicts
 from tso_fast.files.run import Run
-from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
+from tso_fast.judges import panel
+from tso_fast.judges.consistency import kendall_tau
+from tso_fast.judges.judge import Bench
+from tso_fast.matrix import ModelMatrix
+from tso_fast.quickstart.build import build
+from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +43,108 @@ def pairs_of(run: Run, t: int = 1) -> list[PreferencePair]:
 def judged(run: Run, t: int = 1) -> tuple[list[Candidates], list[Verdict | Comparison]]:
     candidates = read_candidates(run.iteration(t).responses, BadRows())
     return candidates, read_verdicts(run.iteration(t).verdicts, candidates, BadRows(), may_be_empty=True)
+
+
+@pytest.fixture(scope="module")
+def matrix() -> ModelMatrix:
+    folder = build(SMALL)
+    return ModelMatrix(
+        [CellConfig(path=str(folder / n), version_rank=int(n[-1])) for n in ("s.v1", "s.v2", "m.v1", "m.v2")]
+    )
+
+
+def asked(matrix: ModelMatrix | None, candidates: list[Candidates], **judge: Any) -> list[Any]:
+    """What one judge says."""
+    judges = panel.make_judges(JudgesConfig(judges=[JudgeConfig(**judge)]))
+    panel.check(judges, matrix)
+    done: list[int] = []
+    bench = Bench(bad=BadRows(), settings=AnsweringConfig(use_cpu=True), matrix=matrix, advance=done.append)
+    verdicts, _ = panel.ask(judges, candidates, bench)
+    assert sum(done) <= panel.num_steps(judges, candidates)
+    return verdicts
+
+
+def some_candidates(*texts: str, num_prompts: int = 2) -> list[Candidates]:
+    return [
+        Candidates(
+            prompt=Prompt(id=f"q{k}", prompt=f"Add {k} and 2."),
+            responses=tuple(Response(model="m", text=text, sample=i) for i, text in enumerate(texts)),
+        )
+        for k in range(num_prompts)
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- consistency
+
+
+def test_kendalls_tau() -> None:
+    rows = np.array([[1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
+    assert kendall_tau(rows[0], rows[0]) == 1
+    assert kendall_tau(rows[0], rows[1]) == pytest.approx(4 / 6)  # one of six pairs is turned round
+    assert kendall_tau(rows[0], rows[2]) == -1
+    assert kendall_tau(np.array([1.0, 1.0, 2.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(2 / np.sqrt(6))  # tau-b
+    assert kendall_tau(np.array([1.0, np.nan, 2.0]), np.array([1.0, 2.0, 3.0])) == 1
+    assert np.isnan(kendall_tau(np.array([1.0, 1.0]), np.array([1.0, 2.0])))
+    assert np.isnan(kendall_tau(np.array([]), np.array([])))
+
+
+def test_consistency_is_that_of_two_implicit_judges(matrix: ModelMatrix) -> None:
+    """Of the policy and of the next older version of its size; a prompt without an order shifts no other's value."""
+    candidates = some_candidates("3", "12", "Sam Sam", "5 4 1", num_prompts=3)
+    candidates.insert(1, dataclasses.replace(candidates[0], prompt=Prompt(id="alone", prompt="Add 5 and 2.")))
+    candidates[1] = dataclasses.replace(candidates[1], responses=candidates[1].responses[:1])
+    options = {"length_normalized": True}
+    new, old = (
+        [
+            np.array(
+                [
+                    v.score
+                    for v in asked(matrix, candidates, kind="implicit", cell=name, **options)
+                    if v.prompt_id == item.prompt.id
+                ]
+            )
+            for item in candidates
+        ]
+        for name in ("m.v2", "m.v1")
+    )
+    taus = [kendall_tau(a, b) for a, b in zip(new, old, strict=True)]
+    assert np.isnan(taus).tolist() == [False, True, False, False]
+    for of in ("prompt", "dataset"):
+        told = asked(matrix, candidates, kind="consistency", consistency_of=of, **options)
+        place = {item.prompt.id: k for k, item in enumerate(candidates)}
+        assert len(told) == 18
+        for c in told:
+            k, (i, j) = place[c.prompt_id], c.responses
+            consistency = ((taus[k] if of == "prompt" else np.nanmean(taus)) + 1) / 2
+            assert c.probability == pytest.approx(consistency if new[k][i] > new[k][j] else 1 - consistency)
+
+
+def test_consistency_needs_an_older_version(matrix: ModelMatrix) -> None:
+    config = matrix.configs["m.v1"]
+    with pytest.raises(InputError, match=r"asks for cell 'previous'; .* no cell is older than the policy"):
+        asked(ModelMatrix([config]), some_candidates("3"), kind="consistency")
+    with pytest.raises(InputError, match="previous: got the cells policy, policy; expected different ones"):
+        asked(matrix, some_candidates("3"), kind="consistency", previous="policy")
+    long = some_candidates("3", "4 " * 600, num_prompts=1)
+    (told,) = asked(matrix, long, kind="consistency")
+    assert (told.probability, told.reason) == (None, "longer than the context")
+
+
+def test_unanimous_pairs_are_those_on_which_all_agree() -> None:
+    candidates = some_candidates("a", "b", "c", num_prompts=1)
+    verdicts = [
+        Verdict(prompt_id="q0", response=i, judge=judge, score=score)
+        for judge, scores in (("one", (3.0, 2.0, 1.0)), ("two", (9.0, 1.0, 1.0)), ("three", (None, 1.0, None)))
+        for i, score in enumerate(scores)
+    ]
+    settings = EvidenceConfig(evidence="consensus")
+    for unanimous, want in ((False, {"ab", "ac", "bc"}), (True, {"ab", "ac"})):
+        pairs, info = make_pairs(candidates, verdicts, settings, PairingConfig(max_pairs=9, unanimous=unanimous), 0)
+        assert {pair.chosen.text + pair.rejected.text for pair in pairs} == want
+        assert info["reasons"].get("drop", {}) == ({"judges disagree": 1} if unanimous else {})
+    label = Comparison(prompt_id="q0", responses=(1, 2), judge="human", annotator="ann", probability=0.0)
+    pairs, _ = make_pairs(candidates, [*verdicts, label], settings, PairingConfig(max_pairs=9, unanimous=True), 0)
+    assert {pair.chosen.text + pair.rejected.text for pair in pairs} == {"ab", "ac", "cb"}  # a person's word stands
 
 
 # ------------------------------------------------------------------------------------------------------------- recipes
@@ -45,3 +165,35 @@ def test_rso_pairs_what_its_beta_accepts(tmp_path: Path, store: Path) -> None:
 
     assert set(ranks(1e-9)) == {1}
     assert max(ranks(1e9)) > 1
+
+
+@pytest.mark.slow
+def test_creams_labels_follow_the_consistency(tmp_path: Path, store: Path) -> None:
+    """One value for all prompts, which is that of the rankings of the policy and of the version before it."""
+    run = run_recipe("cream", tmp_path, store=store, num_iterations=2)
+    for t in (1, 2):
+        _, verdicts = judged(run, t)
+        sure = {round(max(v.probability, 1 - v.probability), 6) for v in verdicts if v.probability != 0.5}
+        assert {v.judge for v in verdicts} == {"consistency"}
+        assert {round(pair.soft_label, 6) for pair in pairs_of(run, t)} == sure
+        assert len(sure) == 1
+
+
+@pytest.mark.slow
+def test_scirs_mask_drops_what_two_rewards_disagree_on(tmp_path: Path, store: Path) -> None:
+    """The policy cannot judge in words yet: another judge stands for its judgments."""
+    judges = [
+        JudgeConfig(kind="toy_judge:Shortest", name="llm"),
+        JudgeConfig(kind="implicit", cell="policy", reference="previous"),
+    ]
+    run = run_recipe("scir", tmp_path, store=store, num_iterations=1, judges=judges)
+    _, verdicts = judged(run)
+    scores = {(v.judge, v.prompt_id, v.response): v.score for v in verdicts}
+    candidates, pairs = judged(run)[0], pairs_of(run)
+    texts = {item.prompt.id: [response.text for response in item.responses] for item in candidates}
+    for pair in pairs:
+        i, j = (texts[pair.prompt.id].index(response.text) for response in (pair.chosen, pair.rejected))
+        assert all(scores[judge, pair.prompt.id, i] > scores[judge, pair.prompt.id, j] for judge in ("llm", "implicit"))
+    info = run.info("iter-1/pairs")
+    assert info is not None
+    assert info["reasons"]["drop"]["judges disagree"] > len(pairs) > 0

@@ -202,13 +202,28 @@ class ModelMatrix:
         return min((cell.context for cell in self.cells if cell.context is not None), default=None)
 
     @property
+    def previous(self) -> Cell | None:
+        """The newest of the cells that are older than the policy, of its size where there is one; None: there is none.
+
+        Versions that left the matrix count too.
+        """
+        known = {cell.name: cell for cell in [*self.cells, self.initial, *self.trained]}.values()
+        older = [cell for cell in known if cell.version_rank < self.policy.version_rank and cell.has_weights]
+        return max(
+            older, key=lambda cell: (cell.size_b == self.policy.size_b, cell.version_rank, cell.size_b), default=None
+        )
+
+    @property
     def named(self) -> dict[str, Cell]:
-        """The cells by name, and the current policy as ``policy``.
+        """The cells by name, the current policy as ``policy``, and as ``previous`` the version before it, if there is
+        one and no cell of that name.
 
         Raises:
             InputError: another cell is called ``policy``.
         """
         found = {cell.name: cell for cell in self.cells}
+        if (previous := self.previous) is not None:
+            found.setdefault("previous", previous)
         if found.get("policy", self.policy) is not self.policy:
             raise InputError(
                 f"cells: got a cell named 'policy' ({found['policy'].path}), which is what judges call the current "

@@ -181,8 +181,9 @@ class JudgeConfig:
 
     kind: str
     """`llm`: a language model reads two responses in both orders, or rates one; `implicit`: log-probs of a cell;
-    `agreement`: the share of a prompt's other responses that end in the same number; `verifier`: one more program; or
-    a judge of your own, `package.module:Class`."""
+    `consistency`: the order of these log-probs, as sure as an older version has the same one (CREAM); `agreement`:
+    the share of a prompt's other responses that end in the same number; `verifier`: one more program; or a judge of
+    your own, `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables; default: its kind."""
     cell: str | None = None
@@ -204,9 +205,16 @@ class JudgeConfig:
     """Which pairs of a prompt `llm` compares: all, or every response against a middle one (OSP), the median in the
     matrix's order."""
     reference: str | None = None
-    """Cell whose log-probs `implicit` subtracts: its score is then the DPO reward over beta."""
+    """Cell whose log-probs `implicit` and `consistency` subtract: a score is then the DPO reward over beta; `previous`
+    for the version before the policy."""
     length_normalized: bool = False
-    """`implicit`: log-probs a token."""
+    """`implicit` and `consistency`: log-probs a token."""
+    previous: str | None = None
+    """Cell whose ranking `consistency` compares with that of `cell`; default: the newest one that is older than the
+    policy, of its size where there is one."""
+    consistency_of: Literal["prompt", "dataset"] = "prompt"
+    """What the probabilities of `consistency` follow: the agreement on the prompt's responses, or its mean over all
+    prompts."""
     verifier: str | None = None
     """Program of a judge of kind `verifier`."""
     verifier_pattern: str | None = None
@@ -262,6 +270,9 @@ class PairingConfig:
     """Least stated probability that the chosen response is the better one; below it the pair is dropped."""
     on_no_evidence: Literal["prior", "drop"] = "prior"
     """A pair that no judge scored: believe the matrix's prior order, or drop it."""
+    unanimous: bool = False
+    """Drop a pair on which a judge or a score in the data contradicts the decision, or says that neither is better
+    (SCIR's mask); who abstains has no say."""
     max_tie_probability: Probability = 0.9
     """Largest probability that neither response is better, of a pair that is used; a more certain tie is dropped."""
     max_pairs: PositiveInt = 1

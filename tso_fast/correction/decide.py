@@ -28,6 +28,7 @@ REASONS: dict[str, Decision] = {
     "no evidence": "drop",
     "tie": "drop",
     "unsure": "drop",
+    "judges disagree": "drop",
     "chosen is cut off": "drop",
     "human alone": "keep",
     "human: confirmed": "keep",
@@ -167,7 +168,7 @@ def correct(candidates: Sequence[Candidates], votes: Votes, belief: Belief, conf
     is_cut_R = np.array([r.finish_reason == "length" for item in candidates for r in item.responses], dtype=bool)
     return Decided(
         votes=votes,
-        reason_N=_reasons(votes, belief, stated_N, is_cut_R[chosen_N], config),
+        reason_N=_reasons(votes, belief, stated_N, direction_N, is_cut_R[chosen_N], config),
         chosen_N=chosen_N,
         rejected_N=rejected_N,
         gap_N=np.where(is_known, np.maximum(gap_N, 0.0), 0.0),
@@ -176,12 +177,18 @@ def correct(candidates: Sequence[Candidates], votes: Votes, belief: Belief, conf
 
 
 def _reasons(
-    votes: Votes, belief: Belief, stated_N: np.ndarray, is_cut_N: np.ndarray, config: PairingConfig
+    votes: Votes,
+    belief: Belief,
+    stated_N: np.ndarray,
+    direction_N: np.ndarray,
+    is_cut_N: np.ndarray,
+    config: PairingConfig,
 ) -> np.ndarray:
     """[N] index into ``REASONS``.
 
     Args:
         stated_N: probability that the chosen response is better, NaN = not stated.
+        direction_N: positive where the first response is chosen.
         is_cut_N: whether the chosen response is unfinished.
     """
     gap_N, label_N, is_labelled, has_order = belief.gap_N, votes.label, votes.is_labelled, votes.prior_N != 0
@@ -195,6 +202,7 @@ def _reasons(
         "no evidence": ~is_labelled & is_silent & (config.on_no_evidence == "drop"),
         "tie": ~is_labelled & ~is_silent & is_tie,
         "unsure": ~is_labelled & (stated_N < config.min_confidence),
+        "judges disagree": ~is_labelled & config.unanimous & votes.is_contradicted(direction_N),
         "chosen is cut off": is_cut_N,
         "human alone": is_labelled & ~has_order,
         "human: confirmed": is_labelled & (votes.prior_N * label_N > 0),

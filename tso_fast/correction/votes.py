@@ -117,6 +117,12 @@ class Votes:
         """[N] bool: the labels, put together, say which response is better."""
         return np.nan_to_num(self.label) != 0
 
+    def is_contradicted(self, direction_N: np.ndarray) -> np.ndarray:
+        """[N] bool: a judge prefers the other response than ``direction_N``, positive for the first, or neither."""
+        judges = [j for j, voter in enumerate(self.voters) if voter.kind in ("comparison", "score")]
+        strength_NJ = self.strength_NJ[:, judges]
+        return (~np.isnan(strength_NJ) & (np.sign(strength_NJ) != np.sign(direction_N)[:, None])).any(axis=1)
+
     def only(self, prompts: np.ndarray) -> Votes:
         """The votes on the pairs of some prompts, in this order."""
         rows = _ranges(self.offsets, prompts)

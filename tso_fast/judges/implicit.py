@@ -43,13 +43,13 @@ class ImplicitJudge(Judge):
 
     def check(self, matrix: ModelMatrix | None) -> None:
         for name in self._cells:
-            self._find(name, matrix)
+            find_cell(name, self.name, matrix)
 
     def num_steps(self, candidates: Sequence[Candidates]) -> int:
         return len(self._cells) * sum(len(item.responses) for item in candidates)
 
     def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
-        scores = [self._logprobs(name, candidates, bench) for name in self._cells]
+        scores = [logprobs_by(name, self.name, candidates, bench) for name in self._cells]
         verdicts = []
         for item, *by_cell in zip(candidates, *scores, strict=True):
             opinions = [self._opinion(*by_response) for by_response in zip(*by_cell, strict=True)]
@@ -62,38 +62,53 @@ class ImplicitJudge(Judge):
         return [self.config.cell or "policy", *([self.config.reference] if self.config.reference else [])]
 
     def _opinion(self, own: SequenceLogprob | None, base: SequenceLogprob | None = NOTHING) -> Opinion:
-        if own is None or base is None:
-            return Opinion(None, "longer than the context")
-        score = own.logprob - base.logprob
-        return Opinion(score / own.num_tokens if self.config.length_normalized else score)
+        reward = implicit_reward(own, base, self.config.length_normalized)
+        return Opinion(None, "longer than the context") if reward is None else Opinion(reward)
 
-    def _find(self, name: str, matrix: ModelMatrix | None) -> Cell:
-        if matrix is None:
-            raise InputError(f"judges: {self.name!r} asks for cell {name!r}, and there are no cells; set cells")
-        found = matrix.named
-        if name not in found:
-            raise InputError(
-                f"judges: {self.name!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
-                "the current one is policy"
-            )
-        require_weights(found[name], f"judges: {self.name!r}")
-        return found[name]
 
-    def _logprobs(
-        self, name: str, candidates: Sequence[Candidates], bench: Bench
-    ) -> list[list[SequenceLogprob | None]]:
-        assert bench.matrix is not None
-        assert bench.settings is not None
-        return cell_logprobs(
-            self._find(name, bench.matrix),
-            candidates,
-            bench.matrix.tokenizer,
-            dtype=bench.settings.dtype,
-            attn_implementation=bench.settings.attn_implementation,
-            device=device_of(bench.settings.use_cpu),
-            impl=bench.impl,
-            advance=bench.advance,
+def implicit_reward(own: SequenceLogprob | None, base: SequenceLogprob | None, length_normalized: bool) -> float | None:
+    """Log-prob less the reference's, a token if told so; None: one of them is not known."""
+    if own is None or base is None:
+        return None
+    score = own.logprob - base.logprob
+    return score / own.num_tokens if length_normalized else score
+
+
+def find_cell(name: str, judge: str, matrix: ModelMatrix | None) -> Cell:
+    """The cell of a name, whose weights are here.
+
+    Raises:
+        InputError: there is none; says which judge asks for it.
+    """
+    if matrix is None:
+        raise InputError(f"judges: {judge!r} asks for cell {name!r}, and there are no cells; set cells")
+    found = matrix.named
+    if name not in found:
+        hint = "; no cell is older than the policy" if name == "previous" else ""
+        raise InputError(
+            f"judges: {judge!r} asks for cell {name!r}; the cells are {', '.join(found)}; "
+            f"the current one is policy{hint}"
         )
+    require_weights(found[name], f"judges: {judge!r}")
+    return found[name]
+
+
+def logprobs_by(
+    name: str, judge: str, candidates: Sequence[Candidates], bench: Bench
+) -> list[list[SequenceLogprob | None]]:
+    """What the cell of a name gives to every response of every prompt, see ``cell_logprobs``."""
+    assert bench.matrix is not None
+    assert bench.settings is not None
+    return cell_logprobs(
+        find_cell(name, judge, bench.matrix),
+        candidates,
+        bench.matrix.tokenizer,
+        dtype=bench.settings.dtype,
+        attn_implementation=bench.settings.attn_implementation,
+        device=device_of(bench.settings.use_cpu),
+        impl=bench.impl,
+        advance=bench.advance,
+    )
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from tso_fast.config.settings import EvidenceConfig, JudgeConfig, JudgesConfig, 
 from tso_fast.errors import InputError
 from tso_fast.files.rows import FLOAT32_MAX, BadRows
 from tso_fast.judges import verifier
+from tso_fast.judges.consistency import ConsistencyJudge
 from tso_fast.judges.implicit import ImplicitJudge
 from tso_fast.judges.judge import Bench, Judge, Judged
 from tso_fast.judges.llm import LlmJudge
@@ -24,6 +25,7 @@ JUDGES: dict[str, type[Judge]] = {
     "implicit": ImplicitJudge,
     "agreement": SelfConsistencyJudge,
     "verifier": VerifierJudge,
+    "consistency": ConsistencyJudge,
 }
 """Judges by their kind."""
 

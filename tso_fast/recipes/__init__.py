@@ -20,6 +20,7 @@ METHOD = {
     "beta": "null",
     "clip_chosen": "null",
     "clip_rejected": "null",
+    "unanimous": "false",
     "pair_strategy": "random",
     "accepted_responses": "null",
     "acceptance_beta": "null",
