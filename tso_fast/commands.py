@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,18 +146,20 @@ def generate(config: GenerateConfig) -> None:
 
 def score(config: ScoreConfig) -> None:
     """Verdicts of every judge, the mean score of each model, and what the judges cost."""
+    from tso_fast.files.labels import read_labels
     from tso_fast.files.responses import ResponseStore
     from tso_fast.judges import panel
     from tso_fast.judges.judge import Bench
     from tso_fast.matrix import ModelMatrix
     from tso_fast.report.tables import COST_COLUMNS, cost_rows
 
-    if config.verifier is None and not config.judges:
+    if config.verifier is None and not config.judges and not config.explain:
         raise InputError("verifier: missing; `tso-fast score` needs a judge: a verifier, or judges")
     judges = panel.make_judges(config)
     bad = BadRows(config.on_bad_row)
     candidates = read_candidates(config.responses, bad, config)
     file = _new_file(config.output)
+    explained = [None if path is None else _new_file(path) for path in (config.explain_output, config.explain_figure)]
     matrix = ModelMatrix(config.cells, config.policy) if config.cells else None
     panel.check(judges, matrix)
     with contextlib.ExitStack() as stack:
@@ -175,7 +177,29 @@ def score(config: ScoreConfig) -> None:
         stdout.print(comparisons_table(comparisons), "")
     if costs:
         stdout.print(make_table("What judges that are models took", COST_COLUMNS, cost_rows(costs)), "")
+    if config.explain:
+        labels = [] if config.labels is None else read_labels(config.labels, candidates, bad, config.on_unknown_field)
+        _explain(candidates, [*verdicts, *labels], *explained)
     _finish(file, f"{len(verdicts)} verdicts", bad)
+
+
+def _explain(
+    candidates: Sequence[Candidates], verdicts: Sequence[Verdict | Comparison], file: Path | None, drawing: Path | None
+) -> None:
+    """Prints what judges and people reward, and writes it where that is asked for."""
+    from tso_fast.correction.explain import explain
+    from tso_fast.report import figures
+    from tso_fast.report.tables import explained_table
+
+    found = explain(candidates, verdicts)
+    if not found:
+        raise InputError("explain: nobody judged the responses; give a verifier, judges, labels or scores in the data")
+    stdout.print(explained_table(found), "")
+    if drawing is not None:
+        _draw(drawing, figures.explained(found), "no voter has pairs enough")
+    if file is not None:
+        write_json(file, found)
+        console.print(f"what is rewarded in {file}")
 
 
 def _judged(config: JudgedConfig, bad: BadRows) -> tuple[list[Candidates], list[Verdict | Comparison]]:
@@ -232,7 +256,7 @@ def judges(config: AssessConfig) -> None:
     for name, first, second in suggested:
         stdout.print(f"label     prompt {name}, responses {first} and {second}")
     if drawing is not None:
-        _draw(drawing, figures.judges(panel))
+        _draw(drawing, figures.judges(panel), "no judge has votes of several strengths")
     if file is not None:
         content = {
             "evidence": {"method": beliefs.chosen.method, "why": beliefs.chosen.why},
@@ -248,11 +272,11 @@ def judges(config: AssessConfig) -> None:
     _finish(file, "figures of the judges", bad)
 
 
-def _draw(file: Path, figure: Any) -> None:
+def _draw(file: Path, figure: Any, why_none: str) -> None:
     from tso_fast.report import figures
 
     if figure is None:
-        console.print("no figure: no judge has votes of several strengths")
+        console.print(f"no figure: {why_none}")
         return
     with writing(file):
         figures.save(file, *figure, dpi=150)

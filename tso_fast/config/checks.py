@@ -13,6 +13,7 @@ from tso_fast.config.settings import (
     CellConfig,
     EngineConfig,
     EvidenceConfig,
+    ExplainConfig,
     GenerationConfig,
     PairingConfig,
     TrainConfig,
@@ -43,6 +44,10 @@ def check(config: Any) -> None:
         _check_evidence(config)
     if isinstance(config, PairingConfig):
         _check_pairing(config)
+    if isinstance(config, ExplainConfig) and not config.explain:
+        for key in ("explain_figure", "explain_output", "labels"):
+            if getattr(config, key) is not None:
+                raise InputError(f"{key}: it has no effect without explain; leave it out, or give --explain")
     if isinstance(config, TrainConfig):
         _check_train(config)
     if isinstance(config, AnnotateConfig):

@@ -41,6 +41,7 @@ OF_CLASS = {
     "AnnotateConfig": "what",
     "GenerationConfig": "generation",
     "VerifierConfig": "judging",
+    "ExplainConfig": "judging",
     "JudgesConfig": "judging",
     "EvidenceConfig": "correction",
     "PairingConfig": "pairs",

@@ -632,7 +632,20 @@ class GenerateConfig(AnsweringConfig):
 
 
 @dataclass(kw_only=True)
-class ScoreConfig(JudgesConfig, OpConfig, AnsweringConfig):
+class ExplainConfig:
+    """What judges and people reward."""
+
+    explain: bool = False
+    """Tell what each judge, score in the data and annotator rewards: length, format, lists, hedging, confidence,
+    agreement with the prompt and similarity to it, by a Bradley-Terry model on their differences."""
+    explain_figure: str | None = None
+    """PNG, SVG or PDF to draw with `explain`."""
+    explain_output: str | None = None
+    """JSON to write with `explain`; default: it is only printed."""
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(ExplainConfig, JudgesConfig, OpConfig, AnsweringConfig):
     """Responses in, verdicts out."""
 
     responses: str
@@ -643,6 +656,8 @@ class ScoreConfig(JudgesConfig, OpConfig, AnsweringConfig):
     """Models that judges name as their `cell`."""
     policy: str | None = None
     """Cell that judges call `policy`; default: the newest version of the largest size."""
+    labels: str | None = None
+    """JSONL of human labels, which `explain` looks at too; with them, or scores in the data, no judge is needed."""
 
 
 @dataclass(kw_only=True)

@@ -223,6 +223,42 @@ def judges(panel: Mapping[str, Mapping[str, Any]]) -> tuple[Callable[[Any], None
     return plot, 0.3 + 1.9 * num_rows
 
 
+def explained(found: Mapping[str, Mapping[str, Any]]) -> tuple[Callable[[Any], None], float] | None:
+    """What each voter rewards, with intervals, as a plot and its height; None: nobody has pairs enough.
+
+    Args:
+        found: as ``correction.explain.explain`` gives it.
+    """
+    panels = {name: row["features"] for name, row in found.items() if row["features"]}
+    if not panels:
+        return None
+    names = [name for name in next(iter(panels.values())) if any(of[name] for of in panels.values())]
+    num_columns = min(len(panels), 3)
+    num_rows = -(-len(panels) // num_columns)
+
+    def plot(figure: Any) -> None:
+        grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for number, (axes, (name, features)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
+            axes.tick_params(labelbottom=number + num_columns >= len(panels))
+            axes.axvline(0, color=FAINT, linewidth=0.9, zorder=1)
+            for place, feature in enumerate(names):
+                if (row := features[feature]) is None:
+                    continue
+                color = FAINT if row["low"] * row["high"] <= 0 else CHOSEN if row["weight"] > 0 else REJECTED
+                axes.plot([row["low"], row["high"]], [place, place], color=color, solid_capstyle="round")
+                axes.plot(row["weight"], place, "o", color=color, markersize=5)
+            axes.set_title(name if len(name) <= 30 else f"{name[:29]}…")
+            axes.grid(axis="x")
+            axes.grid(visible=False, axis="y")
+        grid[0][0].set_yticks(range(len(names)), names)
+        grid[0][0].set_ylim(len(names) - 0.5, -0.5)
+        figure.supxlabel("log-odds of being preferred for a standard deviation more, 95 % interval", fontsize=9)
+
+    return plot, 0.5 + (0.5 + 0.23 * len(names)) * num_rows
+
+
 def lengths(run: Summary) -> str | None:
     """Mean tokens of chosen, rejected and generated responses, by iteration."""
     forms = {"chosen": ("o-", CHOSEN), "rejected": ("s--", REJECTED), "generated": ("^:", THIRD)}

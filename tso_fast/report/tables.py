@@ -131,6 +131,26 @@ def cost_rows(costs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...
         yield (name, *numbers, *shares)
 
 
+def explained_table(explained: Mapping[str, Mapping[str, Any]]) -> TitledTable:
+    """What each voter rewards; a star where the interval leaves 0 out."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name, row in explained.items():
+            predicted = "-" if row["predicted"] is None else f"{row['predicted']:.0%}"
+            facts = (name, f"{row['pairs']:,}", predicted)
+            for feature, told in row["features"].items() or [("too few pairs", None)]:
+                weight, interval = "-", "-" if row["features"] else ""
+                if told is not None:
+                    weight = f"{told['weight']:+.2f}" + ("*" if told["low"] * told["high"] > 0 else " ")
+                    interval = f"{told['low']:+.2f} – {told['high']:+.2f}"
+                yield facts[0], feature, weight, interval, *facts[1:]
+                facts = ("", "", "")
+
+    title = "What is rewarded: log-odds of being preferred for a standard deviation more (-: does not vary)"
+    columns = ("voter", "feature", "weight", "95 % interval", "pairs", "predicted")
+    return make_table(title, columns, rows(), num_labels=2)
+
+
 def scores_table(candidates: Sequence[Candidates], verdicts: Sequence[Verdict]) -> TitledTable:
     """Mean score of each model by each judge of single responses."""
     model_of = {(c.prompt.id, i): r.model for c in candidates for i, r in enumerate(c.responses)}
