@@ -167,6 +167,7 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     stages = {item["name"]: item["info"] for item in run.state["stages"]}
     scores = [info["accuracy"] for name, info in stages.items() if name.endswith("eval")]
+    generated = [info for name, info in stages.items() if name.endswith("generate")]
     trained = [info for name, info in stages.items() if name.endswith("train")]
     pairs = [info["pairs"] for name, info in stages.items() if name.endswith("pairs")]
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -177,7 +178,7 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "pairs": pairs,
-        "generated_tokens": sum(info["generated_tokens"] for info in trained),
+        "generated_tokens": sum(info["sampled_tokens"] for info in generated),
         "chosen_tokens": config.num_train_epochs
         * sum(info["means"]["num_tokens/chosen"] * count for info, count in zip(trained, pairs, strict=True)),
         "chosen_drift": last[-1]["logps/chosen"] - last[0]["logps/chosen"],

@@ -259,6 +259,9 @@ def test_bmc_pairs_a_response_with_itself_rewritten_towards_a_better_one(tmp_pat
     run = run_recipe("bmc", tmp_path, num_generations=2)
     pairs = read_pairs(run.iteration(1).pairs, BadRows())
     assert {(pair.chosen.model, pair.rejected.model) for pair in pairs} == {("revise", "m.v2")}
+    noted, candidates = run.info("iter-1/generate") or {}, read_candidates(run.iteration(1).responses, BadRows())
+    rewritten = sum(len(r.token_ids or ()) for c in candidates for r in c.responses if r.model == "revise")
+    assert noted["sampled_tokens"] > noted["samplers"]["revise"]["responses"] + rewritten
     assert {(pair.score_chosen, pair.score_rejected) for pair in pairs} == {(1.0, 0.0)}
 
 
@@ -538,6 +541,9 @@ def test_west_of_n_has_more_samples_in_each_iteration(tmp_path: Path) -> None:
         {"policy_num_generations": 2}, {"policy_num_generations": 3},
     ])  # fmt: skip
     answered = [read_candidates(run.iteration(t).responses, BadRows()) for t in (1, 2)]
+    for t, candidates in enumerate(answered, start=1):
+        tokens = sum(len(r.token_ids or ()) for item in candidates for r in item.responses)
+        assert (run.info(f"iter-{t}/generate") or {})["sampled_tokens"] == tokens
     own = [{sum(not r.is_human for r in item.responses) for item in candidates} for candidates in answered]
     assert own == [{2}, {3}]
     pairs = read_pairs(run.iteration(2).pairs, BadRows())

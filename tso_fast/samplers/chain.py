@@ -108,6 +108,7 @@ def generate(
             write_jsonl(files.responses, map(candidates_row, candidates))
             noted |= {"samplers": own, "refused_by_samplers": len(desk.bad.rows)}
     noted |= {"refused_prompts": len(bad.rows), **statistics.to_dict()}
+    noted["sampled_tokens"] += desk.sampled["tokens"]
     return [files.responses, *written, *bad.set_aside(files.refused)], noted
 
 

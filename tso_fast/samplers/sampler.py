@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,8 @@ class Desk:
     """The iteration's reference policy; None: the policy as it is."""
     executor: WarmExecutor | None = None
     """Keeps engines open between the samplers' questions; None: each opens its own."""
+    sampled: Counter[str] = field(default_factory=Counter)
+    """Number of ``tokens`` of the responses that samplers asked for, those that were in the store too."""
     bad: BadRows = field(default_factory=lambda: BadRows("skip"))
     """Where a prompt goes that an engine refused: one that a sampler wrote may exceed the context."""
 
@@ -105,11 +107,12 @@ class Desk:
     def answer(self, asked: Asked, prompts: Sequence[Candidates], title: str) -> list[Candidates]:
         """The prompts with the cell's responses, from the store or generated; those that an engine refuses are left
         out, and are in ``bad``."""
-        title = f"iteration {self.files.number}: {title}"
-        with progress_bar(title, len(prompts) * asked.num_generations) as advance:
-            return list(
+        with progress_bar(f"iteration {self.files.number}: {title}", len(prompts) * asked.num_generations) as advance:
+            answered = list(
                 answer([asked], prompts, self.matrix, self.config, self.store, self.bad, advance, self.executor)
             )
+        self.sampled["tokens"] += sum(len(r.token_ids or ()) for item in answered for r in item.responses)
+        return answered
 
     def scores(self, candidates: Sequence[Candidates]) -> list[list[float | None]]:
         """What the run's judges of single responses say of each response, on average; None: all of them abstain."""

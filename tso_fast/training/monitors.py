@@ -230,16 +230,20 @@ def drift_warnings(history: Sequence[dict[str, Any]]) -> list[str]:
 
 
 class PolicyStatistics:
-    """Mean length of the policy's responses, and distinct texts a sample: 1 when all samples of a prompt differ."""
+    """Mean length of the policy's responses, and distinct texts a sample: 1 when all samples of a prompt differ.
+
+    And how many tokens all cells sampled.
+    """
 
     def __init__(self, policy: str) -> None:
         self.policy = policy
-        self.responses = self.tokens = self.num_responses = self.prompts = 0
+        self.responses = self.sampled_tokens = self.tokens = self.num_responses = self.prompts = 0
         self.distinct = 0.0
 
     def watch(self, candidates: Iterable[Candidates]) -> Iterator[Candidates]:
         for item in candidates:
             self.responses += len(item.responses)
+            self.sampled_tokens += sum(len(r.token_ids) for r in item.responses if r.token_ids and r.seed is not None)
             own = [r for r in item.responses if r.model == self.policy]
             lengths = [len(r.token_ids) for r in own if r.token_ids]
             self.num_responses += len(lengths)
@@ -252,6 +256,7 @@ class PolicyStatistics:
     def to_dict(self) -> dict[str, float | None]:
         return {
             "responses": self.responses,
+            "sampled_tokens": self.sampled_tokens,
             "generated_tokens": self.tokens / self.num_responses if self.num_responses else None,
             "distinct_responses": self.distinct / self.prompts if self.prompts else None,
         }
