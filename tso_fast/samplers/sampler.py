@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -104,13 +105,29 @@ class Desk:
         is_played = iter(plays(candidates, names).tolist())
         return [[i for i in range(len(item.responses)) if next(is_played)] for item in candidates]
 
-    def answer(self, asked: Asked, prompts: Sequence[Candidates], title: str) -> list[Candidates]:
+    def progress(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Shows progress over so many responses; yields ``advance(n)``."""
+        return progress_bar(f"iteration {self.files.number}: {what}", total)
+
+    def answer(
+        self,
+        asked: Asked,
+        prompts: Sequence[Candidates],
+        title: str,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[Candidates]:
         """The prompts with the cell's responses, from the store or generated; those that an engine refuses are left
-        out, and are in ``bad``."""
-        with progress_bar(f"iteration {self.files.number}: {title}", len(prompts) * asked.num_generations) as advance:
-            answered = list(
-                answer([asked], prompts, self.matrix, self.config, self.store, self.bad, advance, self.executor)
-            )
+        out, and are in ``bad``.
+
+        Args:
+            title: of the progress that is shown.
+            advance: is told how many responses there are more, instead.
+        """
+        if advance is None:
+            with self.progress(title, len(prompts) * asked.num_generations) as shown:
+                return self.answer(asked, prompts, title, shown)
+        found = answer([asked], prompts, self.matrix, self.config, self.store, self.bad, advance, self.executor)
+        answered = list(found)
         self.sampled["tokens"] += sum(len(r.token_ids or ()) for item in answered for r in item.responses)
         return answered
 

@@ -115,29 +115,37 @@ class SearchSampler(Sampler):
 
     def sample(self, candidates: list[Candidates], desk: Desk) -> Sampled:
         trees = [_Tree(dataclasses.replace(item, responses=())) for item in candidates]
-        asked, step_of = desk.ask(self.config), self._steps(desk.matrix.tokenizer)
-        for _ in range(self.config.num_rounds):
-            ways = [(tree, tree.root.path(self.config.exploration)) for tree in trees]
-            for _, path in ways:
-                if path[-1].is_end:
-                    back_up(path, path[-1].value, 1)
-            new = {}
-            for tree, path in ways:
-                if not path[-1].is_end and path[-1].number is None:
-                    path[-1].number = len(tree.expanded)
-                    tree.expanded.append(path[-1])
-                    prompt = own_prompt(tree.item.prompt, self._name_of(path[-1]), prefix=path[-1].prefix)
-                    new[prompt.id] = Candidates(prompt=prompt, responses=()), path
-            if new:
-                answered = desk.answer(asked, [item for item, _ in new.values()], self.name)
-                for item, scores in zip(answered, desk.scores(answered), strict=True):
-                    known = [(r, s) for r, s in zip(item.responses, scores, strict=True) if s is not None]
-                    path = new[item.prompt.id][1]
-                    path[-1].expand([r for r, _ in known], [s for _, s in known], step_of)
-                    back_up(path, sum(s for _, s in known), len(known))
+        most = len(trees) * self.config.num_rounds * self.config.num_generations
+        with desk.progress(self.name, most) as advance:
+            for _ in range(self.config.num_rounds):
+                self._round(trees, desk, advance)
         places = [self._candidates(tree, node, desk) for tree in trees for node in tree.places()]
         others = [] if self.config.alone else candidates
         return Sampled([*others, *places], self._info(trees, len(places)))
+
+    def _round(self, trees: Sequence[_Tree], desk: Desk, advance: Callable[[int], None]) -> None:
+        """Goes down every tree once: ends count once more, and new places are expanded, all together."""
+        new = {}
+        for tree in trees:
+            path = tree.root.path(self.config.exploration)
+            last = path[-1]
+            if last.is_end:
+                back_up(path, last.value, 1)
+            elif last.number is None:
+                last.number = len(tree.expanded)
+                tree.expanded.append(last)
+                prompt = own_prompt(tree.item.prompt, self._name_of(last), prefix=last.prefix)
+                new[prompt.id] = Candidates(prompt=prompt, responses=()), path
+        advance((len(trees) - len(new)) * self.config.num_generations)
+        if not new:
+            return
+        step_of = self._steps(desk.matrix.tokenizer)
+        answered = desk.answer(desk.ask(self.config), [item for item, _ in new.values()], self.name, advance)
+        for item, scores in zip(answered, desk.scores(answered), strict=True):
+            known = [(r, s) for r, s in zip(item.responses, scores, strict=True) if s is not None]
+            path = new[item.prompt.id][1]
+            path[-1].expand([r for r, _ in known], [s for _, s in known], step_of)
+            back_up(path, sum(s for _, s in known), len(known))
 
     def _info(self, trees: Sequence[_Tree], places: int) -> dict[str, Any]:
         deepest = max((node.depth for tree in trees for node in tree.expanded), default=0)
