@@ -655,10 +655,10 @@ def test_a_killed_judge_goes_on(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_templates_of_the_package() -> None:
-    assert template.names() == ["pairwise", "pairwise_reasoned", "pointwise", "self_reference"]
+    assert template.names() == ["pairwise", "pairwise_reasoned", "pointwise", "role", "self_reference"]
     kinds = {name: template.load(name) for name in template.names()}
-    assert [kinds[name].is_comparison for name in template.names()] == [True, True, False, True]
-    assert [kinds[name].read for name in template.names()] == ["label", "text", "text", "text"]
+    assert [kinds[name].is_comparison for name in template.names()] == [True, True, False, True, True]
+    assert [kinds[name].read for name in template.names()] == ["label", "text", "text", "label", "text"]
     assert "own" in kinds["self_reference"].placeholders
     assert (kinds["pointwise"].low, kinds["pointwise"].high) == (1.0, 10.0)
     for made in kinds.values():
@@ -713,7 +713,7 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
         match=r"template: 'pairwize' is neither a file nor one of pairwise, pairwise_reas"
-        r"oned, pointwise, self_reference; did you mean 'pairwise'\?",
+        r"oned, pointwise, role, self_reference; did you mean 'pairwise'\?",
     ):
         template.load("pairwize")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import SMALL, run_recipe
 
 from tso_fast.config.settings import (
@@ -22,9 +23,11 @@ from tso_fast.correction.make_pairs import make_pairs
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_candidates, read_pairs, read_verdicts
 from tso_fast.files.run import Run
-from tso_fast.judges import panel
+from tso_fast.judges import panel, template
 from tso_fast.judges.consistency import kendall_tau
 from tso_fast.judges.judge import Bench
+from tso_fast.judges.llm import LlmJudge
+from tso_fast.judges.mc_dropout import bald
 from tso_fast.matrix import ModelMatrix
 from tso_fast.quickstart.build import build
 from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
@@ -147,6 +150,57 @@ def test_unanimous_pairs_are_those_on_which_all_agree() -> None:
     assert {pair.chosen.text + pair.rejected.text for pair in pairs} == {"ab", "ac", "cb"}  # a person's word stands
 
 
+# ---------------------------------------------------------------------------------------------------------- mc_dropout
+
+
+def test_bald() -> None:
+    assert bald(np.full(10, 0.9)) == bald(np.full(10, 0.5)) == 0  # all passes say the same
+    assert bald(np.array([0.0, 1.0])) == pytest.approx(np.log(2))
+    p = np.array([0.2, 0.9, 0.6])
+    entropy = -(p * np.log(p) + (1 - p) * np.log(1 - p))
+    mean = p.mean()
+    assert bald(p) == pytest.approx(-(mean * np.log(mean) + (1 - mean) * np.log(1 - mean)) - entropy.mean())
+
+
+def test_passes_that_disagree_make_unsure(matrix: ModelMatrix) -> None:
+    candidates = some_candidates("3", "12", "Sam Sam", "5 4 1")
+    options = {"kind": "mc_dropout", "beta": 20.0, "length_normalized": True, "num_passes": 6}
+    scores = {
+        (v.prompt_id, v.response): v.score for v in asked(matrix, candidates, kind="implicit", length_normalized=True)
+    }
+    sure, unsure, again = (asked(matrix, candidates, **options, dropout=p) for p in (0.0, 0.5, 0.5))
+    for c in sure:  # without dropout as the implicit judge orders them
+        first, second = (scores[c.prompt_id, i] for i in c.responses)
+        assert c.probability == pytest.approx(first > second)
+    assert unsure == again
+    assert all(0 <= c.probability <= 1 for c in unsure)
+    assert min(abs(c.probability - 0.5) for c in unsure) < 0.4
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    asked(matrix, candidates[:1], **options, dropout=0.5, reference="previous")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --------------------------------------------------------------------------------------------------------------- roles
+
+
+def test_a_role_and_its_duties_are_in_the_question() -> None:
+    shown = template.load("role")
+    assert shown.read == "label"
+    with pytest.raises(InputError, match="role: got None with template 'role'"):
+        panel.make_judges(JudgesConfig(judges=[JudgeConfig(kind="llm", cell="policy", template="role")]))
+    with pytest.raises(InputError, match=r"duties: got \['be kind'\] with template 'pairwise'"):
+        panel.make_judges(JudgesConfig(judges=[JudgeConfig(kind="llm", cell="policy", duties=["be kind"])]))
+    duties = ["explains each step", "never gives the answer away"]
+    config = JudgeConfig(kind="llm", cell="policy", template="role", role="tutor", duties=duties)
+    (judge,) = panel.make_judges(JudgesConfig(judges=[config]))
+    assert isinstance(judge, LlmJudge)
+    text = judge.questions(some_candidates("3", "4", num_prompts=1), {}).about(0, (1, 0))
+    assert "in this role: tutor. " in text
+    assert "[Duties]\n- explains each step\n- never gives the answer away\n[End of duties]" in text
+    assert "[Response A]\n4\n" in text
+
+
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 
@@ -197,3 +251,44 @@ def test_scirs_mask_drops_what_two_rewards_disagree_on(tmp_path: Path, store: Pa
     info = run.info("iter-1/pairs")
     assert info is not None
     assert info["reasons"]["drop"]["judges disagree"] > len(pairs) > 0
+
+
+@pytest.mark.slow
+def test_upos_labels_are_the_lower_the_more_passes_disagree(tmp_path: Path, store: Path) -> None:
+    judges = [JudgeConfig(kind="mc_dropout", reference="previous", beta=2.0, dropout=0.3, num_passes=4)]
+    run = run_recipe("upo", tmp_path, store=store, num_iterations=1, judges=judges)
+    candidates, verdicts = judged(run)
+    texts = {item.prompt.id: [response.text for response in item.responses] for item in candidates}
+    told = {(v.prompt_id, *v.responses): v.probability for v in verdicts}
+    labels = set()
+    for pair in pairs_of(run):
+        i, j = (texts[pair.prompt.id].index(response.text) for response in (pair.chosen, pair.rejected))
+        probability = told[pair.prompt.id, min(i, j), max(i, j)]
+        assert pair.soft_label == pytest.approx(max(probability, 1 - probability))
+        labels.add(pair.soft_label)
+    assert 0.5 < min(labels) < max(labels) <= 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["osp", "self_reference"])
+def test_where_the_policy_cannot_judge_the_matrix_decides(name: str, tmp_path: Path, store: Path) -> None:
+    """The questions exceed the context of a tiny model: all of them are refused, and the run goes on.
+
+    OSP asks of each response against a middle one, self-reference for an answer of the judge's own to each prompt.
+    """
+    run = run_recipe(name, tmp_path, store=store, num_iterations=1)
+    _, verdicts = judged(run)
+    assert {v.judge for v in verdicts} == {"llm"}
+    info = run.info("iter-1/score")
+    assert info is not None
+    pairs, cost = pairs_of(run), info["costs"]["llm"]
+    assert {v.probability for v in verdicts} <= {None, 0.5}
+    assert {(pair.reason, pair.margin) for pair in pairs} == {("prior alone", 0.0)}
+    asked_of: dict[str, list[set[int]]] = {}
+    for v in verdicts:
+        asked_of.setdefault(v.prompt_id, []).append(set(v.responses))
+    if name == "osp":
+        assert all(set.intersection(*compared) for compared in asked_of.values())
+        assert {pair.soft_label for pair in pairs} == {0.5}
+    else:
+        assert cost["requests"] - cost["refused"] == len(asked_of)

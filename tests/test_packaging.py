@@ -90,7 +90,7 @@ def test_wheel_installs_the_packages_under_their_names(wheel: Path, tmp_path: Pa
     assert {t for t in tops if not t.endswith(".dist-info")} == {"tso_fast"}
     modules = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")}
     data = {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("templates/*.txt")}
-    assert len(data) == 7
+    assert len(data) == 8
     data |= {"tso_fast/annotate/page.css", "tso_fast/annotate/page.js"}
     data |= {"tso_fast/quickstart/skills.yaml", "tso_fast/quickstart/writing.yaml"}
     assert modules | data | {"tso_fast/kernels/__init__.py", "tso_fast/py.typed"} <= set(names)

@@ -181,9 +181,9 @@ class JudgeConfig:
 
     kind: str
     """`llm`: a language model reads two responses in both orders, or rates one; `implicit`: log-probs of a cell;
-    `consistency`: the order of these log-probs, as sure as an older version has the same one (CREAM); `agreement`:
-    the share of a prompt's other responses that end in the same number; `verifier`: one more program; or a judge of
-    your own, `package.module:Class`."""
+    `consistency`: the order of these log-probs, as sure as an older version has the same one (CREAM); `mc_dropout`:
+    the same, as sure as passes with dropout agree (UPO); `agreement`: the share of a prompt's other responses that
+    end in the same number; `verifier`: one more program; or a judge of your own, `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables; default: its kind."""
     cell: str | None = None
@@ -191,9 +191,14 @@ class JudgeConfig:
     model: CellConfig | None = None
     """Or a model of its own, whose vocabulary may differ from the matrix's; with a `url` it is asked there."""
     template: str = "pairwise"
-    """Prompt of `llm`: `pairwise`, `pairwise_reasoned`, `self_reference`, `pointwise`, or a file. `{prompt}` with
-    `{first}` and `{second}` makes it a comparison, with `{response}` a rating; `{own}` is the judge's own answer,
+    """Prompt of `llm`: `pairwise`, `pairwise_reasoned`, `self_reference`, `pointwise`, `role`, or a file. `{prompt}`
+    with `{first}` and `{second}` makes it a comparison, with `{response}` a rating; `{own}` is the judge's own answer,
     written first."""
+    role: Text | None = None
+    """Role in which the responses were given, such as `tutor of a beginner`, for templates with `{role}`, such as
+    `role`."""
+    duties: list[Text] | None = None
+    """What is owed in that role, for templates with `{duties}`: the rubric of the comparison."""
     num_votes: PositiveInt = 1
     """Times that `llm` is asked the same, in each order; with a temperature above 0."""
     temperature: NonNegativeFloat = 0.0
@@ -205,13 +210,19 @@ class JudgeConfig:
     """Which pairs of a prompt `llm` compares: all, or every response against a middle one (OSP), the median in the
     matrix's order."""
     reference: str | None = None
-    """Cell whose log-probs `implicit` and `consistency` subtract: a score is then the DPO reward over beta; `previous`
-    for the version before the policy."""
+    """Cell whose log-probs `implicit`, `consistency` and `mc_dropout` subtract: a score is then the DPO reward over
+    beta; `previous` for the version before the policy."""
     length_normalized: bool = False
-    """`implicit` and `consistency`: log-probs a token."""
+    """`implicit`, `consistency` and `mc_dropout`: log-probs a token."""
     previous: str | None = None
     """Cell whose ranking `consistency` compares with that of `cell`; default: the newest one that is older than the
     policy, of its size where there is one."""
+    beta: PositiveFloat = 0.1
+    """`mc_dropout`: reward per nat of log-prob."""
+    dropout: Decay = 0.1
+    """`mc_dropout`: share of the cell's activations that a pass leaves out, wherever its architecture has dropout."""
+    num_passes: PositiveInt = 10
+    """`mc_dropout`: passes."""
     consistency_of: Literal["prompt", "dataset"] = "prompt"
     """What the probabilities of `consistency` follow: the agreement on the prompt's responses, or its mean over all
     prompts."""

@@ -120,6 +120,7 @@ def response_logprobs(
     tokens_per_batch: int = 16384,
     impl: str = "auto",
     advance: Callable[[int], None] = lambda n: None,
+    is_training: bool = False,
 ) -> list[SequenceLogprob]:
     """Log-probs of completions after their prompts, in the order of the rows; full logits never exist.
 
@@ -128,6 +129,7 @@ def response_logprobs(
         tokens_per_batch: most tokens of a forward pass, padding included; a longer row goes alone.
         impl: implementation of ``linear_logprobs``.
         advance: is told how many more rows are done.
+        is_training: leave dropout on.
 
     Raises:
         ValueError: a prompt or a completion without tokens.
@@ -140,6 +142,7 @@ def response_logprobs(
                 "expected at least one each"
             )
     policy = Policy(model.eval())
+    model.train(is_training)
     out: dict[int, SequenceLogprob] = {}
     for index in _batches([len(prompt) + len(completion) for prompt, completion in rows], tokens_per_batch):
         batch = [(tuple(rows[i][0]), tuple(rows[i][1])) for i in index]
@@ -167,6 +170,20 @@ def _batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     return batches
 
 
+def encoded(
+    cell: Cell, candidates: Sequence[Candidates], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[tuple[tuple[int, ...], tuple[int, ...]]], list[list[bool]]]:
+    """Token ids of (prompt, response) of all responses that fit the cell's context; by prompt, whether each fits."""
+    rows: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    is_scored: list[list[bool]] = []
+    for item in candidates:
+        prompt = encode_prompt(tokenizer, item.prompt)
+        responses = [response_ids(tokenizer, item.prompt, response) for response in item.responses]
+        is_scored.append([cell.context is None or len(prompt) + len(ids) <= cell.context for ids in responses])
+        rows += [(prompt, ids) for ids, fits in zip(responses, is_scored[-1], strict=True) if fits]
+    return rows, is_scored
+
+
 def cell_logprobs(
     cell: Cell,
     candidates: Sequence[Candidates],
@@ -184,13 +201,7 @@ def cell_logprobs(
     What was sampled is scored token by token, what was written by the tokens of its text. The model is loaded, its
     adapter unmerged, and freed again.
     """
-    rows: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    is_scored: list[list[bool]] = []
-    for item in candidates:
-        prompt = encode_prompt(tokenizer, item.prompt)
-        responses = [response_ids(tokenizer, item.prompt, response) for response in item.responses]
-        is_scored.append([cell.context is None or len(prompt) + len(ids) <= cell.context for ids in responses])
-        rows += [(prompt, ids) for ids, fits in zip(responses, is_scored[-1], strict=True) if fits]
+    rows, is_scored = encoded(cell, candidates, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     model = load_model(cell.path, base=cell.base, dtype=dtype, attn_implementation=attn_implementation, device=device)
     try:

@@ -42,7 +42,17 @@ LABEL_TOKENS = 32
 class LlmJudge(Judge):
     """Judge of kind ``llm``: a comparison of every pair that ``pairs`` wants, or a verdict on every response."""
 
-    takes = ("cell", "model", "template", "num_votes", "temperature", "max_completion_length", "pairs")
+    takes = (
+        "cell",
+        "model",
+        "template",
+        "role",
+        "duties",
+        "num_votes",
+        "temperature",
+        "max_completion_length",
+        "pairs",
+    )
     needs_models = True
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -70,7 +80,7 @@ class LlmJudge(Judge):
         config, template = self.config, self.template
         client = _Client(*self.cell(bench.matrix), bench)
         own = _own_answers(candidates, config, template, client, bench.bad) if "own" in template.placeholders else {}
-        questions = _Questions(candidates, template, {number: answer.text for number, answer in own.items()})
+        questions = self.questions(candidates, {number: answer.text for number, answer in own.items()})
         plan = [
             _planned(number, shown, item, own, questions)
             for number, item in enumerate(candidates)
@@ -82,6 +92,11 @@ class LlmJudge(Judge):
         cost = _cost(self.name, results, client, unread)
         _warn(cost, results)
         return Judged(results, cost)
+
+    def questions(self, candidates: Sequence[Candidates], own: Mapping[int, str]) -> _Questions:
+        """The questions that can be asked of candidates, none added yet; ``own`` are the judge's own answers."""
+        role = {"role": self.config.role or "", "duties": "\n".join(f"- {duty}" for duty in self.config.duties or ())}
+        return _Questions(candidates, self.template, own, role)
 
     def cell(self, matrix: ModelMatrix | None) -> tuple[Cell, CellConfig | None, ModelMatrix]:
         """The cell that judges, how it was configured, and the matrix whose tokenizer it has."""
@@ -134,6 +149,12 @@ def _load_template(config: JudgeConfig) -> Template:
             f"pairs: {config.pairs!r} has no effect with template {config.template!r}, which rates single "
             "responses; leave it out"
         )
+    for key in ("role", "duties"):
+        if (key in template.placeholders) != bool(getattr(config, key)):
+            raise InputError(
+                f"{key}: got {getattr(config, key)!r} with template {config.template!r}; a template with {{{key}}} "
+                "needs it, and another one makes no use of it"
+            )
     return template
 
 
@@ -212,25 +233,32 @@ class _Questions(Sequence[Candidates]):
     A prompt's id is the hash of its text: it is asked once, whatever responses and iterations it comes from.
     """
 
-    def __init__(self, candidates: Sequence[Candidates], template: Template, own: Mapping[int, str]) -> None:
-        self._candidates, self._template, self._own = candidates, template, own
+    def __init__(
+        self,
+        candidates: Sequence[Candidates],
+        template: Template,
+        own: Mapping[int, str],
+        role: Mapping[str, str],
+    ) -> None:
+        self._candidates, self._template, self._own, self._role = candidates, template, own, role
         self._shown: list[tuple[int, tuple[int, ...]]] = []
         self.numbers: dict[str, int] = {}
         """Numbers of the questions by their ids."""
 
     def add(self, number: int, shown: tuple[int, ...]) -> int:
         """The number of the question about these responses, in this order."""
-        name = _text_id(self._text(number, shown))
+        name = _text_id(self.about(number, shown))
         if name not in self.numbers:
             self.numbers[name] = len(self._shown)
             self._shown.append((number, shown))
         return self.numbers[name]
 
-    def _text(self, number: int, shown: tuple[int, ...]) -> str:
+    def about(self, number: int, shown: tuple[int, ...]) -> str:
+        """The text of a question about some responses of the candidates of that number, in this order."""
         item = self._candidates[number]
         names = ("first", "second") if self._template.is_comparison else ("response",)
         texts = {name: item.responses[i].text for name, i in zip(names, shown, strict=True)}
-        return self._template.render(prompt=item.prompt.text, own=self._own.get(number, ""), **texts)
+        return self._template.render(prompt=item.prompt.text, own=self._own.get(number, ""), **self._role, **texts)
 
     def __len__(self) -> int:
         return len(self._shown)
@@ -242,7 +270,7 @@ class _Questions(Sequence[Candidates]):
     def __getitem__(self, number: int | slice) -> Candidates | Sequence[Candidates]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        text = self._text(*self._shown[number])
+        text = self.about(*self._shown[number])
         return Candidates(prompt=Prompt(id=_text_id(text), prompt=text), responses=())
 
 

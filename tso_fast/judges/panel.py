@@ -14,6 +14,7 @@ from tso_fast.judges.consistency import ConsistencyJudge
 from tso_fast.judges.implicit import ImplicitJudge
 from tso_fast.judges.judge import Bench, Judge, Judged
 from tso_fast.judges.llm import LlmJudge
+from tso_fast.judges.mc_dropout import McDropoutJudge
 from tso_fast.judges.self_consistency import SelfConsistencyJudge
 from tso_fast.judges.verifier import VerifierJudge
 from tso_fast.matrix import ModelMatrix
@@ -26,6 +27,7 @@ JUDGES: dict[str, type[Judge]] = {
     "agreement": SelfConsistencyJudge,
     "verifier": VerifierJudge,
     "consistency": ConsistencyJudge,
+    "mc_dropout": McDropoutJudge,
 }
 """Judges by their kind."""
 

@@ -8,7 +8,8 @@ A template is a text with placeholders, which may begin with settings between tw
     {prompt} ... {first} ... {second} ... Which one is better, A or B? Reply with the letter only.
 
 Placeholders: ``{prompt}``; ``{first}`` and ``{second}``, the responses shown as A and B, or ``{response}``, one to be
-rated; ``{own}``, the judge's own answer. ``{{prompt}}`` stands for the text "{prompt}"; other braces are plain text.
+rated; ``{own}``, the judge's own answer; ``{role}`` and ``{duties}``, in which role the responses were given and what
+is expected of it. ``{{prompt}}`` stands for the text "{prompt}"; other braces are plain text.
 
 Settings, of a comparison: ``read: label``, the reply begins with A or B, so that the log-probs of its first token tell
 how sure the judge is; ``read: text`` (default), only the whole reply tells. Of a rating: ``range: 1-10`` (default),
@@ -27,7 +28,7 @@ from typing import Literal, cast
 from tso_fast.errors import InputError, did_you_mean
 
 FOLDER = Path(__file__).parent / "templates"
-PLACEHOLDERS = ("prompt", "first", "second", "response", "own")
+PLACEHOLDERS = ("prompt", "first", "second", "response", "own", "role", "duties")
 EXPECTED = "{prompt} with {first} and {second}, or with {response}; {own} besides where it is wanted"
 
 _HEADER = re.compile(r"---\n(.*?)^---(?:\n|\Z)", re.DOTALL | re.MULTILINE)

@@ -255,11 +255,16 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability to 0, including those that modules pass to functions."""
+    """Sets every dropout probability to 0."""
+    set_dropout(model, 0.0)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Sets every dropout probability, including those that modules pass to functions."""
     module: Any
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = probability
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
+                setattr(module, name, probability)
