@@ -171,7 +171,7 @@ def test_passes_that_disagree_make_unsure(matrix: ModelMatrix) -> None:
     sure, unsure, again = (asked(matrix, candidates, **options, dropout=p) for p in (0.0, 0.5, 0.5))
     for c in sure:  # without dropout as the implicit judge orders them
         first, second = (scores[c.prompt_id, i] for i in c.responses)
-        assert c.probability == pytest.approx(first > second)
+        assert c.probability == pytest.approx(float(first > second))
     assert unsure == again
     assert all(0 <= c.probability <= 1 for c in unsure)
     assert min(abs(c.probability - 0.5) for c in unsure) < 0.4
