@@ -59,12 +59,16 @@ class Method:
     """Settings that make it this method, over those of the task."""
     trials: Sequence[Settings] = ()
     """Settings to choose from; the first is the source's or the task's own."""
-    best: Settings = dataclasses.field(default_factory=dict)
-    """Chosen from the trials on the development seeds."""
+    best: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+    """By task, chosen from the trials on the development seeds; nothing: as the task has it."""
 
 
 BEST: Settings = {"pair_strategy": "best_random"}
 """The best response of a prompt is always the chosen one, where others may be better than another as well."""
+
+
+def _tso(nll_weight: float, learning_rate: float) -> Settings:
+    return {"loss_args": {"nll_weight": nll_weight}, "learning_rate": learning_rate}
 
 
 def _trials(name: str, values: Sequence[float]) -> list[Settings]:
@@ -95,12 +99,12 @@ METHODS: dict[str, Method] = {
     "tso": Method(
         "TSO",
         trials=[
-            {},
-            {"loss_args": {"nll_weight": 1.0}},
-            {"loss_args": {"nll_weight": 1.0}, "learning_rate": 1e-3},
-            {"learning_rate": 1e-3},
-            {**BEST},
-            {**BEST, "loss_args": {"nll_weight": 1.0}, "learning_rate": 1e-3},
+            _tso(0.0, 5e-4),
+            _tso(1.0, 5e-4),
+            _tso(1.0, 1e-3),
+            _tso(0.0, 1e-3),
+            {**_tso(0.0, 5e-4), **BEST},
+            {**_tso(1.0, 1e-3), **BEST},
         ],
     ),
     "sft": _rival("chosen-only NLL", "sft", RATES),
@@ -287,7 +291,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[Job]:
         for seed in seeds:
             for name in names:
                 method = known[name]
-                choices = method.trials or [{}] if arguments.tune else [method.best]
+                choices = method.trials or [{}] if arguments.tune else [method.best.get(task, {})]
                 of_seed = [
                     Job(task, name, seed, eval_set, {**method.settings, **choice, **arguments.extra})
                     for choice in choices
