@@ -80,8 +80,15 @@ PLAIN: Settings = {"loss_args": {}, "beta": None, "clip_chosen": None, "clip_rej
 """Takes back what the task says of the dual clip."""
 
 
-def _rival(title: str, loss: str | Sequence[str], trials: Sequence[Settings], **settings: Any) -> Method:
-    return Method(title, {**PLAIN, "loss_type": loss if isinstance(loss, str) else list(loss), **settings}, trials)
+def _rival(
+    title: str,
+    loss: str | Sequence[str],
+    trials: Sequence[Settings],
+    best: Mapping[str, Settings] | None = None,
+    **settings: Any,
+) -> Method:
+    loss_type = loss if isinstance(loss, str) else list(loss)
+    return Method(title, {**PLAIN, "loss_type": loss_type, **settings}, trials, best or {})
 
 
 RATES: list[Settings] = [
@@ -106,9 +113,16 @@ METHODS: dict[str, Method] = {
             {**_tso(0.0, 5e-4), **BEST},
             {**_tso(1.0, 1e-3), **BEST},
         ],
+        best={"skills": _tso(1.0, 1e-3)},
     ),
-    "sft": _rival("chosen-only NLL", "sft", RATES),
-    "dpo": _rival("DPO, offline", "dpo", _trials("beta", BETAS), **OFFLINE),
+    "sft": _rival("chosen-only NLL", "sft", RATES, {"skills": {"learning_rate": 1e-3, "num_train_epochs": 2}}),
+    "dpo": _rival(
+        "DPO, offline",
+        "dpo",
+        _trials("beta", BETAS),
+        {"skills": {"loss_args": {"beta": 1.0}, "learning_rate": 5e-4}},
+        **OFFLINE,
+    ),
     "iterative_dpo": _rival("iterative DPO", "dpo", _trials("beta", BETAS)),
     "irpo": _rival("IRPO", ("dpo", "sft"), [{**t, "loss_weights": [1.0, 1.0]} for t in _trials("beta", BETAS)]),
     "simpo": _rival("SimPO", "simpo", _trials("beta", (2.0, 0.5, 5.0))),
