@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from tso_fast.config.settings import JudgeConfig
+from tso_fast.files.labels import Label, make_label
 from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_verdicts
 from tso_fast.types import Candidates, Verdict
 
@@ -51,3 +53,16 @@ class Model(Shortest):
 
 
 def function() -> None: ...
+
+
+def two_tastes(candidates: Sequence[Candidates], seed: int) -> list[Label]:
+    """Labels of two people on half of the pairs each: one likes long responses, the other short ones."""
+    found = []
+    for item in candidates:
+        for i, j in itertools.combinations(range(len(item.responses)), 2):
+            first, second = (len(item.responses[k].text) for k in (i, j))
+            if first != second and (i + j) % 2 == 0:
+                found.append(make_label(item, (i, j), "long", float(first > second)))
+            elif first != second:
+                found.append(make_label(item, (i, j), "short", float(first < second)))
+    return found

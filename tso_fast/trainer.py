@@ -148,7 +148,10 @@ class Loop:
             judges = panel.counted(self.judges, of_iteration(config, t))
             steps = panel.num_steps(judges, candidates) or len(candidates)
             with progress_bar(f"iteration {t}: judge", steps) as advance, self._store() as store:
-                bench = Bench(bad=bad, settings=config, store=store, matrix=matrix, advance=advance, impl=config.impl)
+                bench = Bench(
+                    bad=bad, settings=config, store=store, matrix=matrix, advance=advance, impl=config.impl,
+                    labelled=self.run.labelled(t),
+                )  # fmt: skip
                 verdicts, costs = panel.ask(judges, candidates, bench)
             write_jsonl(files.verdicts, map(verdict_row, verdicts))
             written = [files.verdicts, *bad.set_aside(files.skipped)]

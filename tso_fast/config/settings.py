@@ -182,8 +182,9 @@ class JudgeConfig:
     kind: str
     """`llm`: a language model reads two responses in both orders, or rates one; `implicit`: log-probs of a cell;
     `consistency`: the order of these log-probs, as sure as an older version has the same one (CREAM); `mc_dropout`:
-    the same, as sure as passes with dropout agree (UPO); `agreement`: the share of a prompt's other responses that
-    end in the same number; `verifier`: one more program; or a judge of your own, `package.module:Class`."""
+    the same, as sure as passes with dropout agree (UPO); `ideal_point`: what each annotator likes, learnt from human
+    labels (PAL); `agreement`: the share of a prompt's other responses that end in the same number; `verifier`: one
+    more program; or a judge of your own, `package.module:Class`."""
     name: Text | None = None
     """Name in files and tables; default: its kind."""
     cell: str | None = None
@@ -219,6 +220,15 @@ class JudgeConfig:
     policy, of its size where there is one."""
     beta: PositiveFloat = 0.1
     """`mc_dropout`: reward per nat of log-prob."""
+    labels: str | None = None
+    """JSONL of human labels that `ideal_point` learns from, beside those of earlier iterations."""
+    responses: str | None = None
+    """JSONL of the responses that `labels` are about."""
+    annotator: Text | None = None
+    """Annotator whose taste `ideal_point` has; one who never labelled has the mean one; default: all, their
+    probabilities averaged."""
+    num_prototypes: PositiveInt = 2
+    """`ideal_point`: tastes that those of all annotators are mixed of."""
     dropout: Decay = 0.1
     """`mc_dropout`: share of the cell's activations that a pass leaves out, wherever its architecture has dropout."""
     num_passes: PositiveInt = 10

@@ -259,6 +259,11 @@ class Run:
     def iteration(self, number: int) -> Iteration:
         return Iteration(self.folder, number)
 
+    def labelled(self, number: int) -> list[tuple[Path, Path]]:
+        """Files of responses and of human labels on them, of the iterations before one."""
+        before = (self.iteration(k) for k in range(1, number))
+        return [(files.responses, files.labels) for files in before if files.labels.exists()]
+
     def info(self, stage: str) -> dict[str, Any] | None:
         """The record of a complete stage; None: the stage is not complete."""
         if self._lock is None:

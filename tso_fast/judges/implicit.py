@@ -144,7 +144,7 @@ def response_logprobs(
     policy = Policy(model.eval())
     model.train(is_training)
     out: dict[int, SequenceLogprob] = {}
-    for index in _batches([len(prompt) + len(completion) for prompt, completion in rows], tokens_per_batch):
+    for index in batches([len(prompt) + len(completion) for prompt, completion in rows], tokens_per_batch):
         batch = [(tuple(rows[i][0]), tuple(rows[i][1])) for i in index]
         sums = policy.logprobs(padded(batch, pad_token_id).to(model.device), impl=impl).sum(dim=1, dtype=torch.float64)
         if not sums.isfinite().all():
@@ -158,7 +158,7 @@ def response_logprobs(
     return [out[i] for i in range(len(rows))]
 
 
-def _batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
     """Rows of like length together, the longest first: what does not fit in memory fails at once."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

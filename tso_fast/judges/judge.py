@@ -6,6 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from tso_fast.config.settings import AnsweringConfig, JudgeConfig, judge_name
@@ -108,6 +109,8 @@ class Bench:
     """Is told how many more of ``Judge.num_steps`` are done."""
     impl: str = "auto"
     """Implementation of the log-prob op."""
+    labelled: Sequence[tuple[Path, Path]] = ()
+    """Files of responses and of human labels on them, from earlier iterations of the run."""
 
 
 class Judge(Protocol):

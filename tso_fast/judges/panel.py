@@ -11,6 +11,7 @@ from tso_fast.errors import InputError
 from tso_fast.files.rows import FLOAT32_MAX, BadRows
 from tso_fast.judges import verifier
 from tso_fast.judges.consistency import ConsistencyJudge
+from tso_fast.judges.ideal_point import IdealPointJudge
 from tso_fast.judges.implicit import ImplicitJudge
 from tso_fast.judges.judge import Bench, Judge, Judged
 from tso_fast.judges.llm import LlmJudge
@@ -28,6 +29,7 @@ JUDGES: dict[str, type[Judge]] = {
     "verifier": VerifierJudge,
     "consistency": ConsistencyJudge,
     "mc_dropout": McDropoutJudge,
+    "ideal_point": IdealPointJudge,
 }
 """Judges by their kind."""
 
