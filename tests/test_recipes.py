@@ -33,9 +33,12 @@ MADE = [
 ]
 
 
+def file_of(task: str) -> Path:
+    return Path(tso_fast.quickstart.__file__).with_name(f"{task}.yaml")
+
+
 def laid_over(task: str, name: str, *more: str) -> TrainConfig:
-    base = Path(tso_fast.quickstart.__file__).with_name(f"{task}.yaml")
-    return parse("train", TrainConfig, ["--config", str(base), *MADE, *arguments(name), *more])
+    return parse("train", TrainConfig, ["--config", str(file_of(task)), *MADE, *arguments(name), *more])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,7 +55,7 @@ def test_a_recipe_is_a_whole_method(name: str) -> None:
         }
         assert configured_loss(config).title
         assert config.verifier == ("exact" if task == "skills" else None)  # who judges is not the method's
-        assert config.learning_rate == 5e-4
+        assert config.learning_rate == yaml.safe_load(file_of(task).read_text())["learning_rate"]
 
 
 def test_heads_are_whole_and_losses_are_known() -> None:
