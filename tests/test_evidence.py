@@ -546,3 +546,18 @@ def test_agreement_abstains() -> None:
     )
     assert [v.score for v in agree([candidates], "agreement")] == [0.5, None, None, 0.5]
     assert [v.score for v in agree([item("q", "4")], "agreement")] == [None]
+
+
+def test_win_rates_are_as_judges_of_two_state_them_and_by_the_scores_of_others() -> None:
+    compared: list[Verdict | Comparison] = [said(0.9, 0, 1), said(0.7, 0, 2), said(0.6, 1, 2)]
+    scored = [Verdict(prompt_id="q", response=i, judge="exact", score=score) for i, score in enumerate((0.0, 1.0, 1.0))]
+    candidates = [item("q", "a", "b", "c"), item("r", "a", "b")]
+    settings = EvidenceConfig(evidence="consensus")
+
+    def rates(*verdicts: Verdict | Comparison) -> list[float]:
+        return believe(candidates, list(verdicts), settings).win_rates_R.tolist()
+
+    stated, by_score = [0.8, 0.35, 0.35], [0.0, 0.75, 0.75]
+    both = [(a + b) / 2 for a, b in zip(stated, by_score, strict=True)]
+    for found, wanted in ((rates(*compared), stated), (rates(*scored), by_score), (rates(*compared, *scored), both)):
+        assert found == pytest.approx([*wanted, NAN, NAN], nan_ok=True)

@@ -206,6 +206,8 @@ class Beliefs:
         self.votes = votes_of(candidates, pointwise, compared, self.given)
         self.stated_N = stated_of(compared, len(self.votes.prior_N))
         self.matrix = with_comparisons(pointwise, compared, config.comparison_scores)
+        self.stated_rates_RM = with_comparisons(pointwise, compared).scores[:, len(pointwise.scorers) :]
+        """[R, M] mean probability of winning, by the judges that compare responses; NaN: not compared."""
         self._check_names()
         self.combination: Combination | None = None
         """None: scores decide."""
@@ -226,9 +228,17 @@ class Beliefs:
             nothing = np.full((len(matrix.scores), 0), np.nan, np.float32)
             matrix = ScoreMatrix(scores=nothing, offsets=matrix.offsets, scorers=())
         self.scores_R, self.gaps_N = consensus_of(matrix, self.config)
-        self.win_rates_R = self.scores_R
-        if matrix.scorers:
-            self.win_rates_R = consensus(matrix.scores, matrix.offsets, method="win_rate", normalize="none").scores
+        self.win_rates_R = self._win_rates() if matrix.scorers else self.scores_R
+
+    def _win_rates(self) -> np.ndarray:
+        """How often each response wins, over all judges, [R] float32: as they state it, or by their scores."""
+        pointwise, rates_RM = self.pointwise, self.stated_rates_RM
+        if pointwise.scorers:
+            by_score = consensus(pointwise.scores, pointwise.offsets, method="win_rate", normalize="none").scores
+            rates_RM = np.column_stack([rates_RM, *[by_score] * len(pointwise.scorers)])
+        num = (~np.isnan(rates_RM)).sum(axis=1)
+        total = np.nansum(rates_RM, axis=1)
+        return np.divide(total, num, out=np.full(len(num), np.nan), where=num > 0).astype(np.float32)
 
     @property
     def given(self) -> dict[str, float]:

@@ -20,7 +20,10 @@ METHOD = {
     "beta": "null",
     "clip_chosen": "null",
     "clip_rejected": "null",
+    "unanimous": "false",
     "pair_strategy": "random",
+    "accepted_responses": "null",
+    "acceptance_beta": "null",
     "scale_by": "unit",
     "soft_label_by": "null",
     "soft_label_kappa": "null",
@@ -121,3 +124,18 @@ def arguments(name: str) -> list[str]:
     """
     cleared = [part for key, value in METHOD.items() for part in (f"--{key}", value)]
     return [*cleared, "--config", str(find(name).path)]
+
+
+def table() -> str:
+    """The recipes as Markdown, a table a family: what `docs/recipes.md` says of them, as its test sees to."""
+    lines: list[str] = []
+    family = ""
+    for recipe in recipes():
+        if recipe.family != family:
+            family = recipe.family
+            lines += ["", f"## {family.capitalize()}", "", "| recipe | source, and how it was read | ours | not here |"]
+            lines.append("| --- | --- | --- | --- |")
+        name = f"[`{recipe.name}`](../tso_fast/recipes/{recipe.path.name})"
+        cells = (f"{name}: {recipe.title}", f"{recipe.source}; {recipe.status}", recipe.ours, recipe.missing)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).strip() + "\n"
