@@ -17,7 +17,7 @@ from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_pairs
 from tso_fast.files.run import Run
 from tso_fast.losses import LOSSES
-from tso_fast.recipes import FOLDER, METHOD, arguments, find, recipes
+from tso_fast.recipes import FOLDER, METHOD, arguments, find, recipes, table
 from tso_fast.training.optimise import configured_loss
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -100,3 +100,8 @@ def test_delta_and_temporal_self_rewarding_take_sides_by_version_and_size(tmp_pa
     delta = sides(run_recipe("delta", tmp_path / "d", store=store, verifier=None), 1)
     assert {chosen for chosen, _ in delta} <= {"m.v1", "m.v2"}
     assert "s.v2" in {rejected for _, rejected in delta}
+
+
+def test_the_docs_tell_of_every_recipe() -> None:
+    docs = (FOLDER.parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
+    assert docs.endswith(f"\n{table()}"), "write what tso_fast.recipes.table() says to the end of docs/recipes.md"
