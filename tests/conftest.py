@@ -65,8 +65,8 @@ SLOWEST = {
     "test_integrations": 12,
     "test_report": 10,
 }
-WORKERS = 2
-"""More share the memory that engines measure, and on most machines the cores."""
+WORKERS = 3
+"""One more than most small machines have cores: a third of the time is waited for engines and other processes."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

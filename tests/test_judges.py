@@ -371,7 +371,7 @@ def refusal(*judges: JudgeConfig, **settings: Any) -> str:
     [
         (
             {"kind": "llms"},
-            "kind: got 'llms', expected one of llm, implicit, agreement, verifier, or package.module:Class; "
+            f"kind: got 'llms', expected one of {', '.join(panel.JUDGES)}, or package.module:Class; "
             "did you mean 'llm'?",
         ),
         ({"kind": "agreement", "cell": "policy"}, "cell: it has no effect on a judge of kind 'agreement'; leave it"),
