@@ -661,7 +661,6 @@ def test_an_entry_an_iteration_and_the_last_one_for_all_that_follow() -> None:
         ("[{}, {temperature: hot}]", "by_iteration[1].temperature: got 'hot', expected float"),
         ("[{max_pairs: 0}]", "by_iteration[0].max_pairs: got 0, expected an integer >= 1"),
         ("[{temperature: 0, top_k: 5}]", "by_iteration[0]: top_k: 5 has no effect with temperature 0"),
-        ("[{}, {}, {}, {}]", "by_iteration: got 4 entries, expected at most one for each of num_iterations 3"),
     ],
 )
 def test_an_entry_is_checked_as_settings_are(entries: str, message: str) -> None:

@@ -79,6 +79,18 @@ def test_keys_and_files_override_a_recipe(tmp_path: Path) -> None:
         find("simp")
 
 
+@pytest.mark.parametrize("form", [[], ["--config"]])
+def test_a_recipe_is_laid_over_a_configuration(
+    form: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("loss_type: ipo\nbeta: 0.4\nlearning_rate: 0.25\nprompts: p\noutput_dir: o\ncells: [{path: m}]\n")
+    with pytest.raises(SystemExit):
+        main(["train", *form, str(config), "--recipe", "simpo", "--seed", "7", "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert [found[key] for key in ("loss_type", "beta", "learning_rate", "seed")] == ["simpo", None, 0.25, 7]
+
+
 def test_the_command_lists_and_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     told = capsys.readouterr().out

@@ -136,8 +136,8 @@ def _train(arguments: list[str]) -> int | None:
 
         settings = recipes.arguments(recipe)
     if is_given(own, "config", "cells", "prompts", "help"):
-        file = ["--config"] if own[:1] and not own[0].startswith("-") else []
-        config = parse("train", TrainConfig, [*settings, *file, *own])
+        file, own = (own[0], own[1:]) if own[:1] and not own[0].startswith("-") else _option("config", own)
+        config = parse("train", TrainConfig, [*([] if file is None else ["--config", file]), *settings, *own])
     else:
         task, own = _option("task", own)
         config = quickstart_config([*settings, *own], task=_known_task(TASKS[0] if task is None else task))

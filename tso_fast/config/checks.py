@@ -178,9 +178,6 @@ def _check_by_iteration(config: TrainConfig) -> None:
     entries = config.by_iteration or []
     if entries and config.compare:
         raise InputError("compare: by_iteration may have losses of its own; leave out one of them")
-    if len(entries) > config.num_iterations:
-        raise InputError(f"by_iteration: got {len(entries)} entries, expected at most one for each of num_iterations "
-                         f"{config.num_iterations}")  # fmt: skip
     for t, entry in enumerate(entries, start=1):
         place = f"by_iteration[{t - 1}]."
         for key, value in entry.items():

@@ -611,7 +611,7 @@ class TrainConfig(OptimizationConfig, ReferenceConfig, PairingConfig, EvidenceCo
     """Trained versions that stay in the matrix, the newest first; 0: all."""
     by_iteration: list[dict[str, Any]] | None = None
     """Settings of sampling, evidence, pairing and loss that differ by iteration, such as [{loss_type: sft}, {}] for a
-    warm-up: an entry an iteration, the last one for all that follow."""
+    warm-up: an entry an iteration, the last one for all that follow, those after `num_iterations` for none."""
     eval_prompts: Annotated[str | None, FREE] = None
     """JSONL of held-out prompts; the policy answers them greedily before training and after each iteration."""
     eval_verifier: str | None = None
