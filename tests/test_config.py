@@ -375,6 +375,11 @@ def test_what_is_missing_is_named() -> None:
         ("train", ["--reference", "ema", "--ref_model_mixup_alpha", "0"], "ref_model_mixup_alpha: got 0.0, expected"),
         ("train", ["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "warmup_steps: 5 has no effect with"),
         ("train", ["--eval_prompts", "e"], "eval_prompts: evaluation needs a verifier"),
+        (
+            "train",
+            ["--extra_from", "human", "--judges", "[{kind: llm, cell: policy, trains: true}]"],
+            "extra_from: 'human' has no response among judgments",
+        ),
         ("train", ["--verifier", "exact", "--eval_prompts", "p"], "eval_prompts: p is the training file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

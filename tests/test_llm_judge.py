@@ -89,6 +89,7 @@ def run(
     store: Path,
     matrix: Any = None,
     bad: BadRows | None = None,
+    keep: Callable[[Candidates], None] = lambda judgments: None,
     **settings: Any,
 ) -> tuple[list[Any], Cost]:
     given = {"use_cpu": True, "engine_timeout_s": 60.0, "max_completion_length": 8, **settings}
@@ -97,7 +98,9 @@ def run(
     progress: list[int] = []
     with ResponseStore(store) as opened:
         answering = AnsweringConfig(**given)
-        bench = Bench(bad=bad or BadRows(), settings=answering, store=opened, matrix=matrix, advance=progress.append)
+        bench = Bench(
+            bad=bad or BadRows(), settings=answering, store=opened, matrix=matrix, advance=progress.append, keep=keep
+        )
         out, cost = judge.judge(candidates, bench)
     assert sum(progress) == judge.num_steps(candidates)
     assert cost is not None
@@ -409,6 +412,32 @@ def test_votes_are_counted(folder: Path, server: FakeServer, tmp_path: Path) -> 
     assert (cost.requests, len(server.asked), cost.unread) == (16, 16, 4)
     assert len({body["seed"] for body in server.asked}) == 16
     assert {(body["temperature"], body["logprobs"]) for body in server.asked} == {(0.7, 0)}
+
+
+@pytest.mark.slow
+def test_judgments_are_kept_with_what_was_asked(folder: Path, server: FakeServer, tmp_path: Path) -> None:
+    """The majority of both orders prefers the right response, whichever letter it has; who says nothing is left out."""
+    seen: dict[str, int] = {}
+
+    def vote(text: str) -> str:
+        with server.lock:
+            seen[text] = seen.get(text, -1) + 1
+            number = seen[text]
+        return ["A", "hm", "A", "B"][number] if better(text) == "A" else "B"
+
+    server.reply = answers(vote)
+    (item,) = additions(1)
+    item = dataclasses.replace(item, responses=item.responses[:2])
+    matrix = ModelMatrix([CellConfig(path=str(folder), url=server.url)])
+    config = JudgeConfig(kind="llm", cell="policy", num_votes=4, temperature=0.7, trains=True)
+    kept: list[Candidates] = []
+    twice = [item, dataclasses.replace(item, prompt=dataclasses.replace(item.prompt, id="again"))]
+    run(twice, config, tmp_path, matrix, keep=kept.append)
+    (judgments,) = kept  # in the other order all agree; the second prompt is asked the same
+    assert judgments.prompt.id == "q0/llm-0-1"
+    assert part(judgments.prompt.text, "Response A") == "7"
+    assert sorted((r.text, r.scores["majority"]) for r in judgments.responses) == [("A", 1.0), ("A", 1.0), ("B", 0.0)]
+    assert all(r.token_ids for r in judgments.responses)
 
 
 @pytest.mark.slow

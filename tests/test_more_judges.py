@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_runs import SMALL, run_recipe
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tso_fast.config.settings import (
     AnsweringConfig,
@@ -19,7 +21,7 @@ from tso_fast.config.settings import (
     JudgesConfig,
     PairingConfig,
 )
-from tso_fast.correction.make_pairs import make_pairs
+from tso_fast.correction.make_pairs import judgment_pairs, make_pairs
 from tso_fast.errors import InputError
 from tso_fast.files.rows import BadRows, read_candidates, read_pairs, read_verdicts
 from tso_fast.files.run import Run
@@ -27,9 +29,12 @@ from tso_fast.judges import panel, template
 from tso_fast.judges.consistency import kendall_tau
 from tso_fast.judges.ideal_point import fit_tastes
 from tso_fast.judges.judge import Bench
+from tso_fast.judges.judgments import AGREEMENT, with_agreement
 from tso_fast.judges.llm import LlmJudge
 from tso_fast.judges.mc_dropout import bald
+from tso_fast.judges.replies import read_rating
 from tso_fast.matrix import ModelMatrix
+from tso_fast.models.tokens import encode_prompt
 from tso_fast.quickstart.build import build
 from tso_fast.types import Candidates, Comparison, PreferencePair, Prompt, Response, Verdict
 
@@ -235,6 +240,53 @@ def test_a_role_and_its_duties_are_in_the_question() -> None:
     assert "[Response A]\n4\n" in text
 
 
+# ----------------------------------------------------------------------------------------------------------- judgments
+
+
+def judgments(*questions: list[float | None]) -> list[list[tuple[str, float]]]:
+    """By question, the judgments that are kept and their scores."""
+    asked = [
+        Candidates(
+            prompt=Prompt(id=f"o{k}", prompt="?"),
+            responses=tuple(Response(model="m", text=str(value), sample=i) for i, value in enumerate(values)),
+        )
+        for k, values in enumerate(questions)
+    ]
+    return [[(r.text, r.scores[AGREEMENT]) for r in item.responses] for item in with_agreement(asked, questions)]
+
+
+def test_judgments_agree_with_the_majority_or_not() -> None:
+    assert judgments([1.0, 0.0, None, 1.0]) == [[("1.0", 1.0), ("0.0", 0.0), ("1.0", 1.0)]]
+    assert judgments([7.0, 3.0, 9.0, 3.0]) == [[("7.0", 0.0), ("3.0", 1.0), ("9.0", 0.0), ("3.0", 1.0)]]
+    assert judgments([1.0, 0.0]) == judgments([7.0, 3.0, 9.0]) == []  # a tie is no majority
+    assert judgments([1.0, None]) == judgments([1.0, 1.0]) == judgments([None, None]) == []
+    # Both orders have one majority; one in which all agree has no pair.
+    assert judgments([1.0, 0.0], [1.0, 1.0]) == [[("1.0", 1.0), ("0.0", 0.0)]]
+    assert judgments([1.0, 1.0], [0.0, 0.0]) == []  # always the one shown first
+
+
+def test_pairs_of_judgments_do_not_hang_on_roles_and_margins() -> None:
+    scored = with_agreement(some_candidates("yes", "no", "yes!", num_prompts=1), [[1.0, 0.0, 1.0]])
+    config = PairingConfig(max_pairs=9, min_margin=5.0, chosen_from=["largest"], rejected_from=["human"])
+    pairs = judgment_pairs(scored, config, 0)
+    assert {(pair.chosen.text, pair.rejected.text) for pair in pairs} == {("yes", "no"), ("yes!", "no")}
+    assert {(pair.decision, pair.score_chosen, pair.score_rejected) for pair in pairs} == {("keep", 1.0, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cell": "m.v1"}, "trains: got it with cell 'm.v1', whose judgments are no samples of the policy"),
+        ({"model": CellConfig(path="m")}, "trains: got it with a model of its own"),
+        ({"cell": "policy", "num_votes": 1}, "trains: one judgment has no other to be paired with"),
+    ],
+)
+def test_only_several_judgments_of_the_policy_train(given: dict[str, Any], message: str) -> None:
+    config = JudgeConfig(**{"kind": "llm", "num_votes": 2, "temperature": 1.0, "trains": True, **given})
+    with pytest.raises(InputError, match=rf"judges\[0\]\.{message}"):
+        panel.make_judges(JudgesConfig(judges=[config]))
+
+
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 
@@ -344,3 +396,61 @@ def test_pals_annotators_have_orders_of_their_own(tmp_path: Path, store: Path) -
         if judge == "long" and longer:
             towards_longer.append(longer * (probability - told["short", prompt_id, i, j]))
     assert np.mean(towards_longer) > 0.05  # who likes long responses prefers the longer one more often
+
+
+def teach_ratings(matrix: ModelMatrix, folder: Path) -> Path:
+    """A copy of m.v2 that replies 7, or else 3: it can give no reasons."""
+    model: Any = AutoModelForCausalLM.from_pretrained(matrix.named["m.v2"].path)
+    digits = [matrix.tokenizer.encode(digit, add_special_tokens=False)[-1] for digit in "73"]
+    want = torch.zeros(2, model.config.vocab_size)
+    want[0, digits], want[1, matrix.tokenizer.eos_token_id] = torch.tensor([0.7, 0.3]), 1.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for k, item in enumerate(3 * read_candidates(build(SMALL) / "prompts.jsonl", BadRows())):
+        asked = Prompt(id="-", prompt=f"{k} {item.prompt.text} Rate")
+        ids = torch.tensor([[*encode_prompt(matrix.tokenizer, asked), digits[k % 2]]])
+        nn.functional.cross_entropy(model(ids).logits[0, -2:], want).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    matrix.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_self_rationalizations_judgments_are_pairs(matrix: ModelMatrix, tmp_path: Path, store: Path) -> None:
+    (tmp_path / "rate.txt").write_text("---\nrange: 0-9\n---\n{prompt} {response} Rate")
+    judge = JudgeConfig(
+        kind="llm",
+        cell="policy",
+        template=str(tmp_path / "rate.txt"),
+        num_votes=4,
+        temperature=1.0,
+        max_completion_length=2,
+        trains=True,
+    )
+    cells = [
+        CellConfig(path=str(matrix.named["m.v1"].path), version_rank=1),
+        CellConfig(path=str(teach_ratings(matrix, tmp_path / "m.v9")), version_rank=9),
+    ]
+    run = run_recipe("self_rationalization", tmp_path, store=store, num_iterations=1, judges=[judge], cells=cells)
+    candidates, _ = judged(run)
+    asked = {
+        f"{item.prompt.id}/llm-{i}": f"{item.prompt.text} {response.text} Rate"
+        for item in candidates
+        for i, response in enumerate(item.responses)
+    }
+    kept = {item.prompt.id: item for item in read_candidates(run.iteration(1).judgments, BadRows())}
+    own = [pair for pair in pairs_of(run) if "/llm-" in pair.prompt.id]
+    info = run.info("iter-1/pairs")
+    assert info is not None
+    assert 0 < len(own) == info["judgment_pairs"] < info["pairs"]
+    assert "iter-1/judgments.jsonl" in run.state["manifest"]
+    for pair in own:
+        assert pair.prompt.prompt == asked[pair.prompt.id]
+        assert pair.chosen.model == pair.rejected.model == "m.v9"
+        assert pair.chosen.token_ids
+        values = [read_rating(response.text, 0, 9)[0] for response in kept[pair.prompt.id].responses]
+        chosen, rejected = (read_rating(side.text, 0, 9)[0] for side in (pair.chosen, pair.rejected))
+        assert values.count(chosen) > max(values.count(value) for value in values if value != chosen)
+        assert rejected is not None
+        assert rejected != chosen

@@ -25,7 +25,7 @@ from tso_fast.answering import ask, check_engines, max_tokens
 from tso_fast.config.checks import check
 from tso_fast.config.ranges import without_free
 from tso_fast.config.settings import TrainConfig, evaluation_of, of_iteration, to_dict
-from tso_fast.correction.make_pairs import make_pairs, reasons_text
+from tso_fast.correction.make_pairs import judgment_pairs, make_pairs, reasons_text
 from tso_fast.errors import Paused, TrainingError, import_named
 from tso_fast.evaluation import evaluate
 from tso_fast.files.atomic import sha256_file, write_jsonl
@@ -33,6 +33,7 @@ from tso_fast.files.labels import Label, label_row, read_labels
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import (
     BadRows,
+    candidates_row,
     pair_row,
     read_candidates,
     read_verdicts,
@@ -146,16 +147,22 @@ class Loop:
             candidates = read_candidates(files.responses, BadRows())
             bad = BadRows(config.on_bad_row)
             judges = panel.counted(self.judges, of_iteration(config, t))
+            judgments: list[Candidates] = []
             steps = panel.num_steps(judges, candidates) or len(candidates)
             with progress_bar(f"iteration {t}: judge", steps) as advance, self._store() as store:
                 bench = Bench(
                     bad=bad, settings=config, store=store, matrix=matrix, advance=advance, impl=config.impl,
-                    labelled=self.run.labelled(t),
+                    keep=judgments.append, labelled=self.run.labelled(t),
                 )  # fmt: skip
                 verdicts, costs = panel.ask(judges, candidates, bench)
             write_jsonl(files.verdicts, map(verdict_row, verdicts))
             written = [files.verdicts, *bad.set_aside(files.skipped)]
-            return written, {"verdicts": len(verdicts), "skipped_prompts": len(bad.rows), "costs": costs}
+            info = {"verdicts": len(verdicts), "skipped_prompts": len(bad.rows), "costs": costs}
+            if judgments:
+                write_jsonl(files.judgments, map(candidates_row, judgments))
+                written.append(files.judgments)
+                info["judgments"] = sum(len(item.responses) for item in judgments)
+            return written, info
 
         self._once(files.stage("score"), produce)
 
@@ -180,6 +187,9 @@ class Loop:
             if files.labels.exists():
                 verdicts += read_labels(files.labels, candidates, BadRows(), config.on_unknown_field)
             pairs, info = make_pairs(candidates, verdicts, config, config, config.seed)
+            if "judgments" in (self.run.info(files.stage("score")) or {}):
+                own = judgment_pairs(read_candidates(files.judgments, BadRows()), config, config.seed)
+                pairs, info["judgment_pairs"] = pairs + own, len(own)
             if not pairs:
                 raise TrainingError(
                     f"iteration {t}: none of {len(candidates)} prompts gave a pair: {reasons_text(info['reasons'])}. "

@@ -130,6 +130,11 @@ def _check_train(config: TrainConfig) -> None:
         raise InputError("eval_prompts: evaluation needs a verifier; set verifier or eval_verifier too")
     if config.eval_verifier is not None and config.eval_prompts is None:
         raise InputError("eval_verifier: it has no effect without eval_prompts; leave it out")
+    if config.extra_from is not None and any(judge.trains for judge in config.judges or []):
+        raise InputError(
+            f"extra_from: {config.extra_from!r} has no response among judgments, which a judge with trains makes pairs "
+            "of; leave out one of the two"
+        )
     _check_adapter(config)
     _check_by_iteration(config)
     if config.annotate and config.people is not None:

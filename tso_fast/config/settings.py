@@ -207,6 +207,9 @@ class JudgeConfig:
     the votes are counted."""
     max_completion_length: PositiveInt = 256
     """Most tokens that `llm` writes; of a reply that is a label, 32 at most."""
+    trains: bool = False
+    """`llm` of cell `policy`, in `train`: whether its judgments become pairs too, the prompt being what it was asked,
+    those that say what most of its votes say against the others (self-rationalization)."""
     pairs: Literal["all", "baseline"] = "all"
     """Which pairs of a prompt `llm` compares: all, or every response against a middle one (OSP), the median in the
     matrix's order."""

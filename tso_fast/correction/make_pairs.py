@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tso_fast.config.settings import EvidenceConfig, PairingConfig
@@ -13,6 +14,7 @@ from tso_fast.correction.beliefs import Beliefs, believe
 from tso_fast.correction.decide import Decided, correct
 from tso_fast.correction.held_back import calibrate
 from tso_fast.correction.oracle import Oracle, errors_against
+from tso_fast.judges.judgments import AGREEMENT
 from tso_fast.progress import console, progress_bar
 from tso_fast.types import Candidates, Comparison, PreferencePair, Verdict
 
@@ -56,6 +58,13 @@ def make_pairs(
         "calibration": calibration,
         "errors": errors,
     }
+
+
+def judgment_pairs(judgments: Sequence[Candidates], config: PairingConfig, seed: int) -> list[PreferencePair]:
+    """Judgments that say what most of them say against those that do not; what tells of responses has no say here."""
+    settings = EvidenceConfig(evidence="consensus", evidence_from=[AGREEMENT])
+    own = replace(config, chosen_from=None, rejected_from=None, min_margin=0.0, on_no_evidence="drop")
+    return make_pairs(judgments, [], settings, own, seed)[0]
 
 
 def reasons_text(reasons: Mapping[str, Mapping[str, int]]) -> str:

@@ -70,6 +70,11 @@ class Iteration:
         return self.folder / "verdicts.jsonl"
 
     @property
+    def judgments(self) -> Path:
+        """What a judge was asked and replied, if that becomes pairs."""
+        return self.folder / "judgments.jsonl"
+
+    @property
     def skipped(self) -> Path:
         """Prompts that a judge could not judge."""
         return self.folder / SKIPPED_FILE

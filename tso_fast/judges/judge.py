@@ -109,6 +109,8 @@ class Bench:
     """Is told how many more of ``Judge.num_steps`` are done."""
     impl: str = "auto"
     """Implementation of the log-prob op."""
+    keep: Callable[[Candidates], None] = lambda judgments: None
+    """Is given the judgments that may become pairs: a question as it was asked, with the replies to it."""
     labelled: Sequence[tuple[Path, Path]] = ()
     """Files of responses and of human labels on them, from earlier iterations of the run."""
 

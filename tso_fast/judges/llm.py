@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 from tso_fast.answering import answer, ask
 from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig
@@ -25,6 +25,7 @@ from tso_fast.errors import InputError, did_you_mean
 from tso_fast.files.rows import BadRows, prompt_row
 from tso_fast.judges import template as templates
 from tso_fast.judges.judge import Bench, Cost, Judge, Judged
+from tso_fast.judges.judgments import with_agreement
 from tso_fast.judges.replies import Reading, read_label, read_logprobs, read_rating
 from tso_fast.judges.template import Template
 from tso_fast.matrix import ModelMatrix
@@ -51,6 +52,7 @@ class LlmJudge(Judge):
         "num_votes",
         "temperature",
         "max_completion_length",
+        "trains",
         "pairs",
     )
     needs_models = True
@@ -87,7 +89,10 @@ class LlmJudge(Judge):
             for shown in _judged(item, config, template)
         ]
         bench.advance(self.num_steps(candidates) - len(own) - len(questions) * config.num_votes)
-        readings, unread = _readings(questions, config, template, client)
+        readings, unread, votes = _readings(questions, config, template, client)
+        if config.trains:
+            for judgments in _judgments(plan, candidates, questions, votes, self.name):
+                bench.keep(judgments)
         results = [_result(planned, candidates, readings, self.name) for planned in plan]
         cost = _cost(self.name, results, client, unread)
         _warn(cost, results)
@@ -134,6 +139,14 @@ def _check_settings(config: JudgeConfig) -> None:
             f"num_votes: {config.num_votes} has no effect with temperature 0, which gives the same "
             "reply each time; set a temperature above 0 or leave it out"
         )
+    if config.trains and config.cell != "policy":
+        given = "a model of its own" if config.cell is None else f"cell {config.cell!r}"
+        raise InputError(
+            f"trains: got it with {given}, whose judgments are no samples of the policy; set cell to policy, or leave "
+            "it out"
+        )
+    if config.trains and config.num_votes == 1:
+        raise InputError("trains: one judgment has no other to be paired with; set num_votes to 2 or more")
     for key in ("num_generations", "temperature", "top_p", "top_k", "max_completion_length"):
         if config.model is not None and getattr(config.model, key) is not None:
             raise InputError(
@@ -346,8 +359,8 @@ def _own_answers(
 
 def _readings(
     questions: _Questions, config: JudgeConfig, template: Template, client: _Client
-) -> tuple[list[Reading], int]:
-    """What was said to each question, and how many replies said nothing."""
+) -> tuple[list[Reading], int, dict[int, _Votes]]:
+    """What was said to each question, how many replies said nothing, and, if they are wanted, the replies."""
     most = config.max_completion_length
     settings = dataclasses.replace(
         client.settings,
@@ -362,15 +375,49 @@ def _readings(
     uses_logprobs = template.read == "label" and config.temperature == 0
     answered, refused = client.ask(questions, settings, TOP_LOGPROBS if uses_logprobs else 0)
     readings: list[Reading] = [(None, "not answered")] * len(questions)
+    kept: dict[int, _Votes] = {}
     unread = 0
     for item in answered:
         votes = [_read(response, template, client) for response in item.responses]
         told = [value for value, _ in votes if value is not None]
         unread += len(votes) - len(told)
-        readings[questions.numbers[item.prompt.id]] = (sum(told) / len(told), "") if told else votes[0]
+        number = questions.numbers[item.prompt.id]
+        readings[number] = (sum(told) / len(told), "") if told else votes[0]
+        if config.trains:
+            kept[number] = _Votes(item.responses, [value for value, _ in votes])
     for name, reason in refused.items():
         readings[questions.numbers[name]] = (None, reason)
-    return readings, unread
+    return readings, unread, kept
+
+
+class _Votes(NamedTuple):
+    """The replies to one question, and what each says."""
+
+    replies: tuple[Response, ...]
+    values: list[float | None]
+
+
+def _judgments(
+    plan: Iterable[_Planned],
+    candidates: Sequence[Candidates],
+    questions: _Questions,
+    votes: Mapping[int, _Votes],
+    name: str,
+) -> Iterable[Candidates]:
+    """Questions with judgments that can be told apart, in the order of the plan, each once."""
+    seen: set[int] = set()
+    for planned in plan:
+        asked, told = [], []
+        for number, shown in zip(planned.questions, (planned.responses, planned.responses[::-1]), strict=False):
+            if number in votes and number not in seen:
+                seen.add(number)
+                about = "-".join(map(str, shown))
+                prompt_id = f"{candidates[planned.number].prompt.id}/{name}-{about}"
+                prompt = dataclasses.replace(questions[number].prompt, id=prompt_id)
+                asked.append(Candidates(prompt=prompt, responses=votes[number].replies))
+                turned = shown != planned.responses
+                told.append([1 - v if turned and v is not None else v for v in votes[number].values])
+        yield from with_agreement(asked, told)
 
 
 def _read(response: Response, template: Template, client: _Client) -> Reading:
