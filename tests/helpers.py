@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import json
 import os
 import socket
@@ -96,6 +97,20 @@ def fork(do: Callable[[], object]) -> int:
 def status_of(child: int) -> int:
     """Of a fork, once it has ended; negative: the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def interrupt_store(monkeypatch: Any, at: int) -> None:
+    """Lets a response store be interrupted, as by Ctrl-C, when it is to add for the ``at``-th time."""
+    from tso_fast.files.responses import ResponseStore
+
+    add, calls = ResponseStore.add, itertools.count(1)
+
+    def failing(self: ResponseStore, rows: Any) -> None:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        add(self, rows)
+
+    monkeypatch.setattr(ResponseStore, "add", failing)
 
 
 class LargestTensor(TorchDispatchMode):

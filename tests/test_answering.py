@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import make_adapter, read_rows
+from helpers import interrupt_store, make_adapter, read_rows
 
 from tso_fast import answering, executors
 from tso_fast.answering import answer, ask, max_tokens, resolve_generator
@@ -157,16 +157,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bytes(
 ) -> None:
     made = setup("s.v1", "m.v1", shard_size=2)
     whole = answers(made, prompts, tmp_path / "whole")
-    add, calls = ResponseStore.add, 0
-
-    def failing(self: ResponseStore, rows: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        add(self, rows)
-
-    monkeypatch.setattr(ResponseStore, "add", failing)
+    interrupt_store(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         answers(made, prompts, tmp_path / "parts")
     monkeypatch.undo()

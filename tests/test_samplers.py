@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import interrupt_store
 from tiny_runs import run_recipe
 
 from tso_fast.config.settings import CellConfig, SamplerConfig, TrainConfig
@@ -438,16 +439,7 @@ def test_mcts_dpo_pairs_share_a_prefix_and_a_killed_search_goes_on(
         assert pair.score_chosen > pair.score_rejected  # type: ignore[operator]
         assert 0.5 <= pair.soft_label < 1
     assert any(pair.soft_label > 0.5 for pair in pairs)
-    add, calls = ResponseStore.add, 0
-
-    def failing(self: ResponseStore, rows: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        add(self, rows)
-
-    monkeypatch.setattr(ResponseStore, "add", failing)
+    interrupt_store(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run_recipe("mcts_dpo", tmp_path / "parts", **settings)
     monkeypatch.undo()
@@ -511,16 +503,7 @@ def test_bstar_samples_as_its_controller_says_also_when_it_goes_on(
     samplers = [SamplerConfig(kind="controller", temperatures=[0.6, 1.2], numbers=[2, 3], num_prompts=6, num_wanted=2)]
     settings: dict[str, Any] = {"samplers": samplers, "verifier": "toy_verifier:even", "num_generations": 0,
                                 "num_iterations": 1}  # fmt: skip
-    add, calls = ResponseStore.add, 0
-
-    def failing(self: ResponseStore, rows: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        add(self, rows)
-
-    monkeypatch.setattr(ResponseStore, "add", failing)
+    interrupt_store(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run_recipe("bstar", tmp_path, **settings)
     monkeypatch.undo()

@@ -37,20 +37,32 @@ def _receive(number: int, frame: Any) -> None:
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
-    """A context in which the signals raise ``Stopped``; those that are ignored, as under nohup, still are."""
+def _handled_by(handler: Any, is_mine: Callable[[Any], bool]) -> Iterator[None]:
+    """A context in which a handler takes the place of those that ``is_mine`` tells; only the main thread has any."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    mine = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    mine = {number: before for number in SIGNALS if is_mine(before := signal.getsignal(number))}
     for number in mine:
-        signal.signal(number, _receive)
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        for number in mine:
-            signal.signal(number, before[number])
+        for number, before in mine.items():
+            signal.signal(number, before)
+
+
+def handled() -> contextlib.AbstractContextManager[None]:
+    """A context in which the signals raise ``Stopped``; those that are ignored, as under nohup, still are."""
+    return _handled_by(_receive, lambda before: before not in (signal.SIG_IGN, None))
+
+
+def fatal() -> contextlib.AbstractContextManager[None]:
+    """A context in which the signals end the process, where nothing is half done and a wait in C++ may be long.
+
+    A handler in Python would not run before the wait ends.
+    """
+    return _handled_by(signal.SIG_DFL, lambda before: before is _receive)
 
 
 @contextlib.contextmanager
@@ -66,23 +78,3 @@ def waiting() -> Iterator[Callable[[], int]]:
         _Waiting.is_on = False
     if _Waiting.number:
         raise Stopped(_Waiting.number)
-
-
-@contextlib.contextmanager
-def fatal() -> Iterator[None]:
-    """A context in which the signals end the process, where nothing is half done and a wait in C++ may be long.
-
-    A handler in Python would not run before the wait ends.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    mine = [number for number, handler in before.items() if handler is _receive]
-    for number in mine:
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number in mine:
-            signal.signal(number, before[number])

@@ -16,6 +16,7 @@ import numpy as np
 
 from tso_fast.correction.evidence import compared_of, score_matrix, votes_of
 from tso_fast.correction.features import FEATURES
+from tso_fast.scoring.strengths import win_probability
 from tso_fast.types import Candidates, Comparison, Verdict
 
 FOLDS = 5
@@ -107,7 +108,7 @@ def fit_preferences(won_NF: np.ndarray, prompt_N: np.ndarray) -> Fit:
         return float(np.logaddexp(0, -won_NF @ w).sum() + w @ precision @ w / 2)
 
     for _ in range(100):
-        lost_N = _sigmoid(-won_NF @ weight_F)
+        lost_N = win_probability(-won_NF @ weight_F)
         step_F = np.linalg.solve(_hessian(won_NF, lost_N) + precision, won_NF.T @ lost_N - precision @ weight_F)
         size = 1.0
         while size > 1e-6 and posterior(weight_F + size * step_F) > posterior(weight_F):
@@ -115,7 +116,7 @@ def fit_preferences(won_NF: np.ndarray, prompt_N: np.ndarray) -> Fit:
         weight_F = weight_F + size * step_F
         if np.abs(step_F).max(initial=0.0) < 1e-9:
             break
-    lost_N = _sigmoid(-won_NF @ weight_F)
+    lost_N = win_probability(-won_NF @ weight_F)
     inverse = np.linalg.inv(_hessian(won_NF, lost_N) + precision)
     clusters, cluster_N = np.unique(prompt_N, return_inverse=True)
     score_CF = np.zeros((len(clusters), num))
@@ -126,7 +127,3 @@ def fit_preferences(won_NF: np.ndarray, prompt_N: np.ndarray) -> Fit:
 
 def _hessian(won_NF: np.ndarray, lost_N: np.ndarray) -> np.ndarray:
     return won_NF.T @ (won_NF * (lost_N * (1 - lost_N))[:, None])
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -x))

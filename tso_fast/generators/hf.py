@@ -33,6 +33,7 @@ from tso_fast.generators import proof
 from tso_fast.generators.engine import Completion, EngineSpec, Refusal, Request, Sampling
 from tso_fast.models.load import device_of, end_token_ids, load_model, load_tokenizer
 from tso_fast.models.memory import release
+from tso_fast.models.tokens import padding_id
 from tso_fast.types import Cell, FinishReason, TopLogprobs
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ class BatchGenerator:
         self.name = name or model.name_or_path
         self.on_step = on_step
         self.on_logits: Callable[[Sequence[Request], torch.Tensor], None] = lambda requests, logits_SV: None
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad = padding_id(tokenizer)
         self.is_plain = has_plain_cache(model)
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

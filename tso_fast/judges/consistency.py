@@ -6,20 +6,19 @@ before it ranks them alike.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from tso_fast.config.settings import JudgeConfig
-from tso_fast.judges.implicit import NOTHING, SequenceLogprob, find_cell, implicit_reward, logprobs_by
-from tso_fast.judges.judge import Bench, Judge, Judged
-from tso_fast.matrix import ModelMatrix
+from tso_fast.judges.implicit import NOTHING, TOO_LONG, CellsJudge, SequenceLogprob, implicit_reward, logprobs_by
+from tso_fast.judges.judge import Bench, Judged, Opinion, as_comparisons
 from tso_fast.types import Candidates, Comparison
 
 
-class ConsistencyJudge(Judge):
+class ConsistencyJudge(CellsJudge):
     """Judge of kind ``consistency``: comparisons by implicit rewards of ``cell``, as sure as two rankings agree.
 
     The probability of the response that ``cell`` rewards more is C = (Kendall's tau + 1) / 2 of the rankings of all
@@ -28,24 +27,19 @@ class ConsistencyJudge(Judge):
     """
 
     takes = ("cell", "previous", "reference", "length_normalized", "consistency_of")
-    needs_models = True
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)
-        reference = [config.reference] if config.reference else []
-        self._cells = [config.cell or "policy", config.previous or "previous", *reference]
-        if len(set(self._cells)) < len(self._cells):
-            raise ValueError(f"previous: got the cells {', '.join(self._cells)}; expected different ones")
+        if len(set(self.cells)) < len(self.cells):
+            raise ValueError(f"previous: got the cells {', '.join(self.cells)}; expected different ones")
 
-    def check(self, matrix: ModelMatrix | None) -> None:
-        for name in self._cells:
-            find_cell(name, self.name, matrix)
-
-    def num_steps(self, candidates: Sequence[Candidates]) -> int:
-        return len(self._cells) * sum(len(item.responses) for item in candidates)
+    @property
+    def cells(self) -> list[str]:
+        own, *reference = super().cells
+        return [own, self.config.previous or "previous", *reference]
 
     def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
-        own, before, *reference = (logprobs_by(name, self.name, candidates, bench) for name in self._cells)
+        own, before, *reference = (logprobs_by(name, self.name, candidates, bench) for name in self.cells)
         nothing: list[list[SequenceLogprob | None]] = [[NOTHING] * len(row) for row in own]
         base = reference[0] if reference else nothing
         new, old = ([self._rewards(*rows) for rows in zip(of, base, strict=True)] for of in (own, before))
@@ -54,7 +48,7 @@ class ConsistencyJudge(Judge):
             tau_P = np.full(len(tau_P), np.nanmean(tau_P))
         told: list[Comparison] = []
         for item, rewards, tau in zip(candidates, new, tau_P.tolist(), strict=True):
-            told += _comparisons(item, self.name, rewards, (tau + 1) / 2)
+            told += as_comparisons(item, self.name, functools.partial(_compared, rewards, (tau + 1) / 2))
         return Judged(told)
 
     def _rewards(self, own: Sequence[SequenceLogprob | None], base: Sequence[SequenceLogprob | None]) -> np.ndarray:
@@ -72,18 +66,11 @@ def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
     return float((x * y).sum() / scale) if scale else float("nan")
 
 
-def _comparisons(item: Candidates, name: str, rewards: np.ndarray, consistency: float) -> list[Comparison]:
-    """Every two responses of a prompt: the one of the higher reward is better with probability ``consistency``."""
-    found = []
-    for i, j in itertools.combinations(range(len(item.responses)), 2):
-        gap = rewards[i] - rewards[j]
-        probability: float | None = 0.5 + (consistency - 0.5) * float(np.sign(gap))
-        reason = ""
-        if math.isnan(gap):
-            probability, reason = None, "longer than the context"
-        elif math.isnan(consistency):
-            probability, reason = None, "no two responses are ranked by both versions"
-        found.append(
-            Comparison(prompt_id=item.prompt.id, responses=(i, j), judge=name, probability=probability, reason=reason)
-        )
-    return found
+def _compared(rewards: np.ndarray, consistency: float, i: int, j: int) -> Opinion:
+    """The response of the higher reward is better with probability ``consistency``."""
+    gap = rewards[i] - rewards[j]
+    if math.isnan(gap):
+        return TOO_LONG
+    if math.isnan(consistency):
+        return Opinion(None, "no two responses are ranked by both versions")
+    return Opinion(0.5 + (consistency - 0.5) * float(np.sign(gap)))

@@ -6,6 +6,7 @@ that all annotators share, and a response is the better, the closer its embeddin
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +20,13 @@ from tso_fast.config.settings import JudgeConfig
 from tso_fast.errors import InputError
 from tso_fast.files.labels import read_labels
 from tso_fast.files.rows import BadRows, read_candidates
-from tso_fast.judges.implicit import batches, encoded, find_cell
-from tso_fast.judges.judge import Bench, Judge, Judged
+from tso_fast.judges.implicit import TOO_LONG, batches, encoded, find_cell, loaded, loading
+from tso_fast.judges.judge import Bench, Judge, Judged, Opinion, as_comparisons
 from tso_fast.matrix import ModelMatrix
 from tso_fast.models.layout import padded
-from tso_fast.models.load import device_of, load_model
-from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy
-from tso_fast.models.tokens import IGNORE
+from tso_fast.models.tokens import IGNORE, padding_id
+from tso_fast.scoring.strengths import win_probability
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, Comparison
 
@@ -109,21 +109,10 @@ class IdealPointJudge(Judge):
     def _embeddings(self, candidates: Sequence[Candidates], bench: Bench) -> np.ndarray:
         """[R, D] mean of the output head's input over each response's tokens; NaN = longer than the context."""
         assert bench.matrix is not None
-        assert bench.settings is not None
         cell, tokenizer = find_cell(self._cell, self.name, bench.matrix), bench.matrix.tokenizer
         rows, is_scored = encoded(cell, candidates, tokenizer)
-        model = load_model(
-            cell.path,
-            base=cell.base,
-            dtype=bench.settings.dtype,
-            attn_implementation=bench.settings.attn_implementation,
-            device=device_of(bench.settings.use_cpu),
-        )
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        try:
-            found = embeddings(model, rows, pad)
-        finally:
-            release(model)
+        with loaded(cell, **loading(bench)) as model:
+            found = embeddings(model, rows, padding_id(tokenizer))
         fits_R = np.array(list(itertools.chain.from_iterable(is_scored)), dtype=bool)
         out = np.full((len(fits_R), found.shape[1]), np.nan)
         out[fits_R] = found
@@ -215,18 +204,16 @@ def fit_tastes(
 
 def _comparisons(candidates: Sequence[Candidates], name: str, liking_UR: np.ndarray | None) -> list[Comparison]:
     """Every two responses of each prompt; None: nobody has labelled anything."""
-    found, end = [], 0
+    found, end = list[Comparison](), 0
     for item in candidates:
         start, end = end, end + len(item.responses)
-        for i, j in itertools.combinations(range(len(item.responses)), 2):
-            probability, reason = None, "nobody labelled anything yet"
-            if liking_UR is not None:
-                gap_U = liking_UR[:, start + i] - liking_UR[:, start + j]
-                mean = float(np.exp(-np.logaddexp(0, -gap_U)).mean())
-                probability, reason = (None, "longer than the context") if np.isnan(mean) else (mean, "")
-            found.append(
-                Comparison(
-                    prompt_id=item.prompt.id, responses=(i, j), judge=name, probability=probability, reason=reason
-                )
-            )
+        own_UR = None if liking_UR is None else liking_UR[:, start:end]
+        found += as_comparisons(item, name, functools.partial(_compared, own_UR))
     return found
+
+
+def _compared(liking_UR: np.ndarray | None, i: int, j: int) -> Opinion:
+    if liking_UR is None:
+        return Opinion(None, "nobody labelled anything yet")
+    mean = float(win_probability(liking_UR[:, i] - liking_UR[:, j]).mean())
+    return TOO_LONG if np.isnan(mean) else Opinion(mean)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +17,7 @@ from tso_fast.models.layout import padded
 from tso_fast.models.load import device_of, load_model
 from tso_fast.models.memory import release
 from tso_fast.models.policy import Policy
-from tso_fast.models.tokens import encode_prompt, response_ids
+from tso_fast.models.tokens import encode_prompt, padding_id, response_ids
 from tso_fast.types import Candidates, Cell
 
 
@@ -32,38 +34,46 @@ NOTHING = SequenceLogprob(logprob=0.0, num_tokens=0)
 """What is subtracted where there is no reference."""
 
 
-class ImplicitJudge(Judge):
+TOO_LONG = Opinion(None, "longer than the context")
+
+
+class CellsJudge(Judge):
+    """A judge by what cells give to responses: ``cell``, and ``reference`` where there is one."""
+
+    needs_models = True
+
+    @property
+    def cells(self) -> list[str]:
+        """The cells that are asked, the reference last."""
+        return [self.config.cell or "policy", *([self.config.reference] if self.config.reference else [])]
+
+    def check(self, matrix: ModelMatrix | None) -> None:
+        for name in self.cells:
+            find_cell(name, self.name, matrix)
+
+    def num_steps(self, candidates: Sequence[Candidates]) -> int:
+        return len(self.cells) * sum(len(item.responses) for item in candidates)
+
+
+class ImplicitJudge(CellsJudge):
     """Judge of kind ``implicit``: log-probs of a cell, less those of a reference cell where there is one.
 
     The difference is the DPO reward over beta.
     """
 
     takes = ("cell", "reference", "length_normalized")
-    needs_models = True
-
-    def check(self, matrix: ModelMatrix | None) -> None:
-        for name in self._cells:
-            find_cell(name, self.name, matrix)
-
-    def num_steps(self, candidates: Sequence[Candidates]) -> int:
-        return len(self._cells) * sum(len(item.responses) for item in candidates)
 
     def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
-        scores = [logprobs_by(name, self.name, candidates, bench) for name in self._cells]
+        scores = [logprobs_by(name, self.name, candidates, bench) for name in self.cells]
         verdicts = []
         for item, *by_cell in zip(candidates, *scores, strict=True):
             opinions = [self._opinion(*by_response) for by_response in zip(*by_cell, strict=True)]
             verdicts += as_verdicts(item, self.name, opinions)
         return Judged(verdicts)
 
-    @property
-    def _cells(self) -> list[str]:
-        """The cell that is asked and, where there is one, the reference."""
-        return [self.config.cell or "policy", *([self.config.reference] if self.config.reference else [])]
-
     def _opinion(self, own: SequenceLogprob | None, base: SequenceLogprob | None = NOTHING) -> Opinion:
         reward = implicit_reward(own, base, self.config.length_normalized)
-        return Opinion(None, "longer than the context") if reward is None else Opinion(reward)
+        return TOO_LONG if reward is None else Opinion(reward)
 
 
 def implicit_reward(own: SequenceLogprob | None, base: SequenceLogprob | None, length_normalized: bool) -> float | None:
@@ -98,17 +108,34 @@ def logprobs_by(
 ) -> list[list[SequenceLogprob | None]]:
     """What the cell of a name gives to every response of every prompt, see ``cell_logprobs``."""
     assert bench.matrix is not None
-    assert bench.settings is not None
     return cell_logprobs(
         find_cell(name, judge, bench.matrix),
         candidates,
         bench.matrix.tokenizer,
-        dtype=bench.settings.dtype,
-        attn_implementation=bench.settings.attn_implementation,
-        device=device_of(bench.settings.use_cpu),
+        **loading(bench),
         impl=bench.impl,
         advance=bench.advance,
     )
+
+
+def loading(bench: Bench) -> dict[str, Any]:
+    """How cells are loaded, for ``loaded`` and ``cell_logprobs``."""
+    assert bench.settings is not None
+    return {
+        "dtype": bench.settings.dtype,
+        "attn_implementation": bench.settings.attn_implementation,
+        "device": device_of(bench.settings.use_cpu),
+    }
+
+
+@contextlib.contextmanager
+def loaded(cell: Cell, **options: Any) -> Iterator[PreTrainedModel]:
+    """A cell's model for the while, its adapter unmerged."""
+    model = load_model(cell.path, base=cell.base, **options)
+    try:
+        yield model
+    finally:
+        release(model)
 
 
 @torch.inference_mode()
@@ -202,14 +229,11 @@ def cell_logprobs(
     adapter unmerged, and freed again.
     """
     rows, is_scored = encoded(cell, candidates, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model = load_model(cell.path, base=cell.base, dtype=dtype, attn_implementation=attn_implementation, device=device)
-    try:
+    pad = padding_id(tokenizer)
+    with loaded(cell, dtype=dtype, attn_implementation=attn_implementation, device=device) as model:
         scores = iter(
             response_logprobs(
                 model, rows, pad_token_id=pad, tokens_per_batch=tokens_per_batch, impl=impl, advance=advance
             )
         )
-    finally:
-        release(model)
     return [[next(scores) if fits else None for fits in flags] for flags in is_scored]

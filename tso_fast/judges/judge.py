@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,19 @@ class Judge(Protocol):
     def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
         """Verdicts under its name. Where it cannot tell it abstains; it never guesses."""
         ...
+
+
+def as_comparisons(item: Candidates, name: str, tell: Callable[[int, int], Opinion]) -> list[Comparison]:
+    """Every two responses of a prompt compared.
+
+    Args:
+        tell: of two responses by their numbers, the probability that the first is better.
+    """
+    return [
+        Comparison(prompt_id=item.prompt.id, responses=pair, judge=name, probability=told.score, reason=told.reason)
+        for pair in itertools.combinations(range(len(item.responses)), 2)
+        for told in [tell(*pair)]
+    ]
 
 
 def as_verdicts(item: Candidates, name: str, opinions: Sequence[Opinion]) -> list[Verdict]:

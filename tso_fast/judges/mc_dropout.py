@@ -6,6 +6,7 @@ It trains a classifier of pairs; here the estimator is the cell's implicit rewar
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,17 +14,25 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tso_fast.judges.implicit import encoded, find_cell, logprobs_by, response_logprobs
-from tso_fast.judges.judge import Bench, Judge, Judged
-from tso_fast.matrix import ModelMatrix
-from tso_fast.models.load import device_of, load_model
-from tso_fast.models.memory import release
+from tso_fast.judges.implicit import (
+    TOO_LONG,
+    CellsJudge,
+    encoded,
+    find_cell,
+    loaded,
+    loading,
+    logprobs_by,
+    response_logprobs,
+)
+from tso_fast.judges.judge import Bench, Judged, Opinion, as_comparisons
 from tso_fast.models.policy import set_dropout
+from tso_fast.models.tokens import padding_id
+from tso_fast.scoring.strengths import win_probability
 from tso_fast.seeds import seed_of
 from tso_fast.types import Candidates, Comparison
 
 
-class McDropoutJudge(Judge):
+class McDropoutJudge(CellsJudge):
     """Judge of kind ``mc_dropout``: comparisons, sure as far as passes with dropout agree.
 
     Pass t says p_t = sigmoid(beta (r_t(y) - r_t(y'))) of the rewards r_t under its dropout. The likelier response by
@@ -33,15 +42,6 @@ class McDropoutJudge(Judge):
     """
 
     takes = ("cell", "reference", "length_normalized", "beta", "dropout", "num_passes")
-    needs_models = True
-
-    @property
-    def _cell(self) -> str:
-        return self.config.cell or "policy"
-
-    def check(self, matrix: ModelMatrix | None) -> None:
-        for name in filter(None, (self._cell, self.config.reference)):
-            find_cell(name, self.name, matrix)
 
     def num_steps(self, candidates: Sequence[Candidates]) -> int:
         passes = self.config.num_passes + (self.config.reference is not None)
@@ -57,7 +57,7 @@ class McDropoutJudge(Judge):
         end = 0
         for item in candidates:
             start, end = end, end + len(item.responses)
-            told += self._comparisons(item, reward_TR[:, start:end])
+            told += as_comparisons(item, self.name, functools.partial(self._compared, reward_TR[:, start:end]))
         return Judged(told)
 
     def _length(self, num_tokens: int) -> int:
@@ -70,49 +70,28 @@ class McDropoutJudge(Judge):
         """
         assert bench.matrix is not None
         assert bench.settings is not None
-        cell, tokenizer = find_cell(self._cell, self.name, bench.matrix), bench.matrix.tokenizer
+        cell, tokenizer = find_cell(self.cells[0], self.name, bench.matrix), bench.matrix.tokenizer
         rows, is_scored = encoded(cell, candidates, tokenizer)
         fits_R = np.array(list(itertools.chain.from_iterable(is_scored)), dtype=bool)
         out = np.full((self.config.num_passes, len(fits_R)), np.nan)
-        device = device_of(bench.settings.use_cpu)
-        model = load_model(
-            cell.path,
-            base=cell.base,
-            dtype=bench.settings.dtype,
-            attn_implementation=bench.settings.attn_implementation,
-            device=device,
-        )
-        set_dropout(model, self.config.dropout)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        try:
+        how, pad = loading(bench), padding_id(tokenizer)
+        with loaded(cell, **how) as model:
+            set_dropout(model, self.config.dropout)
             for t in range(self.config.num_passes):
-                with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+                with torch.random.fork_rng(devices=[how["device"]] if how["device"].type == "cuda" else []):
                     torch.manual_seed(seed_of("mc_dropout", bench.settings.seed, cell.weight_hash, t))
                     scores = response_logprobs(
                         model, rows, pad_token_id=pad, impl=bench.impl, advance=bench.advance, is_training=True
                     )
                 out[t, fits_R] = [score.logprob / self._length(score.num_tokens) for score in scores]
-        finally:
-            release(model)
         return out
 
-    def _comparisons(self, item: Candidates, reward_TR: np.ndarray) -> list[Comparison]:
-        found = []
-        for i, j in itertools.combinations(range(len(item.responses)), 2):
-            probability_T = _sigmoid(self.config.beta * (reward_TR[:, i] - reward_TR[:, j]))
-            mean = float(probability_T.mean())
-            probability: float | None = 0.5 + float(np.sign(mean - 0.5)) * (
-                0.5 - bald(probability_T) / (2 * math.log(2))
-            )
-            reason = ""
-            if math.isnan(mean):
-                probability, reason = None, "longer than the context"
-            found.append(
-                Comparison(
-                    prompt_id=item.prompt.id, responses=(i, j), judge=self.name, probability=probability, reason=reason
-                )
-            )
-        return found
+    def _compared(self, reward_TR: np.ndarray, i: int, j: int) -> Opinion:
+        probability_T = win_probability(self.config.beta * (reward_TR[:, i] - reward_TR[:, j]))
+        mean = float(probability_T.mean())
+        if math.isnan(mean):
+            return TOO_LONG
+        return Opinion(0.5 + float(np.sign(mean - 0.5)) * (0.5 - bald(probability_T) / (2 * math.log(2))))
 
 
 def bald(probability_T: np.ndarray) -> float:
@@ -124,7 +103,3 @@ def bald(probability_T: np.ndarray) -> float:
 def _entropy(p: np.ndarray) -> np.ndarray:
     p = np.clip(p, 1e-12, 1 - 1e-12)
     return -(p * np.log(p) + (1 - p) * np.log(1 - p))
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0, -x))

@@ -146,6 +146,12 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: R
     return ids[given:]
 
 
+def padding_id(tokenizer: Any) -> int:
+    """What rows are filled up with: the padding token, else the one that ends a response."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
 def whole_text(tokenizer: Any, prefix: Sequence[int], token_ids: Sequence[int], text: str) -> str:
     """The text of a response that goes on from a prefix; ``text`` is that of ``token_ids`` alone.
 

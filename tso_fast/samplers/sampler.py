@@ -93,7 +93,7 @@ class Desk:
         return dataclasses.replace(open_cell(config, REFERENCE), version_rank=policy.version_rank)
 
     def played(self, candidates: Sequence[Candidates], roles: Sequence[str] | None) -> list[list[int]]:
-        """Of each prompt the numbers of the responses that play one of the roles.
+        """Numbers of the responses that play one of the roles, prompt by prompt.
 
         Args:
             roles: as in ``chosen_from``, and ``policy``; None: ``human`` where there are any, else ``policy``.

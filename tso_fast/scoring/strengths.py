@@ -21,6 +21,11 @@ MAX_ITERATIONS = 1000
 TOLERANCE = 1e-6
 
 
+def win_probability(gap: npt.ArrayLike) -> np.ndarray:
+    """Probability of winning against a response whose log-strength is smaller by ``gap``: sigmoid(gap)."""
+    return np.exp(-np.logaddexp(0, -np.asarray(gap, dtype=np.float64)))
+
+
 def bradley_terry(
     pairs: npt.ArrayLike,
     wins: npt.ArrayLike,

@@ -96,7 +96,8 @@ def share_prompts(policy: Policy, wanted: bool | Literal["auto"]) -> Policy:
     if obstacle and wanted is True:
         raise InputError(f"share_prompt: {name} cannot share prompts: {obstacle}; set share_prompt to auto or false")
     policy.shares_prompts = not obstacle
-    _log_sharing(name, obstacle)
+    how = f"off, {obstacle}" if obstacle else "on: a prompt is computed once for all of its responses"
+    _tell_once(f"share_prompt for {name}: {how}")
     return policy
 
 
@@ -107,18 +108,12 @@ def pack_rows(policy: Policy) -> None:
         return
     obstacle = "the experts' auxiliary loss counts padded rows" if policy.aux_weight else policy.obstacle_to_packing()
     policy.packs_rows = not obstacle
-    _log_packing(type(model).__name__, obstacle)
+    _tell_once(f"padding of {type(model).__name__}: {f'computed, {obstacle}' if obstacle else 'left out'}")
 
 
 @functools.cache
-def _log_packing(name: str, obstacle: str | None) -> None:
-    logger.info("padding of %s: %s", name, f"computed, {obstacle}" if obstacle else "left out")
-
-
-@functools.cache
-def _log_sharing(name: str, obstacle: str | None) -> None:
-    how = f"off, {obstacle}" if obstacle else "on: a prompt is computed once for all of its responses"
-    logger.info("share_prompt for %s: %s", name, how)
+def _tell_once(message: str) -> None:
+    logger.info(message)
 
 
 def _per_node(accelerator: Accelerator) -> int:
