@@ -104,6 +104,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """A module's precision and devices, which accelerate keeps for the whole process, end with it."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_matrix(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cells `s.v1 s.v2 m.v1 m.v2` of one vocabulary, twenty steps old, with `prompts.jsonl` and `held_out.jsonl`.
