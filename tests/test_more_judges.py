@@ -23,7 +23,9 @@ from tso_fast.config.settings import (
 )
 from tso_fast.correction.make_pairs import judgment_pairs, make_pairs
 from tso_fast.errors import InputError
-from tso_fast.files.rows import BadRows, read_candidates, read_pairs, read_verdicts
+from tso_fast.files.atomic import write_jsonl
+from tso_fast.files.labels import label_row, make_label
+from tso_fast.files.rows import BadRows, candidates_row, read_candidates, read_pairs, read_verdicts
 from tso_fast.files.run import Run
 from tso_fast.judges import panel, template
 from tso_fast.judges.consistency import kendall_tau
@@ -218,6 +220,28 @@ def test_an_ideal_point_needs_labels_and_their_responses(matrix: ModelMatrix) ->
         asked(matrix, some_candidates("3"), kind="ideal_point", labels="x")
     told = asked(matrix, some_candidates("3", "4"), kind="ideal_point")
     assert {(c.probability, c.reason) for c in told} == {(None, "nobody labelled anything yet")}
+
+
+def test_an_ideal_point_learns_from_a_file_of_labels(matrix: ModelMatrix, tmp_path: Path) -> None:
+    """Ann likes the first kind of response and bob the second; a run goes on with the same files only."""
+    labelled = some_candidates("Sam Sam Sam", "3", num_prompts=12)
+    write_jsonl(tmp_path / "responses.jsonl", map(candidates_row, labelled))
+    labels = [make_label(item, (0, 1), name, p) for item in labelled for name, p in (("ann", 1.0), ("bob", 0.0))]
+    write_jsonl(tmp_path / "labels.jsonl", map(label_row, labels))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("responses", "labels")}
+    ann, bob, stranger = (
+        asked(matrix, some_candidates("3", "Sam Sam Sam"), kind="ideal_point", annotator=name, **files)
+        for name in ("ann", "bob", "cas")
+    )
+    assert max(c.probability for c in ann) < 0.3 < 0.7 < min(c.probability for c in bob)
+    assert [c.probability for c in stranger] == pytest.approx([0.5] * len(stranger), abs=0.25)
+
+    judges = panel.make_judges(JudgesConfig(judges=[JudgeConfig(kind="ideal_point", **files)]))
+    before = panel.inputs(judges, matrix)
+    assert before.keys() == {"judges.ideal_point.responses", "judges.ideal_point.labels"}
+    write_jsonl(tmp_path / "labels.jsonl", map(label_row, labels[1:]))
+    changed = panel.inputs(judges, matrix)
+    assert [name for name in before if before[name] != changed[name]] == ["judges.ideal_point.labels"]
 
 
 # --------------------------------------------------------------------------------------------------------------- roles

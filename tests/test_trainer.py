@@ -25,7 +25,7 @@ from tso_fast import interrupts
 from tso_fast.cli import main
 from tso_fast.commands import train as train_command
 from tso_fast.commands import train_and_compare
-from tso_fast.config.settings import CellConfig, JudgeConfig, TrainConfig
+from tso_fast.config.settings import CellConfig, JudgeConfig, SamplerConfig, TrainConfig
 from tso_fast.correction.make_pairs import make_pairs
 from tso_fast.errors import InputError, Paused, TrainingError
 from tso_fast.files.labels import LabelFile, make_label
@@ -151,6 +151,18 @@ def test_resume_refuses_changed_prompts(base: TrainConfig, tmp_path: Path) -> No
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(InputError, match="prompts: its content changed"):
         train(changed)
+
+
+def test_resume_refuses_another_template(few: TrainConfig, tmp_path: Path) -> None:
+    """Of a sampler; one that comes with the package is as the release has it."""
+    template = tmp_path / "again.txt"
+    template.write_text("{prompt} {response}")
+    own = SamplerConfig(kind="revise", template=str(template), max_completion_length=2)
+    settings = dataclasses.replace(few, output_dir=str(tmp_path / "run"), samplers=[own])
+    train(settings)
+    template.write_text("{response} {prompt}")
+    with pytest.raises(InputError, match=r"samplers\.revise\.template: its content changed"):
+        train(settings)
 
 
 def test_a_finished_run_goes_on_with_more_prompts_and_more_iterations(

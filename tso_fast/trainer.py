@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Run:
     prompts = _read(config.prompts, judges, matrix, config, bad)
     verifier = panel.make_judges(evaluation_of(config))
     held_out = _read(config.eval_prompts, verifier, matrix, config, bad) if config.eval_prompts else []
-    with _open_run(config, matrix, judges, prompts, accelerator) as run:
+    with _open_run(config, matrix, judges, samplers, prompts, accelerator) as run:
         if accelerator.is_main_process and bad.set_aside(run / SKIPPED_FILE):
             console.print(f"{len(bad.rows)} bad rows set aside in {run / SKIPPED_FILE}")
         if config.report_to != "none":
@@ -260,13 +260,15 @@ def _open_run(
     config: TrainConfig,
     matrix: ModelMatrix,
     judges: Sequence[Judge],
+    samplers: Sequence[Sampler],
     prompts: Sequence[Candidates],
     accelerator: Accelerator,
 ) -> Run:
     if accelerator.is_main_process:
         if config.overwrite:
             remove_run(Path(config.output_dir), confirm)
-        inputs = {f"cells.{cell.name}": cell.weight_hash for cell in matrix.cells} | panel.inputs(judges, matrix)
+        inputs = {f"cells.{cell.name}": cell.weight_hash for cell in matrix.cells}
+        inputs |= panel.inputs(judges, matrix) | chain.inputs(samplers)
         if config.eval_prompts:
             inputs["eval_prompts"] = sha256_file(Path(config.eval_prompts))
         settings = to_dict(config) | {"num_processes": accelerator.num_processes}

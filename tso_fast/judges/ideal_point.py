@@ -18,6 +18,7 @@ from torch import nn
 
 from tso_fast.config.settings import JudgeConfig
 from tso_fast.errors import InputError
+from tso_fast.files.atomic import sha256_file
 from tso_fast.files.labels import read_labels
 from tso_fast.files.rows import BadRows, read_candidates
 from tso_fast.judges.implicit import TOO_LONG, batches, encoded, find_cell, loaded, loading
@@ -59,6 +60,10 @@ class IdealPointJudge(Judge):
     def check(self, matrix: ModelMatrix | None) -> None:
         find_cell(self._cell, self.name, matrix)
         self._labelled(())
+
+    def inputs(self, matrix: ModelMatrix) -> dict[str, str]:
+        files = {"responses": self.config.responses, "labels": self.config.labels}
+        return {name: sha256_file(Path(file)) for name, file in files.items() if file is not None}
 
     def judge(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
         labelled = self._labelled(bench.labelled)

@@ -153,6 +153,13 @@ class Judge(Protocol):
         """Called before anything is generated; raises InputError where a cell or model cannot be used."""
         return None  # not abstract: a program has nothing to look at
 
+    def inputs(self, matrix: ModelMatrix) -> dict[str, str]:
+        """Hashes of the weights and files that it reads, by the setting that names them; a run goes on with the same.
+
+        The weights of the run's cells are not among them.
+        """
+        return {}
+
     def usable(self, candidates: Sequence[Candidates], bad: BadRows) -> list[Candidates]:
         """The candidates whose prompt it can judge; the others are bad rows."""
         return list(candidates)

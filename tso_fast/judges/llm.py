@@ -65,6 +65,10 @@ class LlmJudge(Judge):
     def check(self, matrix: ModelMatrix | None) -> None:
         self.cell(matrix)
 
+    def inputs(self, matrix: ModelMatrix) -> dict[str, str]:
+        model = {"model": self.cell(matrix)[0].weight_hash} if self.config.model is not None else {}
+        return model | templates.inputs(self.config.template, templates.FOLDER)
+
     def num_steps(self, candidates: Sequence[Candidates]) -> int:
         """Generations, those that it can do without included."""
         num_judged = [len(_judged(item, self.config, self.template)) for item in candidates]

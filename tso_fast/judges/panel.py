@@ -67,9 +67,8 @@ def check(judges: Sequence[Judge], matrix: ModelMatrix | None) -> None:
 
 
 def inputs(judges: Sequence[Judge], matrix: ModelMatrix) -> dict[str, str]:
-    """Hashes of the weights of judges that are models of their own, by the name of their setting."""
-    own = [judge for judge in judges if isinstance(judge, LlmJudge) and judge.config.model is not None]
-    return {f"judges.{judge.name}": judge.cell(matrix)[0].weight_hash for judge in own}
+    """Hashes of what the judges read beside the cells, by the names of their settings."""
+    return {f"judges.{judge.name}.{key}": value for judge in judges for key, value in judge.inputs(matrix).items()}
 
 
 def usable(judges: Sequence[Judge], candidates: Sequence[Candidates], bad: BadRows) -> list[Candidates]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from tso_fast.errors import InputError, did_you_mean
+from tso_fast.files.atomic import sha256_file
 
 FOLDER = Path(__file__).parent / "templates"
 PLACEHOLDERS = ("prompt", "first", "second", "response", "own", "role", "duties")
@@ -86,6 +87,11 @@ def read(name: str, folder: Path) -> tuple[str, str]:
         return file.read_text(encoding="utf-8-sig"), f"template {file}"
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"template {file}: cannot be read: {error}; expected a text in UTF-8") from error
+
+
+def inputs(name: str, folder: Path) -> dict[str, str]:
+    """The hash of a template that is a file of the user's, which may be written anew; none for one in ``folder``."""
+    return {} if name in names(folder) else {"template": sha256_file(Path(name))}
 
 
 def parse(content: str, where: str) -> Template:

@@ -68,6 +68,11 @@ def check(samplers: Sequence[Sampler], matrix: ModelMatrix, judges: Sequence[Jud
         sampler.check(matrix, judges)
 
 
+def inputs(samplers: Sequence[Sampler]) -> dict[str, str]:
+    """Hashes of the files that samplers read, by the names of their settings."""
+    return {f"samplers.{sampler.name}.{key}": value for sampler in samplers for key, value in sampler.inputs().items()}
+
+
 def ask_cells(matrix: ModelMatrix, config: TrainConfig) -> list[Asked]:
     """How every cell answers in the loop."""
     policy = {matrix.policy.name: config.policy_num_generations}

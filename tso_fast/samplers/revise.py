@@ -50,6 +50,9 @@ class ReviseSampler(Sampler):
             raise InputError("alone: it has no effect with into 'prompt', which adds no candidates; leave it out")
         self.template = Template(text=text.strip(), placeholders=frozenset(found))
 
+    def inputs(self) -> dict[str, str]:
+        return templates.inputs(self.config.template, FOLDER)
+
     def sample(self, candidates: list[Candidates], desk: Desk) -> Sampled:
         revisions = list(self._revisions(candidates, desk))
         asked = [Candidates(prompt=revision.prompt, responses=()) for revision in revisions]

@@ -180,6 +180,10 @@ class Sampler(Protocol):
         self.config = config
         self.name = sampler_name(config)
 
+    def inputs(self) -> dict[str, str]:
+        """Hashes of the files that it reads, by the setting that names them; a run goes on with the same."""
+        return {}
+
     def check(self, matrix: ModelMatrix, judges: Sequence[Judge]) -> None:
         """Called before anything is generated; raises InputError where a cell or the judges cannot be used."""
         if self.config.cell == REFERENCE and REFERENCE in matrix.named:
