@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from helpers import interrupt_store
 from tiny_runs import run_recipe
 
-from tso_fast.config.settings import CellConfig, SamplerConfig, TrainConfig
+from tso_fast.answering import make_executor
+from tso_fast.config.settings import CellConfig, JudgeConfig, SamplerConfig, TrainConfig
 from tso_fast.errors import InputError
 from tso_fast.executors import local
+from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows, read_candidates, read_pairs
@@ -397,6 +400,24 @@ def test_steps_from_a_place_share_its_prefix_and_have_value_and_visits(desk: Cal
 
 def ended(step: Response) -> bool:
     return step.finish_reason == "stop"
+
+
+def test_a_search_and_the_judge_of_its_steps_share_an_engine(
+    desk: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all rounds, as both ask the policy; one that loads weights in this process has them make room."""
+    (tmp_path / "rate.txt").write_text("{prompt} {response}")
+    opened: list[Any] = []
+    monkeypatch.setattr(local, "open_engine", lambda spec, **o: opened.append(spec) or open_engine(spec, **o))
+    own = JudgeConfig(kind="llm", cell="policy", template=str(tmp_path / "rate.txt"), max_completion_length=2)
+    search = only(kind="search", num_generations=2, num_rounds=3, step_tokens=2)
+    for judges in ([own], [own, JudgeConfig(kind="implicit", cell="policy")]):
+        laid = desk(judges=judges)
+        with contextlib.closing(WarmExecutor(make_executor(laid.config, tmp_path))) as executor:
+            sampled = search.sample([item(NEW)], dataclasses.replace(laid, executor=executor))
+        assert sampled.info["responses"] >= 2
+        assert (len(opened) == 1) == (judges == [own])
+        opened.clear()
 
 
 def test_steps_end_with_a_separator(desk: Callable[..., Desk]) -> None:

@@ -15,6 +15,7 @@ from tso_fast.files.rows import BadRows
 from tso_fast.types import Candidates, Comparison, Verdict
 
 if TYPE_CHECKING:
+    from tso_fast.executors.warm import WarmExecutor
     from tso_fast.files.responses import ResponseStore
     from tso_fast.matrix import ModelMatrix
 
@@ -106,6 +107,8 @@ class Bench:
     """Where the replies of models are kept; None together with ``settings``."""
     matrix: ModelMatrix | None = None
     """The cells of the run; None: there are none, and a model is the judge's own."""
+    executor: WarmExecutor | None = None
+    """Keeps engines open from one question to the next; None: a judge that asks opens its own."""
     advance: Callable[[int], None] = lambda count: None
     """Is told how many more of ``Judge.num_steps`` are done."""
     impl: str = "auto"
@@ -136,6 +139,8 @@ class Judge(Protocol):
     """Fields of ``JudgeConfig`` that it reads, beside ``kind`` and ``name``; any other one is refused."""
     needs_models: ClassVar[bool] = False
     """Whether it generates or loads weights, so that it needs ``Bench.settings`` and ``Bench.store``."""
+    loads_weights: ClassVar[bool] = False
+    """Whether it has weights in this process, for which engines that wait make room."""
     config: JudgeConfig
     name: str
     """Its name in verdicts, files and tables."""

@@ -118,7 +118,11 @@ def ask(
         EngineError: engines died too often; what was answered is kept.
     """
     # Programs first: what they refuse should cost no generation.
-    given = {judge.name: judge.judge(candidates, bench) for judge in sorted(judges, key=lambda j: j.needs_models)}
+    given = {}
+    for judge in sorted(judges, key=lambda j: j.needs_models):
+        if judge.loads_weights and bench.executor is not None:
+            bench.executor.cool()
+        given[judge.name] = judge.judge(candidates, bench)
     for name, judged in given.items():
         _check_verdicts(name, judged, candidates)
     verdicts = itertools.chain.from_iterable(given[judge.name].verdicts for judge in judges)

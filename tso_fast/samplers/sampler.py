@@ -134,10 +134,13 @@ class Desk:
     def scores(self, candidates: Sequence[Candidates]) -> list[list[float | None]]:
         """What the run's judges of single responses say of each response, on average; None: all of them abstain."""
         bench = Bench(
-            bad=BadRows("skip"), settings=self.config, store=self.store, matrix=self.matrix, impl=self.config.impl
+            bad=BadRows("skip"),
+            settings=self.config,
+            store=self.store,
+            matrix=self.matrix,
+            executor=self.executor,
+            impl=self.config.impl,
         )
-        if self.executor is not None and panel.needs_models(self.judges):
-            self.executor.cool()
         verdicts, _ = panel.ask(self.judges, candidates, bench)
         told: dict[tuple[str, int], list[float]] = defaultdict(list)
         for verdict in verdicts:
