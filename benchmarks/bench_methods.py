@@ -171,7 +171,7 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
     only_cells, has_people = settings.pop("only_cells", None), settings.pop("human_responses", True)
     recipe = recipes.arguments(settings.pop("recipe")) if "recipe" in settings else []
     config = quickstart_config([*recipe, "--seed", str(seed), "--output_dir", str(folder / "run")], eval_set, task)
-    config = dataclasses.replace(config, **settings)
+    config = _without_idle_labels(dataclasses.replace(config, **settings))
     start_path = next(cell.path for cell in config.cells if cell.path.endswith("m.v3"))
     if only_cells is not None:
         config.cells = [
@@ -202,6 +202,14 @@ def run_one(task: str, settings: Settings, seed: int, eval_set: str, folder: Pat
         "chosen_drift": last[-1]["logps/chosen"] - last[0]["logps/chosen"],
         **measure_samples(config, str(run.folder), start_path),
     }
+
+
+def _without_idle_labels(config: Any) -> Any:
+    """The configuration without the task's soft labels where the loss takes none, which would be refused."""
+    from tso_fast.training.optimise import configured_loss
+
+    plain = dataclasses.replace(config, soft_label_by=None)
+    return config if "soft_label" in configured_loss(plain).labels else plain
 
 
 def _is_of_matrix(path: str) -> bool:

@@ -86,7 +86,7 @@ def in_order(folder: Path) -> dict[str, Outcome]:
     found = {
         "contact": run(CONTACT, "--dry_run", "--out", folder / "contact.jsonl"),
         "untouched": run("-c", UNTOUCHED, TRITON_INTERPRET="0"),
-        "faults": run(*small, "--inject", *FAULTS, "--limit_s", "8"),
+        "faults": run(*small, "--inject", *FAULTS, "--limit_s", "20"),
     }
     shutil.copy(folder / "small.json", folder / "faults.json")
     return found | {

@@ -324,7 +324,7 @@ def test_rso_pairs_what_its_beta_accepts(tmp_path: Path, store: Path) -> None:
         candidates, verdicts = judged(run)
         scores = {item.prompt.id: [] for item in candidates}
         for verdict in verdicts:
-            scores[verdict.prompt_id].append(verdict.score)
+            scores[verdict.prompt_id].append(np.float32(verdict.score))  # as pairs have it
         return [sum(s > pair.score_rejected for s in set(scores[pair.prompt.id])) for pair in pairs_of(run)]
 
     assert set(ranks(1e-9)) == {1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -106,10 +107,10 @@ def test_delta_and_temporal_self_rewarding_take_sides_by_version_and_size(tmp_pa
     def sides(run: Run, t: int) -> set[tuple[str, str]]:
         return {(pair.chosen.model, pair.rejected.model) for pair in read_pairs(run.iteration(t).pairs, BadRows())}
 
-    store = tmp_path / "store"
-    temporal = sides(run_recipe("temporal_self_rewarding", tmp_path / "t", store=store, num_iterations=2), 2)
+    settings: dict[str, Any] = {"store": tmp_path / "store", "max_completion_length": 40}
+    temporal = sides(run_recipe("temporal_self_rewarding", tmp_path / "t", num_iterations=2, **settings), 2)
     assert {chosen for chosen, _ in temporal} == {"tso-1"}
-    delta = sides(run_recipe("delta", tmp_path / "d", store=store, verifier=None), 1)
+    delta = sides(run_recipe("delta", tmp_path / "d", verifier=None, **settings), 1)
     assert {chosen for chosen, _ in delta} <= {"m.v1", "m.v2"}
     assert "s.v2" in {rejected for _, rejected in delta}
 

@@ -523,7 +523,7 @@ def test_bstar_samples_as_its_controller_says_also_when_it_goes_on(
 ) -> None:
     samplers = [SamplerConfig(kind="controller", temperatures=[0.6, 1.2], numbers=[2, 3], num_prompts=6, num_wanted=2)]
     settings: dict[str, Any] = {"samplers": samplers, "verifier": "toy_verifier:even", "num_generations": 0,
-                                "num_iterations": 1}  # fmt: skip
+                                "num_iterations": 1, "max_completion_length": 40}  # fmt: skip
     interrupt_store(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         run_recipe("bstar", tmp_path, **settings)
@@ -541,9 +541,9 @@ def test_bstar_samples_as_its_controller_says_also_when_it_goes_on(
 
 
 def test_west_of_n_has_more_samples_in_each_iteration(tmp_path: Path) -> None:
-    run = run_recipe("west_of_n", tmp_path, num_generations=0, num_iterations=2, by_iteration=[
-        {"policy_num_generations": 2}, {"policy_num_generations": 3},
-    ])  # fmt: skip
+    numbers = [{"policy_num_generations": 2}, {"policy_num_generations": 3}]
+    settings = {"num_generations": 0, "num_iterations": 2, "max_completion_length": 40}
+    run = run_recipe("west_of_n", tmp_path, **settings, by_iteration=numbers)
     answered = [read_candidates(run.iteration(t).responses, BadRows()) for t in (1, 2)]
     for t, candidates in enumerate(answered, start=1):
         tokens = sum(len(r.token_ids or ()) for item in candidates for r in item.responses)
