@@ -408,8 +408,9 @@ def test_where_the_policy_cannot_judge_the_matrix_decides(name: str, tmp_path: P
 def test_pals_annotators_have_orders_of_their_own(tmp_path: Path, store: Path) -> None:
     """From the second iteration on, by their labels of the first."""
     judges = [JudgeConfig(kind="ideal_point", name=name, annotator=name) for name in ("long", "short")]
-    changes = {"judges": judges, "evidence_from": ["long", "short"], "people": "toy_judge:two_tastes"}
-    run = run_recipe("pal", tmp_path, store=store, num_iterations=2, on_no_evidence="prior", **changes)
+    changes: dict[str, Any] = {"judges": judges, "evidence_from": ["long", "short"], "max_completion_length": 40}
+    people = "toy_judge:two_tastes"
+    run = run_recipe("pal", tmp_path, num_iterations=2, on_no_evidence="prior", people=people, **changes)
     assert {v.probability for v in judged(run, 1)[1]} == {None}
     candidates, verdicts = judged(run, 2)
     lengths = {(item.prompt.id, i): len(r.text) for item in candidates for i, r in enumerate(item.responses)}

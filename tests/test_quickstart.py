@@ -222,4 +222,6 @@ def test_the_interval_of_graded_scores_is_that_of_their_mean() -> None:
     assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.02)
     low, high = interval(scores[0].tolist())
     assert high - low < 0.8 * np.diff(wilson(float(scores[0].mean()), 100))[0]
-    assert interval([0.5])[1] - interval([0.5])[0] > 1
+    assert interval([0.5]) == (0, 1)
+    assert interval([0.0, 0.3])[0] == 0
+    assert interval([-3.0, -1.0])[0] < -3

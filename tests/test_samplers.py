@@ -239,7 +239,7 @@ def test_what_does_not_fit_the_context_is_counted(desk: Callable[..., Desk], tem
 def test_scl_pairs_a_right_turn_with_a_wrong_one(template: str, tmp_path: Path) -> None:
     """By a shorter template, after which more responses of these models end."""
     samplers = [SamplerConfig(kind="revise", template=template, into="pair", alone=True)]
-    settings: dict[str, Any] = {"num_generations": 1, "max_completion_length": 16, "samplers": samplers}
+    settings: dict[str, Any] = {"num_generations": 1, "max_completion_length": 40, "samplers": samplers}
     run = run_recipe("scl", tmp_path, verifier="toy_verifier:even", **settings)
     questions = {c.prompt.id: c.prompt.prompt for c in read_candidates(run.state["config"]["prompts"], BadRows())}
     pairs = read_pairs(run.iteration(1).pairs, BadRows())

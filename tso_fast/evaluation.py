@@ -66,13 +66,15 @@ def is_graded(scores: Sequence[float]) -> bool:
 def interval(scores: Sequence[float], z: float = 1.96) -> tuple[float, float]:
     """95 % interval of the mean: Wilson's for a proportion, for graded scores by the normal approximation.
 
-    A graded score that is the only one counts as uncertain as one from 0 to 1 can be.
+    A graded score that is the only one counts as uncertain as one from 0 to 1 can be. The interval of scores from 0 to
+    1 ends there.
     """
     mean = sum(scores) / len(scores)
     if not is_graded(scores):
         return wilson(mean, len(scores), z)
     half = z * math.sqrt((statistics.variance(scores) if len(scores) > 1 else 0.25) / len(scores))
-    return mean - half, mean + half
+    is_share = 0 <= min(scores) and max(scores) <= 1
+    return (max(0.0, mean - half), min(1.0, mean + half)) if is_share else (mean - half, mean + half)
 
 
 def wilson(mean: float, count: int, z: float = 1.96) -> tuple[float, float]:
