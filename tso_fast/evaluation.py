@@ -73,7 +73,7 @@ def interval(scores: Sequence[float], z: float = 1.96) -> tuple[float, float]:
     if not is_graded(scores):
         return wilson(mean, len(scores), z)
     half = z * math.sqrt((statistics.variance(scores) if len(scores) > 1 else 0.25) / len(scores))
-    is_share = 0 <= min(scores) and max(scores) <= 1
+    is_share = min(scores) >= 0 and max(scores) <= 1
     return (max(0.0, mean - half), min(1.0, mean + half)) if is_share else (mean - half, mean + half)
 
 
