@@ -45,7 +45,7 @@ class IdealPointJudge(Judge):
     """
 
     takes = ("cell", "labels", "responses", "annotator", "num_prototypes")
-    needs_models = loads_weights = True
+    needs_models = True
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)

@@ -40,7 +40,7 @@ TOO_LONG = Opinion(None, "longer than the context")
 class CellsJudge(Judge):
     """A judge by what cells give to responses: ``cell``, and ``reference`` where there is one."""
 
-    needs_models = loads_weights = True
+    needs_models = True
 
     @property
     def cells(self) -> list[str]:

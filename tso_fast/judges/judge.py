@@ -139,8 +139,9 @@ class Judge(Protocol):
     """Fields of ``JudgeConfig`` that it reads, beside ``kind`` and ``name``; any other one is refused."""
     needs_models: ClassVar[bool] = False
     """Whether it generates or loads weights, so that it needs ``Bench.settings`` and ``Bench.store``."""
-    loads_weights: ClassVar[bool] = False
-    """Whether it has weights in this process, for which engines that wait make room."""
+    shares_engines: ClassVar[bool] = False
+    """Whether all that its models do is answering, through ``Bench.executor``; for others, engines that wait make room.
+    """
     config: JudgeConfig
     name: str
     """Its name in verdicts, files and tables."""

@@ -57,7 +57,7 @@ class LlmJudge(Judge):
         "trains",
         "pairs",
     )
-    needs_models = True
+    needs_models = shares_engines = True
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__(config)

@@ -120,7 +120,7 @@ def ask(
     # Programs first: what they refuse should cost no generation.
     given = {}
     for judge in sorted(judges, key=lambda j: j.needs_models):
-        if judge.loads_weights and bench.executor is not None:
+        if judge.needs_models and not judge.shares_engines and bench.executor is not None:
             bench.executor.cool()
         given[judge.name] = judge.judge(candidates, bench)
     for name, judged in given.items():
