@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +11,10 @@ import pytest
 from helpers import interrupt_store
 from tiny_runs import run_recipe
 
-from tso_fast.answering import make_executor
+from tso_fast.answering import warm_executor
 from tso_fast.config.settings import CellConfig, JudgeConfig, SamplerConfig, TrainConfig
 from tso_fast.errors import InputError
 from tso_fast.executors import local
-from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.responses import ResponseStore
 from tso_fast.files.rows import BadRows, read_candidates, read_pairs
@@ -413,7 +411,7 @@ def test_a_search_and_the_judge_of_its_steps_share_an_engine(
     search = only(kind="search", num_generations=2, num_rounds=3, step_tokens=2)
     for judges in ([own], [own, JudgeConfig(kind="implicit", cell="policy")]):
         laid = desk(judges=judges)
-        with contextlib.closing(WarmExecutor(make_executor(laid.config, tmp_path))) as executor:
+        with warm_executor(laid.config, laid.store) as executor:
             sampled = search.sample([item(NEW)], dataclasses.replace(laid, executor=executor))
         assert sampled.info["responses"] >= 2
         assert (len(opened) == 1) == (judges == [own])

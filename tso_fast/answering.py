@@ -20,6 +20,7 @@ from tso_fast import executors
 from tso_fast.config.settings import AnsweringConfig, CellConfig
 from tso_fast.errors import InputError
 from tso_fast.executors import Answer, Executor, Job
+from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.responses import ResponseStore, prompt_hash, response_key, settings_hash
 from tso_fast.files.rows import BadRows, prompt_row
 from tso_fast.generators import EngineSpec, Kind, Refusal, Request, Sampling, Server, check_available, prove_models
@@ -222,6 +223,11 @@ def make_executor(config: AnsweringConfig, folder: Path) -> Executor:
     from tso_fast.executors.local import LocalExecutor
 
     return LocalExecutor(_gpus(config), config.num_engines, folder / "logs")
+
+
+def warm_executor(config: AnsweringConfig, store: ResponseStore) -> contextlib.AbstractContextManager[WarmExecutor]:
+    """Keeps engines open from one ``answer`` to the next, to the end of the block."""
+    return contextlib.closing(WarmExecutor(make_executor(config, store.path.parent)))
 
 
 def _gpus(config: AnsweringConfig) -> list[str]:

@@ -8,7 +8,6 @@ response store. Every comparison is asked for in both orders.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,10 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
-from tso_fast.answering import answer, ask, make_executor
+from tso_fast.answering import answer, ask, warm_executor
 from tso_fast.config.settings import AnsweringConfig, CellConfig, JudgeConfig
 from tso_fast.errors import InputError, did_you_mean
-from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.rows import BadRows, prompt_row
 from tso_fast.judges import template as templates
 from tso_fast.judges.judge import Bench, Cost, Judge, Judged
@@ -85,15 +83,11 @@ class LlmJudge(Judge):
                 template wants that.
             EngineError: engines died too often; what was answered is kept.
         """
-        with contextlib.ExitStack() as stack:
-            if bench.executor is None:  # for its own answers and for the questions
-                assert bench.settings is not None
-                assert bench.store is not None
-                executor = WarmExecutor(make_executor(bench.settings, bench.store.path.parent))
-                bench = dataclasses.replace(bench, executor=stack.enter_context(contextlib.closing(executor)))
-            return self._ask(candidates, bench)
-
-    def _ask(self, candidates: Sequence[Candidates], bench: Bench) -> Judged:
+        if bench.executor is None:  # one for its own answers and for the questions
+            assert bench.settings is not None
+            assert bench.store is not None
+            with warm_executor(bench.settings, bench.store) as executor:
+                return self.judge(candidates, dataclasses.replace(bench, executor=executor))
         config, template = self.config, self.template
         client = _Client(*self.cell(bench.matrix), bench)
         own = _own_answers(candidates, config, template, client, bench.bad) if "own" in template.placeholders else {}

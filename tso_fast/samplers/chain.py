@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tso_fast.answering import Asked, answer, ask, make_executor
+from tso_fast.answering import Asked, answer, ask, warm_executor
 from tso_fast.config.settings import TrainConfig
 from tso_fast.errors import InputError, TrainingError
-from tso_fast.executors.warm import WarmExecutor
 from tso_fast.files.atomic import write_jsonl
 from tso_fast.files.rows import BadRows, candidates_row
 from tso_fast.judges.judge import Judge
@@ -96,7 +94,7 @@ def generate(
         answered, noted["cells"] = _answered(mini_batch, desk, bad)
         write_jsonl(files.responses, map(candidates_row, statistics.watch(answered)))
     else:
-        with contextlib.closing(WarmExecutor(make_executor(config, desk.store.path.parent))) as executor:
+        with warm_executor(config, desk.store) as executor:
             desk = dataclasses.replace(desk, executor=executor)
             own: dict[str, dict[str, Any]] = {}
             for sampler in samplers:
